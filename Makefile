@@ -1,0 +1,41 @@
+# `make run` sets up and runs a whole night; `make test` sets up and passes the tests.
+
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/pip --disable-pip-version-check
+
+.PHONY: run test lock clean
+
+run: .venv/run.stamp
+	$(BIN)/nightly up
+	$(BIN)/nightly run digits-mlp
+
+test: .venv/test.stamp
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/pytest
+
+# The lock is used as constraints, so that one file serves both and a plain user installs no test tools.
+.venv/run.stamp: pyproject.toml requirements.lock | .venv
+	$(PIP) install --quiet --constraint requirements.lock --editable .
+	@touch $@
+
+.venv/test.stamp: pyproject.toml requirements.lock | .venv
+	$(PIP) install --quiet --constraint requirements.lock --editable '.[test]'
+	@touch $@ .venv/run.stamp
+
+.venv:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Nightly Tuner needs Python 3.11 or later, found " + sys.version.split()[0] + ": name another with make PYTHON=/path/to/python3.11")'
+	$(PYTHON) -m venv .venv
+
+# Refreshes requirements.lock from the ranges in pyproject.toml. The local part of a version (+cpu, +cu130)
+# is cut off: which build of torch a machine takes is the machine's affair.
+lock: .venv/test.stamp
+	$(BIN)/pip-compile --quiet --upgrade --all-extras --strip-extras --no-header --no-emit-index-url --no-emit-find-links \
+		--no-emit-trusted-host --no-emit-options --output-file requirements.lock pyproject.toml
+	sed -i.bak 's/^\([a-z0-9_.-]*==[^+ ]*\)+[a-z0-9.]*/\1/' requirements.lock && rm requirements.lock.bak
+
+clean:
+	rm -rf .venv

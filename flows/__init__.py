@@ -1,0 +1,1 @@
+"""The order of things: the night, and the command line that starts it. No logic."""

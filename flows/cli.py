@@ -1,0 +1,222 @@
+"""The `nightly` command.
+
+Prefect and MLflow read their settings when they are imported, so every command first puts ours into the environment
+and imports them afterwards; it also keeps `nightly --help` quick.
+"""
+
+import json
+import os
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from infra.settings import Settings
+from infra.stack import find, log_file, one_at_a_time, servers, start, stop, worker
+
+if TYPE_CHECKING:
+    from prefect.client.orchestration import SyncPrefectClient
+
+    from infra.deploy import Deployment
+    from tasks.job import TuningJob
+
+ENTRYPOINT = "flows.nightly.nightly_tuning"
+FLOW = "nightly_tuning"
+
+app = typer.Typer(
+    help="Tune PyTorch models every night and promote what is really better.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console(highlight=False, soft_wrap=True)
+errors = Console(stderr=True, highlight=False, soft_wrap=True)
+
+JobArgument = Annotated[str, typer.Argument(help="Name of a job, as its YAML file is called.")]
+
+
+@app.command()
+def up() -> None:
+    """Start the local stack (Prefect, MLflow, one worker) and apply the deployment of every job."""
+    settings = _enter()
+    from prefect.client.orchestration import get_client
+
+    from infra.deploy import apply_deployment, apply_work_pool, apply_zombie_automation
+    from tasks.job import load_jobs
+
+    jobs = load_jobs(settings.jobs)
+    with one_at_a_time(settings):
+        with console.status("Starting the servers"):
+            start(settings, servers(settings), console.print)
+        with console.status("Applying the deployments"), get_client(sync_client=True) as client:
+            apply_work_pool(client, settings.work_pool)
+            apply_zombie_automation(client)
+            for job in jobs:
+                if find(settings, worker(settings)) is None:
+                    _settle_dead_runs(client, job, settings)
+                apply_deployment(client, _deployment(job), settings.work_pool)
+            console.print(
+                f"jobs: {', '.join(f'{job.name} ({job.schedule.cron} {job.schedule.timezone})' for job in jobs)}"
+            )
+        with console.status("Starting the worker"):
+            start(settings, [worker(settings)], console.print)
+    console.print(f"Prefect {settings.prefect_page}  MLflow {settings.mlflow_url}  state in {settings.home}")
+
+
+@app.command()
+def down() -> None:
+    """Stop the local stack; a night that runs is stopped too, and the next one continues its study."""
+    settings = _enter()
+    with one_at_a_time(settings), console.status("Stopping"):
+        stopped = [service.name for service in (worker(settings), *servers(settings)) if stop(settings, service)]
+    console.print(f"stopped {', '.join(stopped)}; state stays in {settings.home}" if stopped else "nothing was running")
+
+
+@app.command()
+def status(as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False) -> None:
+    """Say what runs, where and since when. Exit code 1 where a part of the stack does not run."""
+    settings = _enter()
+    rows = []
+    for service in (*servers(settings), worker(settings)):
+        running = find(settings, service)
+        rows.append(
+            {
+                "service": service.name,
+                "state": "stopped" if running is None else "running" if running.healthy else "not answering",
+                "pid": running.process.pid if running else None,
+                "since": running.since.isoformat(timespec="seconds") if running else None,
+                "page": service.page,
+                "log": str(log_file(settings, service)),
+            }
+        )
+    if as_json:
+        console.print_json(json.dumps(rows))
+    else:
+        table = Table(*rows[0], box=None)
+        for row in rows:
+            table.add_row(*(str(value or "") for value in row.values()))
+        console.print(table)
+    if any(row["state"] != "running" for row in rows):
+        raise typer.Exit(1)
+
+
+@app.command()
+def run(
+    job: JobArgument,
+    trials: Annotated[int | None, typer.Option(help="Finished trials that end the tuning.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="Minutes after which no further trial begins.")] = None,
+    sampler: Annotated[str | None, typer.Option(help="How the next hyperparameters are chosen: tpe or random.")] = None,
+    promotion: Annotated[str | None, typer.Option(help="automatic, or never: everything but the promotion.")] = None,
+    follow: Annotated[bool, typer.Option(help="Wait for the night and show how it goes.")] = True,
+) -> None:
+    """Run one night of a job now, through its Prefect deployment. Exit code 1 where the night does not complete.
+
+    An option that is left out is as the job's file says.
+    """
+    settings = _enter()
+    from flows.follow import follow_night, submit_night
+    from tasks.job import load_job
+
+    overrides = {"trials": trials, "minutes": minutes, "sampler": sampler, "promotion": promotion}
+    load_job(job, settings.jobs, trials=trials, minutes=minutes, sampler=sampler, promotion=promotion)
+    night = submit_night(
+        settings, f"{FLOW}/{job}", {"job": job} | {k: v for k, v in overrides.items() if v is not None}
+    )
+    console.print(f"night of {job}: {settings.prefect_page}/runs/flow-run/{night.id}")
+    if follow:
+        follow_night(settings, night, job, console)
+        console.print(
+            f"Prefect {settings.prefect_page}/runs/flow-run/{night.id}\n"
+            f"MLflow  {settings.mlflow_url}\n"
+            f"The stack stays up for these pages and for the schedule; stop it with: {sys.argv[0]} down"
+        )
+
+
+@app.command()
+def champion(
+    job: JobArgument, as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False
+) -> None:
+    """Print a job's champion, every checksum verified."""
+    _enter()
+    from tasks.versions import load_champion
+
+    found = load_champion(job)
+    if as_json:
+        console.print_json(
+            json.dumps(
+                {
+                    "version": found.manifest.version,
+                    "promotion": found.promotion.model_dump(mode="json"),
+                    "manifest": found.manifest.model_dump(mode="json"),
+                }
+            )
+        )
+        return
+    table = Table(show_header=False, box=None)
+    lineage = found.manifest.lineage
+    for name, value in (
+        ("version", f"{found.manifest.version}, promotion {found.promotion.number}"),
+        ("promoted", f"{found.promotion.promoted_at:%Y-%m-%d %H:%M} UTC: {found.promotion.reason}"),
+        ("model", f"{found.manifest.model} {found.manifest.hyperparameters}"),
+        *((f"{split} metrics", str(metrics)) for split, metrics in found.manifest.metrics.items()),
+        ("from", f"study {lineage.study}, trial {lineage.trial}, snapshot {lineage.snapshot}"),
+    ):
+        table.add_row(name, value)
+    console.print(table)
+
+
+def main() -> None:
+    """Run the command line; an error that a person can mend is one sentence and exit code 1."""
+    from infra.errors import ExpectedError
+
+    try:
+        app()
+    except ExpectedError as error:
+        errors.print(f"nightly: {error}", markup=False)
+        sys.exit(1)
+
+
+def _enter() -> Settings:
+    settings = Settings.read()
+    os.environ.update(settings.environment())
+    return settings
+
+
+def _settle_dead_runs(client: "SyncPrefectClient", job: "TuningJob", settings: Settings) -> None:
+    """Without a worker nothing that Prefect shows as under way can be, unless a worker was killed and left its night
+    behind; that night holds the job's lock."""
+    from prefect.client.schemas.objects import StateType
+
+    from infra.deploy import crash_dead_runs
+    from tasks.reconcile import NightRuns, only_night_of
+
+    try:
+        with only_night_of(job.name, settings.home):
+            states = (StateType.RUNNING, StateType.PENDING, StateType.CANCELLING)
+            for name in crash_dead_runs(client, job.name, states=states):
+                console.print(f"night {name} was left running and is marked crashed; the next one continues its study")
+    except NightRuns:
+        console.print(f"a night of {job.name} that lost its worker is still running")
+
+
+def _deployment(job: "TuningJob") -> "Deployment":
+    from infra.deploy import Deployment
+
+    return Deployment(
+        name=job.name,
+        entrypoint=ENTRYPOINT,
+        description=job.description,
+        tags=("nightly-tuner", job.model),
+        cron=job.schedule.cron,
+        timezone=job.schedule.timezone,
+        overlap=job.schedule.overlap,
+        parameters={"job": job.name},
+        form_defaults={
+            "trials": job.budget.trials,
+            "minutes": job.budget.minutes,
+            "sampler": job.search.sampler,
+            "promotion": job.promotion.mode,
+        },
+    )

@@ -1,0 +1,149 @@
+"""The night: one Prefect flow run of a job, from rows to a promoted model.
+
+Reads as the night goes; each step's work is in the module of its name in tasks/. Errors that a person can mend end
+the night as FAILED with one sentence.
+"""
+
+import logging
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Annotated, Any, ParamSpec, TypeVar
+from uuid import UUID
+
+import optuna
+from mlflow import MlflowClient
+from optuna.trial import FrozenTrial
+from prefect import State, Task, flow, runtime, task
+from prefect.cache_policies import NO_CACHE
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import StateType
+from prefect.states import Failed
+from pydantic import Field
+
+from infra.deploy import crash_dead_runs
+from infra.device import choose_device
+from infra.errors import ExpectedError
+from infra.settings import Settings
+from infra.store import StoreUnavailable, open_store
+from tasks.confirm import confirm
+from tasks.gate import gate
+from tasks.job import Minutes, PromotionMode, SamplerName, Trials, TuningJob, load_job
+from tasks.prepare import prepare
+from tasks.promote import promote
+from tasks.reconcile import only_night_of, reconcile
+from tasks.report import report
+from tasks.study import open_study
+from tasks.tracking import TrialTracker, begin_night, night_ends_with_its_run, track_missing_trials
+from tasks.tune import Prepared, ProgressArtifact, Tuned, tune
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_logger = logging.getLogger(__name__)
+
+
+def _run_name() -> str:
+    return f"{runtime.flow_run.parameters['job']} · {datetime.now(UTC):%Y-%m-%d %H:%M}"
+
+
+@flow(name="nightly_tuning", flow_run_name=_run_name, persist_result=False)
+def nightly_tuning(
+    job: Annotated[str, Field(title="Job", description="Name of the job, as its YAML file is called.")],
+    trials: Annotated[
+        Trials | None, Field(title="Trials", description="How many finished trials end the tuning.")
+    ] = None,
+    minutes: Annotated[
+        Minutes | None, Field(title="Minutes", description="After how many minutes no further trial begins.")
+    ] = None,
+    sampler: Annotated[
+        SamplerName | None, Field(title="Sampler", description="How the next hyperparameters are chosen.")
+    ] = None,
+    promotion: Annotated[
+        PromotionMode | None,
+        Field(title="Promotion", description="automatic publishes a winner; never does everything but that."),
+    ] = None,
+) -> Any:
+    """Tune one job and promote the best model if it beats the champion.
+
+    1. reconcile: the store is usable, what earlier nights left open is settled
+    2. prepare: rows become an immutable snapshot
+    3. tune: a study of trials, each tracked in MLflow
+    4. confirm: the best are trained again with a fresh seed
+    5. gate: challenger against champion on the same test rows
+    6. promote: the winner is published in the artifact store
+    7. report: what happened, in Prefect and MLflow
+
+    What is left out is taken from the job's file.
+    """
+    try:
+        settings = Settings.read()
+        tuning_job = load_job(job, settings.jobs, trials=trials, minutes=minutes, sampler=sampler, promotion=promotion)
+        with only_night_of(tuning_job.name, settings.home):
+            return _night(tuning_job, settings)
+    except ExpectedError as error:
+        _logger.error("%s", error)  # noqa: TRY400 the sentence says it all; a traceback would bury it
+        return Failed(message=str(error))
+
+
+def _night(job: TuningJob, settings: Settings) -> str:
+    flow_run_id = runtime.flow_run.id
+    client = MlflowClient(settings.mlflow_url)
+    device = choose_device()
+    store = open_store(settings.store_url)
+    studies = settings.home / "studies"
+
+    with get_client(sync_client=True) as prefect:
+        crash_dead_runs(prefect, job.name, states=(StateType.RUNNING, StateType.CANCELLING), spare=UUID(flow_run_id))
+    champion = reconcile_step(job, store, client, studies, device)
+    snapshot = prepare_step(job.data, settings.home / "snapshots")
+    study = open_study(job, snapshot.fingerprint, studies, _now())
+    run_id = begin_night(client, job, study, snapshot, flow_run_id)
+    with night_ends_with_its_run(client, run_id):
+        prepared = Prepared.load(snapshot, device)
+        tuned = tune_step(study, job, prepared, client, run_id)
+        challenger = confirm_step(study, job, prepared)
+        verdict = gate_step(job, challenger, champion, snapshot, device)
+        promotion = promote_step(job, study, snapshot, challenger, verdict, store, client, _now())
+        return report_step(job, study, snapshot, tuned, challenger, verdict, promotion, settings, client, _now())
+
+
+def _tune(study: optuna.Study, job: TuningJob, prepared: Prepared, client: MlflowClient, run_id: str) -> Tuned:
+    progress = ProgressArtifact(study, job)
+    with TrialTracker(client, run_id) as tracker:
+
+        def on_trial(trial: FrozenTrial) -> None:
+            tracker.track(study, trial)
+            progress.update()
+
+        tuned = tune(study, job, prepared, on_trial=on_trial)
+    progress.update(final=True)
+    track_missing_trials(client, run_id, study)
+    return tuned
+
+
+def _step(name: str, inputs: str, **options: Any) -> Callable[[Callable[P, R]], Task[P, R]]:
+    """Prefect shows a task's name and duration but none of its inputs' values, so the run's name carries them."""
+    return task(name=name, task_run_name=f"{name}: {inputs}", cache_policy=NO_CACHE, persist_result=False, **options)
+
+
+def _store_was_away(_task: Task[..., Any], _run: Any, state: State) -> bool:
+    return isinstance(state.result(raise_on_failure=False), StoreUnavailable)
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)
+
+
+reconcile_step = _step("reconcile", "{job.name} with {store.url}")(reconcile)
+prepare_step = _step("prepare", "{data.source}")(prepare)
+tune_step = _step("tune", "{job.budget.trials} trials of {job.model}, {job.search.sampler}")(_tune)
+confirm_step = _step("confirm", "best {job.confirm.candidates} of {study.study_name}")(confirm)
+gate_step = _step("gate", "trial {challenger.trial.number} on {snapshot.fingerprint}")(gate)
+promote_step = _step(
+    "promote",
+    "trial {challenger.trial.number}, {verdict.decision}, {job.promotion.mode}",
+    retries=3,
+    retry_delay_seconds=[2, 10, 30],
+    retry_condition_fn=_store_was_away,
+)(promote)
+report_step = _step("report", "{study.study_name}")(report)

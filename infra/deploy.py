@@ -1,0 +1,146 @@
+"""Prefect's side of a job: its deployment, the work pool, the automation that finds dead runs.
+
+Applying twice changes nothing; a schedule that was paused by hand stays paused. Knows a flow by its entrypoint
+string only, and nothing of what it does.
+"""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Literal
+from uuid import UUID
+
+from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.schemas.actions import (
+    DeploymentScheduleCreate,
+    DeploymentScheduleUpdate,
+    DeploymentUpdate,
+    WorkPoolCreate,
+)
+from prefect.client.schemas.filters import DeploymentFilter, FlowRunFilter
+from prefect.client.schemas.objects import ConcurrencyLimitStrategy, ConcurrencyOptions, StateType
+from prefect.client.schemas.schedules import CronSchedule
+from prefect.events.actions import ChangeFlowRunState
+from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
+from prefect.events.schemas.events import ResourceSpecification
+from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
+from prefect.flows import Flow, load_flow_from_entrypoint
+from prefect.states import Crashed
+
+ZOMBIE_AUTOMATION = "nightly-tuner: crash runs whose heartbeat stopped"
+# Three missed heartbeats of 30 s (settings.py).
+ZOMBIE_AFTER = timedelta(seconds=90)
+SCHEDULE_SLUG = "nightly"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Deployment:
+    """What Prefect is told of a job. A run gets `parameters`; `form_defaults` are what the Run form shows for the
+    others, so that a scheduled run follows the job file and a person sees what it says."""
+
+    name: str
+    entrypoint: str
+    description: str
+    tags: tuple[str, ...]
+    cron: str
+    timezone: str
+    overlap: Literal["wait", "refuse"]
+    parameters: Mapping[str, Any]
+    form_defaults: Mapping[str, Any]
+
+
+def apply_deployment(client: SyncPrefectClient, deployment: Deployment, work_pool: str) -> UUID:
+    """Create or update one deployment, with at most one run of it at a time."""
+    flow: Flow[..., Any] = load_flow_from_entrypoint(deployment.entrypoint, use_placeholder_flow=False)
+    schedule = CronSchedule(cron=deployment.cron, timezone=deployment.timezone)
+    content: dict[str, Any] = {
+        "entrypoint": deployment.entrypoint,
+        "description": deployment.description,
+        "tags": list(deployment.tags),
+        "parameters": dict(deployment.parameters),
+        "parameter_openapi_schema": form_schema(flow.parameters.model_dump(), deployment.form_defaults),
+        "enforce_parameter_schema": True,
+        "concurrency_limit": 1,
+        "concurrency_options": ConcurrencyOptions(
+            collision_strategy=ConcurrencyLimitStrategy.ENQUEUE
+            if deployment.overlap == "wait"
+            else ConcurrencyLimitStrategy.CANCEL_NEW
+        ),
+        "work_pool_name": work_pool,
+    }
+    try:
+        existing = client.read_deployment_by_name(f"{flow.name}/{deployment.name}")
+    except ObjectNotFound:
+        return client.create_deployment(
+            client.create_flow(flow),
+            deployment.name,
+            schedules=[DeploymentScheduleCreate(schedule=schedule, active=True, slug=SCHEDULE_SLUG)],
+            **content,
+        )
+    # The schedule's `active` is left unset: an update must not wake a schedule that somebody paused.
+    update = DeploymentScheduleUpdate(schedule=schedule, slug=SCHEDULE_SLUG)
+    client.update_deployment(existing.id, DeploymentUpdate(schedules=[update], **content))
+    return existing.id
+
+
+def form_schema(schema: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """A flow's parameter schema as a person should meet it: `X | None` shows as a type switch in Prefect's form
+    (PrefectHQ/prefect#22759), so each parameter with a default of its own becomes a plain X."""
+    schema = copy.deepcopy(schema)
+    for name, default in defaults.items():
+        field = schema["properties"][name]
+        plain = next(kind for kind in field.pop("anyOf") if kind.get("type") != "null")
+        schema["properties"][name] = {**field, **plain, "default": default}
+    return schema
+
+
+def apply_work_pool(client: SyncPrefectClient, name: str) -> None:
+    """Create the process work pool unless it is there."""
+    try:
+        client.create_work_pool(WorkPoolCreate(name=name, type="process"))
+    except ObjectAlreadyExists:
+        return
+
+
+def apply_zombie_automation(client: SyncPrefectClient) -> None:
+    """Let Prefect mark a run crashed when its heartbeat stops (docs.prefect.io, "Detect zombie flows"): where a worker
+    dies with its run, the run stays RUNNING otherwise and keeps every later night of the job waiting."""
+    ends = {f"prefect.flow-run.{state}" for state in ("Completed", "Failed", "Cancelled", "Crashed")}
+    heartbeat = "prefect.flow-run.heartbeat"
+    automation = AutomationCore(
+        name=ZOMBIE_AUTOMATION,
+        description="Marks a flow run as crashed when three heartbeats in a row are missing.",
+        trigger=EventTrigger(
+            match=ResourceSpecification({"prefect.resource.id": ["prefect.flow-run.*"]}),
+            after={heartbeat},
+            expect={heartbeat, *ends},
+            for_each={"prefect.resource.id"},
+            posture=Posture.Proactive,
+            threshold=1,
+            within=ZOMBIE_AFTER,
+        ),
+        actions=[ChangeFlowRunState(state=StateType.CRASHED, message="Its heartbeat stopped: the process is gone.")],
+    )
+    existing = client.read_automations_by_name(ZOMBIE_AUTOMATION)
+    if existing:
+        client.update_automation(existing[0].id, automation)
+    else:
+        client.create_automation(automation)
+
+
+def crash_dead_runs(
+    client: SyncPrefectClient, deployment_name: str, *, states: tuple[StateType, ...], spare: UUID | None = None
+) -> list[str]:
+    """Mark a deployment's runs in these states as crashed, but for the spared one; returns their names.
+
+    Only right for a caller who knows that their processes are gone.
+    """
+    runs = client.read_flow_runs(
+        deployment_filter=DeploymentFilter.model_validate({"name": {"any_": [deployment_name]}}),
+        flow_run_filter=FlowRunFilter.model_validate({"state": {"type": {"any_": list(states)}}}),
+    )
+    dead = [run for run in runs if run.id != spare]
+    for run in dead:
+        client.set_flow_run_state(run.id, Crashed(message="Its process is gone."), force=True)
+    return [run.name for run in dead]

@@ -1,0 +1,113 @@
+"""What the environment says: where state lies, which servers and which store to use.
+
+Settings are the machine's, configuration is the job's. Every process that we start gets its environment from
+`Settings.environment`, so that a laptop and a cluster differ in URLs only. Knows nothing of tuning.
+"""
+
+from pathlib import Path
+from typing import Annotated, Self
+from urllib.parse import urlsplit
+
+from pydantic import AfterValidator, Field, ValidationError, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from infra.errors import ExpectedError
+
+LOOPBACK = "127.0.0.1"
+LOOPBACK_NAMES = (LOOPBACK, "localhost", "::1")
+
+AbsolutePath = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())]
+Port = Annotated[int, Field(ge=1, le=65535)]
+
+
+class SettingsError(ExpectedError):
+    """A setting of the environment is wrong; the message names the variable, the value and the remedy."""
+
+
+class Settings(BaseSettings):
+    """The environment's settings. Each is read from NIGHTLY_<NAME>, or from the variable named beside it."""
+
+    model_config = SettingsConfigDict(env_prefix="NIGHTLY_", env_ignore_empty=True, frozen=True, extra="ignore")
+
+    home: AbsolutePath = Field(default=Path(".nightly"), validate_default=True)
+    jobs: AbsolutePath | None = None
+    store: str | None = None
+    work_pool: str = "local"
+    prefect_port: Port = 4200
+    # Not MLflow's usual 5000: on a Mac the AirPlay receiver sits there.
+    mlflow_port: Port = 5001
+    external_prefect_url: str | None = Field(default=None, validation_alias="PREFECT_API_URL")
+    external_mlflow_url: str | None = Field(default=None, validation_alias="MLFLOW_TRACKING_URI")
+
+    @field_validator("store")
+    @classmethod
+    def _store_is_known(cls, store: str | None) -> str | None:
+        if store is not None and urlsplit(store).scheme not in ("file", "s3"):
+            raise ValueError("must start with file:// (a directory) or s3:// (a bucket)")
+        return store
+
+    @classmethod
+    def read(cls) -> Self:
+        """Read the environment.
+
+        Raises SettingsError: a variable does not parse, or the home cannot be written.
+        """
+        try:
+            settings = cls()
+        except ValidationError as error:
+            problem = error.errors()[0]
+            field = str(problem["loc"][0])
+            variable = field if field.isupper() else f"NIGHTLY_{field.upper()}"
+            reason = problem["msg"].removeprefix("Value error, ")
+            raise SettingsError(
+                f"{variable}: {reason}, found {problem['input']!r}; set it right or unset it"
+            ) from error
+        try:
+            settings.home.mkdir(parents=True, exist_ok=True)
+            probe = settings.home / ".writable"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise SettingsError(
+                f"NIGHTLY_HOME must be a folder that can be written, found {settings.home} ({error.strerror}); "
+                "name another folder or mend its rights"
+            ) from error
+        return settings
+
+    @property
+    def store_url(self) -> str:
+        return self.store or (self.home / "store").as_uri()
+
+    @property
+    def prefect_page(self) -> str:
+        return self.prefect_api_url.removesuffix("/api")
+
+    @property
+    def prefect_api_url(self) -> str:
+        return self.external_prefect_url or f"http://{LOOPBACK}:{self.prefect_port}/api"
+
+    @property
+    def mlflow_url(self) -> str:
+        return self.external_mlflow_url or f"http://{LOOPBACK}:{self.mlflow_port}"
+
+    def environment(self) -> dict[str, str]:
+        """The variables for each of our processes: the same home, servers and store, and no telemetry."""
+        return {
+            "NIGHTLY_HOME": str(self.home),
+            "NIGHTLY_STORE": self.store_url,
+            "NIGHTLY_WORK_POOL": self.work_pool,
+            **({"NIGHTLY_JOBS": str(self.jobs)} if self.jobs else {}),
+            "PREFECT_HOME": str(self.home / "prefect"),
+            "PREFECT_API_URL": self.prefect_api_url,
+            "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+            "PREFECT_LOGGING_EXTRA_LOGGERS": "flows,tasks,models,infra",
+            "MLFLOW_TRACKING_URI": self.mlflow_url,
+            "MLFLOW_DISABLE_TELEMETRY": "true",
+            "DO_NOT_TRACK": "true",
+            # Prefect's least; a run that is silent for three of these is dead (deploy.py).
+            "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
+            # MLflow's own default blocks a caller for four minutes when its server is away.
+            "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+            "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        }

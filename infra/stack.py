@@ -1,0 +1,252 @@
+"""The local stack: a Prefect server, an MLflow server and one worker, on loopback, as processes of this machine.
+
+Each service leaves a record (process id and start time) below the home; a record counts only while that very process
+lives, so a stale one is harmless. Knows nothing of jobs.
+"""
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import httpx
+import psutil
+from filelock import FileLock, Timeout
+
+from infra.errors import ExpectedError
+from infra.settings import LOOPBACK, Settings
+
+START_SECONDS = 180
+STOP_SECONDS = 20
+
+
+class StackError(ExpectedError):
+    """The stack cannot be started or stopped; the message names the service, the reason and the remedy."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Service:
+    """One process of the stack, and how to see that it is healthy."""
+
+    name: str
+    command: tuple[str, ...]
+    port: int | None = None
+    port_variable: str = ""
+    health_url: str = ""
+
+    @property
+    def page(self) -> str | None:
+        return None if self.port is None else f"http://{LOOPBACK}:{self.port}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Running:
+    """A service whose process lives."""
+
+    service: Service
+    process: psutil.Process
+
+    @property
+    def since(self) -> datetime:
+        return datetime.fromtimestamp(self.process.create_time(), UTC)
+
+    @property
+    def healthy(self) -> bool:
+        return not self.service.health_url or _answers(self.service.health_url)
+
+
+def servers(settings: Settings) -> list[Service]:
+    """The servers that this machine runs: none that the environment places elsewhere by its own URL."""
+    mlflow_home = settings.home / "mlflow"
+    here = f"{LOOPBACK}:{settings.mlflow_port},localhost:{settings.mlflow_port}"
+    prefect = Service(
+        name="prefect",
+        command=(
+            sys.executable, "-m", "prefect", "server", "start",
+            "--host", LOOPBACK, "--port", str(settings.prefect_port),
+        ),
+        port=settings.prefect_port,
+        port_variable="NIGHTLY_PREFECT_PORT",
+        health_url=f"http://{LOOPBACK}:{settings.prefect_port}/api/health",
+    )  # fmt: skip
+    mlflow = Service(
+        name="mlflow",
+        command=(
+            sys.executable, "-m", "mlflow", "server", "--host", LOOPBACK, "--port", str(settings.mlflow_port),
+            "--workers", "2", "--allowed-hosts", here,
+            "--backend-store-uri", f"sqlite:///{mlflow_home / 'mlflow.db'}",
+            "--artifacts-destination", (mlflow_home / "artifacts").as_uri(),
+        ),
+        port=settings.mlflow_port,
+        port_variable="NIGHTLY_MLFLOW_PORT",
+        health_url=f"http://{LOOPBACK}:{settings.mlflow_port}/health",
+    )  # fmt: skip
+    return [
+        service
+        for service, elsewhere in ((prefect, settings.external_prefect_url), (mlflow, settings.external_mlflow_url))
+        if elsewhere is None
+    ]
+
+
+def worker(settings: Settings) -> Service:
+    """The worker: one run at a time, because it stands for one device."""
+    return Service(
+        name="worker",
+        command=(
+            sys.executable, "-m", "prefect", "worker", "start", "--pool", settings.work_pool, "--type", "process",
+            "--name", f"{socket.gethostname()}-local", "--limit", "1",
+        ),
+    )  # fmt: skip
+
+
+@contextlib.contextmanager
+def one_at_a_time(settings: Settings) -> Iterator[None]:
+    """Two commands must not start or stop the same stack at once. Raises StackError."""
+    try:
+        with FileLock(settings.home / "stack.lock", timeout=0):
+            yield
+    except Timeout:
+        raise StackError(
+            f"another command is starting or stopping the stack in {settings.home}; wait until it is done"
+        ) from None
+
+
+def start(settings: Settings, services: list[Service], say: Callable[[str], None]) -> None:
+    """Start the services that do not run yet, together, and wait until each is healthy.
+
+    Raises StackError: a port is taken, or a service ended or stayed silent. What this call started is stopped again
+    then, and on Ctrl-C.
+    """
+    missing = []
+    for service in services:
+        if running := find(settings, service):
+            say(f"{service.name} runs already since {running.since:%Y-%m-%d %H:%M:%S} UTC")
+        else:
+            _clear_leftovers(settings, service)
+            _require_free_port(service)
+            missing.append(service)
+    started: list[Running] = []
+    try:
+        for service in missing:
+            started.append(_spawn(settings, service))  # noqa: PERF401 what was started so far must be known on error
+        for running in started:
+            _wait_until_healthy(settings, running)
+            say(f"{running.service.name} is up" + (f" at {running.service.page}" if running.service.page else ""))
+    except BaseException:
+        for running in started:
+            stop(settings, running.service)
+        raise
+
+
+def stop(settings: Settings, service: Service) -> bool:
+    """Stop a service and every process it started; returns whether it ran."""
+    running = find(settings, service)
+    if running is not None:
+        family = [running.process, *running.process.children(recursive=True)]
+        running.process.terminate()
+        _, alive = psutil.wait_procs(family[:1], timeout=STOP_SECONDS)
+        _kill(alive + [process for process in family[1:] if process.is_running()])
+    _clear_leftovers(settings, service)
+    _record(settings, service).unlink(missing_ok=True)
+    return running is not None
+
+
+def find(settings: Settings, service: Service) -> Running | None:
+    """The service's process, if the one that its record names still lives."""
+    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError, KeyError, psutil.NoSuchProcess):
+        record = json.loads(_record(settings, service).read_text())
+        process = psutil.Process(record["pid"])
+        if process.create_time() == record["create_time"] and process.status() != psutil.STATUS_ZOMBIE:
+            return Running(service=service, process=process)
+    return None
+
+
+def log_file(settings: Settings, service: Service) -> Path:
+    return settings.home / "logs" / f"{service.name}.log"
+
+
+def _spawn(settings: Settings, service: Service) -> Running:
+    for folder in ("logs", "run", "mlflow", "prefect"):
+        (settings.home / folder).mkdir(exist_ok=True)
+    with log_file(settings, service).open("ab") as log:
+        spawned = subprocess.Popen(
+            service.command,
+            env={**os.environ, **settings.environment()},
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # the terminal's Ctrl-C is not for a server
+        )
+    process = psutil.Process(spawned.pid)
+    record = {"pid": process.pid, "create_time": process.create_time()}
+    _record(settings, service).write_text(json.dumps(record))
+    return Running(service=service, process=process)
+
+
+def _wait_until_healthy(settings: Settings, running: Running) -> None:
+    name = running.service.name
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        if find(settings, running.service) is None:
+            raise StackError(
+                f"{name} ended while it started; the reason stands in {log_file(settings, running.service)}"
+            )
+        if running.healthy:
+            return
+        time.sleep(0.2)
+    raise StackError(
+        f"{name} did not answer within {START_SECONDS} s; see {log_file(settings, running.service)} for the reason"
+    )
+
+
+def _require_free_port(service: Service) -> None:
+    if service.port is None:
+        return
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((LOOPBACK, service.port))
+        except OSError as error:
+            raise StackError(
+                f"{service.name} cannot listen on port {service.port} of {LOOPBACK} ({error.strerror}): "
+                f"stop what uses it or set {service.port_variable} to another port"
+            ) from error
+
+
+def _clear_leftovers(settings: Settings, service: Service) -> None:
+    """Kill what a killed service left behind: its children keep its session, whose id is the dead process's."""
+    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError, KeyError):
+        record = json.loads(_record(settings, service).read_text())
+        _kill([process for process in psutil.process_iter() if _in_session(process, record)])
+
+
+def _in_session(process: psutil.Process, record: dict[str, float]) -> bool:
+    try:
+        return os.getsid(process.pid) == record["pid"] and process.create_time() >= record["create_time"]
+    except (ProcessLookupError, PermissionError, psutil.Error):
+        return False
+
+
+def _kill(processes: list[psutil.Process]) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(processes, timeout=STOP_SECONDS)
+
+
+def _record(settings: Settings, service: Service) -> Path:
+    return settings.home / "run" / f"{service.name}.json"
+
+
+def _answers(url: str) -> bool:
+    try:
+        return httpx.get(url, timeout=5).status_code == httpx.codes.OK
+    except httpx.HTTPError:
+        return False

@@ -1,0 +1,1 @@
+"""PyTorch: hyperparameters, model families, training, evaluation. Knows nothing of Prefect, MLflow or stores."""

@@ -1,0 +1,243 @@
+"""The job: one YAML file that says what is tuned, on which data, with what budget, and when it is promoted.
+
+A name and a data source are enough. The file is read, merged with a night's overrides and validated as one TuningJob
+before anything starts; what is wrong is said in one sentence. Knows nothing of the steps.
+"""
+
+import hashlib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+from zoneinfo import available_timezones
+
+import yaml
+from prefect.schedules import Cron
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from infra.errors import ExpectedError
+from models.evaluate import METRICS, Metric, MetricName
+from models.families import Family, family_named
+from models.hyperparameters import Domain, search_space
+
+OWN_JOBS = Path(__file__).parent.parent / "flows" / "jobs"
+NAME_PATTERN = r"[a-z0-9][a-z0-9._-]{0,63}"
+MAX_JOB_BYTES = 64 * 1024
+
+SamplerName = Literal["tpe", "random"]
+PrunerName = Literal["median", "none"]
+PromotionMode = Literal["automatic", "never"]
+
+Trials = Annotated[int, Field(ge=1, le=100_000)]
+Minutes = Annotated[float, Field(gt=0, le=7 * 24 * 60)]
+
+
+class JobError(ExpectedError):
+    """A job is wrong; the message names the file or field, the rule, the value found and the remedy."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class DataConfig(_Section):
+    """Where the rows come from, and which share of them is held out."""
+
+    source: str
+    validation_fraction: float = Field(default=0.2, gt=0, lt=0.5)
+    test_fraction: float = Field(default=0.2, gt=0, lt=0.5)
+
+
+class SearchConfig(_Section):
+    """How the study looks for good hyperparameters; `space` overrides the model's domains by name."""
+
+    sampler: SamplerName = "tpe"
+    pruner: PrunerName = "median"
+    objective: MetricName = "accuracy"
+    space: dict[str, Any] = {}
+
+
+class BudgetConfig(_Section):
+    """Whichever is used up first ends the tuning; minutes are tested between trials."""
+
+    trials: Trials = 60
+    minutes: Minutes = 60
+
+
+class ConfirmConfig(_Section):
+    """How many of the best trials are trained again, with a fresh seed, before one of them becomes the challenger."""
+
+    candidates: int = Field(default=3, ge=1, le=20)
+
+
+class PromotionConfig(_Section):
+    """Whether a winning challenger is promoted, and by how much it must win on the test rows."""
+
+    mode: PromotionMode = "automatic"
+    min_improvement: float = Field(default=0.0, ge=0)
+
+
+class ScheduleConfig(_Section):
+    """When a night starts, and what a second one does while the first still runs: wait for it, or be refused."""
+
+    cron: str = "0 2 * * *"
+    timezone: str = "UTC"
+    overlap: Literal["wait", "refuse"] = "wait"
+
+    @field_validator("cron")
+    @classmethod
+    def _cron_parses(cls, cron: str) -> str:
+        rule = "must be five cron fields such as '0 2 * * *'"
+        if len(cron.split(" ")) != 5:  # Prefect's parser also takes six, with seconds, and @daily
+            raise ValueError(rule)
+        try:
+            Cron(cron)
+        except ValueError as error:
+            raise ValueError(rule) from error
+        return cron
+
+    @field_validator("timezone")
+    @classmethod
+    def _timezone_exists(cls, timezone: str) -> str:
+        if timezone not in available_timezones():
+            raise ValueError("must be an IANA time zone such as Europe/Berlin")
+        return timezone
+
+
+class TuningJob(_Section):
+    """A named tuning set-up. One YAML file, one Prefect deployment and one MLflow experiment each."""
+
+    name: str = Field(pattern=f"^{NAME_PATTERN}$")
+    description: str = ""
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    data: DataConfig
+    model: str = "mlp"
+    search: SearchConfig = SearchConfig()
+    budget: BudgetConfig = BudgetConfig()
+    confirm: ConfirmConfig = ConfirmConfig()
+    promotion: PromotionConfig = PromotionConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+
+    @field_validator("model")
+    @classmethod
+    def _model_is_known(cls, model: str) -> str:
+        family_named(model)
+        return model
+
+    @model_validator(mode="after")
+    def _space_fits_the_model(self) -> Self:
+        try:
+            search_space(self.family.hyperparameters, self.search.space)
+        except ValueError as error:
+            raise ValueError(f"search.space.{error}") from error
+        return self
+
+    @property
+    def family(self) -> Family:
+        return family_named(self.model)
+
+    @property
+    def space(self) -> dict[str, Domain]:
+        return search_space(self.family.hyperparameters, self.search.space)
+
+    @property
+    def objective(self) -> Metric:
+        return METRICS[self.search.objective]
+
+    @property
+    def search_digest(self) -> str:
+        """Equal for two jobs whose studies mean the same: what is drawn and how it is scored, whatever the budget."""
+        content = self.model_dump_json(include={"seed", "data", "model", "search"})
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def load_job(
+    name: str,
+    extra_folder: Path | None,
+    *,
+    trials: int | None = None,
+    minutes: float | None = None,
+    sampler: str | None = None,
+    promotion: str | None = None,
+) -> TuningJob:
+    """The job of that name with a night's overrides merged in; None leaves what the file says.
+
+    Raises JobError: no job has that name (the known ones are listed), or what is merged is no valid job.
+    """
+    files = job_files(extra_folder)
+    if name not in files:
+        raise JobError(f"no job is named {name!r}; known are {', '.join(files)}")
+    content = _read_mapping(files[name])
+    for section, field, value in (
+        ("budget", "trials", trials),
+        ("budget", "minutes", minutes),
+        ("search", "sampler", sampler),
+        ("promotion", "mode", promotion),
+    ):
+        if value is not None:
+            content[section] = {**(content.get(section) or {}), field: value}
+    return parse_job(content, files[name])
+
+
+def load_jobs(extra_folder: Path | None) -> list[TuningJob]:
+    """Every job: those that come with us and those in the extra folder. Raises JobError for the first bad file."""
+    return [load_job(name, extra_folder) for name in job_files(extra_folder)]
+
+
+def job_files(extra_folder: Path | None) -> dict[str, Path]:
+    """Job files by name; a job in the extra folder hides one of ours with the same name.
+
+    Raises JobError where the extra folder is none.
+    """
+    if extra_folder is not None and not extra_folder.is_dir():
+        raise JobError(f"NIGHTLY_JOBS must be a folder of job files, found {extra_folder}; create it or unset it")
+    folders = [OWN_JOBS] if extra_folder is None else [OWN_JOBS, extra_folder]
+    return {path.stem: path for folder in folders for path in sorted(folder.glob("*.yaml"))}
+
+
+def parse_job(content: Mapping[str, Any], path: Path) -> TuningJob:
+    """Validate a job file's content. Raises JobError with every problem in one sentence each."""
+    if content.get("name") != path.stem:
+        raise JobError(f"{path}: name must equal the file's name {path.stem!r}, found {content.get('name')!r}")
+    data = content.get("data")
+    if isinstance(data, dict) and isinstance(source := data.get("source"), str) and "://" not in source:
+        # A path in a job file means the same wherever the night runs.
+        content = {**content, "data": {**data, "source": str(path.parent / source)}}
+    try:
+        return TuningJob.model_validate(content)
+    except ValidationError as error:
+        raise JobError("; ".join(_sentence(path, problem) for problem in error.errors())) from error
+
+
+def _read_mapping(path: Path) -> dict[str, Any]:
+    if (size := path.stat().st_size) > MAX_JOB_BYTES:
+        raise JobError(f"{path}: a job file may have {MAX_JOB_BYTES} bytes at most, found {size}; shorten it")
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_PlainLoader)  # noqa: S506 a SafeLoader
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = re.sub(r"\s+", " ", str(error))
+        raise JobError(f"{path}: must be YAML without anchors or tags, but {reason}; mend it") from error
+    if not isinstance(content, dict):
+        raise JobError(f"{path}: must be a mapping of fields such as `name: ...`, found {type(content).__name__}")
+    return content
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """YAML without aliases: nested ones grow a small file without limit (billion laughs)."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.events.AliasEvent):
+            raise yaml.YAMLError(f"an alias stands in line {parent.start_mark.line + 1}")
+        return super().compose_node(parent, index)
+
+
+def _sentence(path: Path, problem: Any) -> str:
+    field = ".".join(str(part) for part in problem["loc"])
+    reason = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "extra_forbidden":
+        return f"{path}: {field} is not a field of a job; remove it or correct its name"
+    if problem["type"] == "missing":
+        return f"{path}: {field} is missing; add it"
+    # A validator of ours across fields names the field and the value by itself, and has no single input.
+    found = "" if not field or ", found " in reason else f", found {problem['input']!r}"
+    return f"{path}: {field}{': ' if field else ''}{reason}{found}"

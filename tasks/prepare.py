@@ -1,0 +1,144 @@
+"""prepare: rows become a snapshot, an immutable folder named by the fingerprint of what is in it.
+
+A row's split is decided by a hash of its features, so it never changes as data grows and exact duplicates never
+straddle splits. Knows nothing of models.
+"""
+
+import hashlib
+import json
+import logging
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors.numpy import save_file
+from safetensors.torch import load_file
+from torch import Tensor
+
+from models.families import DataShape
+from tasks.job import DataConfig
+from tasks.sources import DataError, Rows, read_rows
+
+SplitName = Literal["train", "validation", "test"]
+SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """An immutable prepared dataset on disk, named by its fingerprint."""
+
+    fingerprint: str
+    source: str
+    path: Path
+    shape: DataShape
+    classes: tuple[str, ...]
+    row_counts: dict[SplitName, int]
+
+    def load(self, device: torch.device) -> dict[SplitName, tuple[Tensor, Tensor]]:
+        """Raw features float32 and target int64 of each split, on the device."""
+        tensors = load_file(self.path / "rows.safetensors", device=str(device))
+        return {split: (tensors[f"{split}.features"], tensors[f"{split}.target"]) for split in SPLITS}
+
+
+def prepare(data: DataConfig, snapshots: Path) -> Snapshot:
+    """Read the source, split it, and write its snapshot unless one with this fingerprint is there already.
+
+    Raises DataError where a split is empty or a class has no training row.
+    """
+    rows = read_rows(data.source)
+    row_hashes = hash_rows(rows.features)
+    parts = _split(rows, row_hashes, data)
+    fingerprint = _fingerprint(rows, row_hashes, data)
+    snapshot = Snapshot(
+        fingerprint=fingerprint,
+        source=data.source,
+        path=snapshots / fingerprint,
+        shape=DataShape(features=rows.features.shape[1:], classes=len(rows.classes)),
+        classes=rows.classes,
+        row_counts={split: len(parts[split]) for split in SPLITS},
+    )
+    if not snapshot.path.is_dir():
+        _write(snapshot, rows, parts)
+    _logger.info("%d rows of %s: %s, snapshot %s", len(rows.target), data.source, snapshot.row_counts, fingerprint)
+    return snapshot
+
+
+def hash_rows(features: npt.NDArray[np.float32]) -> list[bytes]:
+    """A row's identity: 16 bytes of BLAKE2b over its values as little-endian float32 (-0 counts as 0)."""
+    canonical = np.ascontiguousarray(features + np.float32(0), dtype="<f4").reshape(len(features), -1)
+    return [hashlib.blake2b(row.tobytes(), digest_size=16).digest() for row in canonical]
+
+
+def split_of(row_hash: bytes, data: DataConfig) -> SplitName:
+    """The split of a row: its hash, read as a number in [0, 1), against the fractions. Test rows come first, so a
+    changed validation fraction moves no row into or out of the test split."""
+    position = int.from_bytes(row_hash[:8], "big") / 2**64
+    if position < data.test_fraction:
+        return "test"
+    return "validation" if position < data.test_fraction + data.validation_fraction else "train"
+
+
+def _split(rows: Rows, row_hashes: list[bytes], data: DataConfig) -> dict[SplitName, npt.NDArray[np.int64]]:
+    """Row numbers of each split, in the order of their hashes, which is the same whatever the source's order."""
+    numbers: dict[SplitName, list[int]] = {split: [] for split in SPLITS}
+    for number in sorted(range(len(row_hashes)), key=lambda row: (row_hashes[row], rows.target[row])):
+        numbers[split_of(row_hashes[number], data)].append(number)
+    parts = {split: np.array(numbers[split], dtype=np.int64) for split in SPLITS}
+    for split, part in parts.items():
+        if len(part) == 0:
+            raise DataError(
+                f"{data.source}: the {split} split must not be empty; give more rows than {len(rows.target)}"
+            )
+    missing = set(range(len(rows.classes))) - set(rows.target[parts["train"]].tolist())
+    if missing:
+        names = ", ".join(rows.classes[index] for index in sorted(missing))
+        raise DataError(f"{data.source}: every class needs a training row, found none of {names}; give more rows")
+    return parts
+
+
+def _fingerprint(rows: Rows, row_hashes: list[bytes], data: DataConfig) -> str:
+    """32 hexadecimal digits over the rows in any order, their labels, and how they are split."""
+    digest = hashlib.sha256()
+    header = [rows.features.shape[1:], rows.classes, data.validation_fraction, data.test_fraction]
+    digest.update(json.dumps(header).encode())
+    for row in sorted(
+        row_hash + int(label).to_bytes(8, "big") for row_hash, label in zip(row_hashes, rows.target, strict=True)
+    ):
+        digest.update(row)
+    return digest.hexdigest()[:32]
+
+
+def _write(snapshot: Snapshot, rows: Rows, parts: dict[SplitName, npt.NDArray[np.int64]]) -> None:
+    """Into a folder of its own, renamed when it is complete: who finds the name finds a whole snapshot."""
+    snapshot.path.parent.mkdir(parents=True, exist_ok=True)
+    tensors: dict[str, npt.NDArray[np.generic]] = {}
+    for split, part in parts.items():
+        tensors[f"{split}.features"] = rows.features[part]
+        tensors[f"{split}.target"] = rows.target[part]
+    with tempfile.TemporaryDirectory(dir=snapshot.path.parent, prefix=".partial-", ignore_cleanup_errors=True) as name:
+        partial = Path(name) / "snapshot"
+        partial.mkdir()
+        save_file(tensors, partial / "rows.safetensors")
+        (partial / "snapshot.json").write_text(
+            json.dumps(
+                {
+                    "fingerprint": snapshot.fingerprint,
+                    "source": snapshot.source,
+                    "features": snapshot.shape.features,
+                    "classes": snapshot.classes,
+                    "row_counts": snapshot.row_counts,
+                },
+                indent=2,
+            )
+        )
+        try:
+            partial.rename(snapshot.path)
+        except OSError:
+            if not snapshot.path.is_dir():  # else another night wrote the same snapshot first, which is as good
+                raise

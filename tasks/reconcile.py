@@ -1,0 +1,77 @@
+"""reconcile: settle what earlier nights left open, before a new one begins.
+
+Optuna, MLflow and Prefect each keep a state of every trial or run, and after a kill each goes stale by itself. Only
+right while the job's lock is held: that is the proof that no other night of the job is alive. A second reconcile
+changes nothing.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from filelock import FileLock, Timeout
+from mlflow import MlflowClient
+from mlflow.entities import RunStatus
+from mlflow.exceptions import MlflowException
+
+from infra.errors import ExpectedError
+from infra.store import Store, check_store
+from tasks.job import TuningJob
+from tasks.study import MLFLOW_RUN, last_study, settle_running_trials
+from tasks.tracking import point_champion_alias, track_missing_trials
+from tasks.versions import Champion, read_champion
+
+_logger = logging.getLogger(__name__)
+
+
+class NightRuns(ExpectedError):
+    """Another night of the job is alive on this machine."""
+
+
+@contextmanager
+def only_night_of(job_name: str, home: Path) -> Iterator[None]:
+    """Hold the job's lock, which the kernel frees when its holder dies. Raises NightRuns."""
+    lock = home / "locks" / f"{job_name}.lock"
+    lock.parent.mkdir(exist_ok=True)
+    try:
+        with FileLock(lock, timeout=0):
+            yield
+    except Timeout:
+        raise NightRuns(f"another night of {job_name} runs on this machine; wait for it or cancel it") from None
+
+
+def reconcile(
+    job: TuningJob, store: Store, client: MlflowClient, studies: Path, device: torch.device
+) -> Champion | None:
+    """Check the store, verify the champion, settle the last night; returns the champion, None before the first.
+
+    Raises StoreError where the store cannot be used or the champion in it is damaged: better now than after a night
+    of training. MLflow's part is made up for by the next night where MLflow does not answer.
+    """
+    check_store(store)
+    champion = read_champion(store, job.name, device)
+    try:
+        _settle_last_night(job.name, client, studies)
+        if champion is not None and point_champion_alias(client, job.name, champion.promotion):
+            _logger.warning("MLflow's alias did not name the champion of the store; it was set right")
+    except MlflowException as error:
+        _logger.warning("MLflow could not be reconciled: %s", error.message)
+    return champion
+
+
+def _settle_last_night(job_name: str, client: MlflowClient, studies: Path) -> None:
+    study = last_study(job_name, studies)
+    if study is None:
+        return
+    for trial in settle_running_trials(study):
+        _logger.warning("trial %d of %s was interrupted", trial.number, study.study_name)
+    run_id = study.user_attrs.get(MLFLOW_RUN)
+    if run_id is None:
+        return
+    if missing := track_missing_trials(client, run_id, study):
+        _logger.warning("%d trials of %s were missing in MLflow and were written", missing, study.study_name)
+    if client.get_run(run_id).info.status == RunStatus.to_string(RunStatus.RUNNING):
+        client.set_terminated(run_id, "KILLED")
+        _logger.warning("the run of %s was left RUNNING and was set KILLED", study.study_name)

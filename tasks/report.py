@@ -1,0 +1,118 @@
+"""report: what happened, in words and numbers, where people already look: Prefect, MLflow and the terminal.
+
+Reads what the steps returned and decides nothing.
+"""
+
+from datetime import datetime
+
+import optuna
+from mlflow import MlflowClient
+from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE
+from optuna.trial import TrialState
+from prefect.artifacts import create_markdown_artifact
+
+from infra.settings import Settings
+from tasks.confirm import Challenger
+from tasks.gate import Verdict
+from tasks.job import TuningJob
+from tasks.prepare import Snapshot
+from tasks.study import ENDED, MLFLOW_RUN
+from tasks.tracking import DEVICE, SECONDS
+from tasks.tune import Tuned, artifact_name
+from tasks.versions import Promotion
+
+
+def report(
+    job: TuningJob,
+    study: optuna.Study,
+    snapshot: Snapshot,
+    tuned: Tuned,
+    challenger: Challenger,
+    verdict: Verdict,
+    promotion: Promotion | None,
+    settings: Settings,
+    client: MlflowClient,
+    now: datetime,
+) -> str:
+    """Write the night's summary to its MLflow run and as a Prefect artifact, mark the study ended; returns Markdown."""
+    run_id = study.user_attrs[MLFLOW_RUN]
+    experiment_id = client.get_run(run_id).info.experiment_id
+    text = summarize(
+        job, study, snapshot, tuned, challenger, verdict, promotion,
+        run_page=f"{settings.mlflow_url}/#/experiments/{experiment_id}/runs/{run_id}",
+    )  # fmt: skip
+    tags = {
+        MLFLOW_RUN_NOTE: text,
+        "verdict": verdict.decision,
+        "promoted": promotion.version if promotion else "no",
+        "best_trial": str(tuned.best.number),
+    }
+    for name, value in tags.items():
+        client.set_tag(run_id, name, value)
+    metrics = {f"val_{name}": value for name, value in challenger.validation.items()}
+    metrics |= {f"test_{name}": value for name, value in verdict.challenger_test.items()}
+    metrics |= {f"champion_test_{name}": value for name, value in (verdict.champion_test or {}).items()}
+    for metric, measured in metrics.items():
+        client.log_metric(run_id, metric, measured)
+    create_markdown_artifact(text, key=report_key(job.name), description=f"{study.study_name}: {verdict.decision}")
+    study.set_user_attr(ENDED, now.isoformat())
+    return text
+
+
+def report_key(job_name: str) -> str:
+    """The key of a job's report among Prefect's artifacts, which takes letters, digits and dashes only."""
+    return "report-" + artifact_name(job_name)
+
+
+def summarize(
+    job: TuningJob,
+    study: optuna.Study,
+    snapshot: Snapshot,
+    tuned: Tuned,
+    challenger: Challenger,
+    verdict: Verdict,
+    promotion: Promotion | None,
+    *,
+    run_page: str,
+) -> str:
+    """The night in Markdown: outcome first, then the numbers, the best trials and where to look."""
+    name = job.search.objective
+    rows = snapshot.row_counts
+    seconds = sum(trial.user_attrs.get(SECONDS, 0.0) for trial in study.trials)
+    champion_test = "none yet" if verdict.champion_test is None else f"{verdict.champion_test[name]:.4f}"
+    trials = study.get_trials(states=(TrialState.COMPLETE,))
+    trials.sort(key=lambda trial: trial.values[0], reverse=job.objective.direction == "maximize")
+    best = "\n".join(f"| {trial.number} | {trial.values[0]:.4f} | {_params(trial.params)} |" for trial in trials[:5])
+    return f"""\
+# {job.name}: {_outcome(job, verdict, promotion)}
+
+{verdict.reason[0].upper()}{verdict.reason[1:]}.
+
+| | |
+| --- | --- |
+| data | {snapshot.source}, snapshot `{snapshot.fingerprint[:12]}`: {rows["train"]} training, {rows["validation"]} validation and {rows["test"]} test rows |
+| search | {tuned.complete} trials complete, {tuned.pruned} pruned, {tuned.failed} failed in {seconds:.0f} s of training; ended by {tuned.ended_by} |
+| challenger | trial {challenger.trial.number}, validation {name} {challenger.trial.values[0]:.4f} in the search, {challenger.validation[name]:.4f} confirmed |
+| on the test rows | challenger {name} {verdict.challenger_test[name]:.4f}, champion {champion_test} |
+| trained on | {challenger.trial.user_attrs[DEVICE]} |
+
+| trial | validation {name} | hyperparameters |
+| --- | --- | --- |
+{best}
+
+[All trials in MLflow]({run_page})
+"""  # noqa: E501 a table's row is one line
+
+
+def _outcome(job: TuningJob, verdict: Verdict, promotion: Promotion | None) -> str:
+    if promotion is not None:
+        return f"version {promotion.version} promoted"
+    if verdict.decision == "PROMOTE":
+        return f"not promoted, because promotion.mode is {job.promotion.mode}"
+    return f"champion stays ({verdict.decision})"
+
+
+def _params(params: dict[str, object]) -> str:
+    return ", ".join(
+        f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}" for name, value in params.items()
+    )

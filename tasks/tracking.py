@@ -1,0 +1,272 @@
+"""Everything that is written to MLflow: one experiment a job, a parent run a night, a nested run a trial.
+
+A trial's run is derived from the finished Optuna trial alone and written in one batch (one call a metric costs 20
+times more), off the training thread. So a trial that MLflow missed can be written later, and twice does no harm.
+Knows nothing of how a trial was trained.
+"""
+
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from datetime import datetime
+from typing import Any
+
+import optuna
+from mlflow import MlflowClient
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunStatus, ViewType
+from mlflow.exceptions import MlflowException
+from mlflow.store.tracking import SEARCH_MAX_RESULTS_DEFAULT
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME
+from optuna.trial import FrozenTrial, TrialState
+
+from infra.errors import ExpectedError
+from models.solo import Epoch
+from tasks.job import TuningJob
+from tasks.prepare import Snapshot
+from tasks.study import FAILURE, FLOW_RUN, MLFLOW_RUN, is_interrupted
+from tasks.versions import Promotion
+
+CHAMPION_ALIAS = "champion"
+STORE_VERSION = "store_version"
+TRIAL_NUMBER = "optuna_trial"
+CURVE = "curve"
+SECONDS = "seconds"
+DEVICE = "device"
+
+_logger = logging.getLogger(__name__)
+
+
+class TrackingError(ExpectedError):
+    """MLflow cannot be used; the message says why and what to do."""
+
+
+def begin_night(
+    client: MlflowClient, job: TuningJob, study: optuna.Study, snapshot: Snapshot, flow_run_id: str | None
+) -> str:
+    """The night's parent run, created or, for a study that is continued, opened again; returns its id.
+
+    Raises TrackingError where MLflow does not answer.
+    """
+    if (run_id := study.user_attrs.get(MLFLOW_RUN)) is not None:
+        client.update_run(run_id, status="RUNNING")
+        client.set_tag(run_id, FLOW_RUN, flow_run_id or "none")
+    else:
+        tags = {
+            MLFLOW_RUN_NAME: study.study_name,
+            "job": job.name,
+            "optuna_study": study.study_name,
+            FLOW_RUN: flow_run_id or "none",
+        }
+        run_id = client.create_run(_experiment(client, job.name), tags=tags).info.run_id
+        params = [
+            Param(name, str(value)) for name, value in _flat(job.model_dump(mode="json", exclude={"search": {"space"}}))
+        ]
+        params += [Param(f"space.{name}", str(domain)) for name, domain in job.space.items()]
+        client.log_batch(run_id, params=params)
+        client.log_inputs(run_id, datasets=[_dataset(snapshot)])
+        study.set_user_attr(MLFLOW_RUN, run_id)
+    study.set_user_attr(FLOW_RUN, flow_run_id)
+    return str(run_id)
+
+
+@contextmanager
+def night_ends_with_its_run(client: MlflowClient, run_id: str) -> Iterator[None]:
+    """End the parent run as the night ends: FINISHED, FAILED, or KILLED where it was stopped."""
+    try:
+        yield
+    except Exception:
+        client.set_terminated(run_id, "FAILED")
+        raise
+    except BaseException:
+        client.set_terminated(run_id, "KILLED")
+        raise
+    client.set_terminated(run_id, "FINISHED")
+
+
+class TrialTracker:
+    """Writes finished trials on a thread of its own; what could not be written is logged and left to
+    `track_missing_trials`. The queue is as long as the night's trials at most, and holds no tensors."""
+
+    def __init__(self, client: MlflowClient, parent_run_id: str) -> None:
+        self._client = client
+        self._parent_run_id = parent_run_id
+        self._experiment_id = client.get_run(parent_run_id).info.experiment_id
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mlflow")
+
+    def __enter__(self) -> "TrialTracker":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown(wait=True)
+
+    def track(self, study: optuna.Study, trial: FrozenTrial) -> None:
+        self._thread.submit(self._write, study, trial)
+
+    def _write(self, study: optuna.Study, trial: FrozenTrial) -> None:
+        try:
+            track_trial(self._client, self._experiment_id, self._parent_run_id, study, trial)
+        except Exception as error:  # noqa: BLE001 whatever goes wrong with MLflow must not cost the trial
+            _logger.warning("trial %d is not in MLflow yet: %s", trial.number, error)
+
+
+def track_trial(
+    client: MlflowClient, experiment_id: str, parent_run_id: str, study: optuna.Study, trial: FrozenTrial
+) -> None:
+    """Write one finished trial as a nested run: created, filled by one batch, ended."""
+    start, end = _milliseconds(trial.datetime_start), _milliseconds(trial.datetime_complete)
+    tags = {
+        MLFLOW_PARENT_RUN_ID: parent_run_id,
+        MLFLOW_RUN_NAME: f"trial {trial.number:03}",
+        "job": study.study_name.rpartition("-")[0].rpartition("-")[0],
+        "optuna_study": study.study_name,
+        TRIAL_NUMBER: str(trial.number),
+        "trial_state": trial.state.name,
+        FLOW_RUN: study.user_attrs.get(FLOW_RUN) or "none",
+    }
+    tags |= {name: str(trial.user_attrs[name]) for name in (DEVICE, FAILURE) if name in trial.user_attrs}
+    if is_interrupted(trial):
+        tags[FAILURE] = "interrupted: its worker was stopped"
+    run = client.create_run(experiment_id, start_time=start, tags=tags)
+    metrics = []
+    for number, train_loss, validation in trial.user_attrs.get(CURVE, []):
+        for name, value in {
+            "train_loss": train_loss,
+            **{f"val_{key}": value for key, value in validation.items()},
+        }.items():
+            metrics.append(Metric(name, value, end, number))
+    if SECONDS in trial.user_attrs:
+        metrics.append(Metric("seconds", trial.user_attrs[SECONDS], end, 0))
+    params = [Param(name, str(value)) for name, value in trial.params.items()]
+    for batch in range(0, max(len(metrics), 1), 1000):  # MLflow takes a thousand metrics a batch
+        client.log_batch(run.info.run_id, metrics=metrics[batch : batch + 1000], params=params if batch == 0 else [])
+    client.set_terminated(run.info.run_id, _run_status(trial), end)
+
+
+def track_missing_trials(client: MlflowClient, parent_run_id: str, study: optuna.Study) -> int:
+    """Write every finished trial that has no complete run; returns how many.
+
+    A run that was begun and not ended (its writer was killed) is deleted and written anew.
+    """
+    experiment_id = client.get_run(parent_run_id).info.experiment_id
+    tracked = set()
+    for run in nested_runs(client, parent_run_id):
+        if run.info.status == RunStatus.to_string(RunStatus.RUNNING):
+            client.delete_run(run.info.run_id)
+        else:
+            tracked.add(int(run.data.tags[TRIAL_NUMBER]))
+    missing = [trial for trial in study.trials if trial.state.is_finished() and trial.number not in tracked]
+    for trial in missing:
+        track_trial(client, experiment_id, parent_run_id, study, trial)
+    return len(missing)
+
+
+def nested_runs(client: MlflowClient, parent_run_id: str) -> Iterator[Any]:
+    """Every run of the night's trials, in no particular order."""
+    experiment_id = client.get_run(parent_run_id).info.experiment_id
+    token = None
+    while True:
+        page = client.search_runs(
+            [experiment_id],
+            f"tags.`{MLFLOW_PARENT_RUN_ID}` = '{parent_run_id}'",
+            ViewType.ACTIVE_ONLY,
+            SEARCH_MAX_RESULTS_DEFAULT,
+            page_token=token,
+        )
+        yield from page
+        token = page.token
+        if not token:
+            return
+
+
+def curve_of(epochs: tuple[Epoch, ...] | list[Epoch]) -> list[Any]:
+    """A trial's curve as it is kept in Optuna: number, training loss and validation metrics of each epoch."""
+    return [[epoch.number, epoch.train_loss, dict(epoch.validation)] for epoch in epochs]
+
+
+def point_champion_alias(client: MlflowClient, job: str, promotion: Promotion) -> bool:
+    """Let MLflow's alias `champion` follow the promotion log; returns whether it had to be moved.
+
+    A model version is created for a store version that the registry does not hold yet. Raises MlflowException.
+    """
+    known = {version.tags.get(STORE_VERSION): version.version for version in _model_versions(client, job)}
+    number = known.get(promotion.version)
+    if number is None:
+        created = client.create_model_version(
+            job,
+            source=f"runs:/{promotion.run}/{CHAMPION_ALIAS}",
+            run_id=promotion.run,
+            tags={STORE_VERSION: promotion.version},
+            description=promotion.reason,
+        )
+        number = created.version
+    aliases = client.get_registered_model(job).aliases
+    if str(aliases.get(CHAMPION_ALIAS)) == str(number):
+        return False
+    client.set_registered_model_alias(job, CHAMPION_ALIAS, str(number))
+    return True
+
+
+def _model_versions(client: MlflowClient, job: str) -> Iterator[Any]:
+    try:
+        client.get_registered_model(job)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        client.create_registered_model(job)
+    token = None
+    while True:
+        page = client.search_model_versions(f"name = '{job}'", page_token=token)
+        yield from page
+        token = page.token
+        if not token:
+            return
+
+
+def _experiment(client: MlflowClient, name: str) -> str:
+    try:
+        experiment = client.get_experiment_by_name(name)
+        if experiment is None:
+            return str(client.create_experiment(name))
+        if experiment.lifecycle_stage == "deleted":
+            client.restore_experiment(experiment.experiment_id)
+    except MlflowException as error:
+        raise TrackingError(
+            f"MLflow does not answer at {client.tracking_uri} ({error.message.splitlines()[0]}); "
+            "start it with `nightly up` or set MLFLOW_TRACKING_URI right"
+        ) from error
+    return str(experiment.experiment_id)
+
+
+def _dataset(snapshot: Snapshot) -> DatasetInput:
+    return DatasetInput(
+        Dataset(
+            name=snapshot.source,
+            digest=snapshot.fingerprint,
+            source_type="local",
+            source=json.dumps({"uri": snapshot.path.as_uri()}),
+            schema=json.dumps({"features": snapshot.shape.features, "classes": snapshot.classes}),
+            profile=json.dumps(snapshot.row_counts),
+        ),
+        tags=[InputTag("mlflow.data.context", "snapshot")],
+    )
+
+
+def _run_status(trial: FrozenTrial) -> str:
+    if trial.state == TrialState.FAIL:
+        return "KILLED" if is_interrupted(trial) else "FAILED"
+    return "FINISHED"
+
+
+def _flat(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in content.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _milliseconds(moment: datetime | None) -> int:
+    assert moment is not None, "a finished trial has both its times"
+    return int(moment.timestamp() * 1000)
