@@ -67,7 +67,7 @@ def follow_night(settings: Settings, night: FlowRun, job: str, console: Console)
 def _watch(client: SyncPrefectClient, night_id: UUID, job: str, console: Console) -> FlowRun:
     shown: set[UUID] = set()
     began = said_at = time.monotonic()
-    warned = False
+    said, warned = "", False
     # A spinner with the latest news on a terminal, a plain line now and then elsewhere.
     with console.status("") if console.is_terminal else nullcontext() as live:
         while True:
@@ -82,8 +82,8 @@ def _watch(client: SyncPrefectClient, night_id: UUID, job: str, console: Console
             news = _news(client, night, job)
             if live is not None:
                 live.update(news)
-            elif time.monotonic() - said_at >= PLAIN_PROGRESS_SECONDS:
-                said_at = time.monotonic()
+            elif news != said and time.monotonic() - said_at >= PLAIN_PROGRESS_SECONDS:
+                said, said_at = news, time.monotonic()
                 console.print(news, markup=False)
             if night.state.is_scheduled() and not warned and time.monotonic() - began > WORKER_PATIENCE_SECONDS:
                 warned = True

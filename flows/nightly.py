@@ -7,7 +7,7 @@ the night as FAILED with one sentence.
 import logging
 from collections.abc import Callable
 from datetime import UTC, datetime
-from typing import Annotated, Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 from uuid import UUID
 
 import optuna
@@ -18,12 +18,11 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import StateType
 from prefect.states import Failed
-from pydantic import Field
 
 from infra.deploy import crash_dead_runs
 from infra.device import choose_device
 from infra.errors import ExpectedError
-from infra.settings import Settings
+from infra.settings import OUR_LOGGERS, Settings
 from infra.store import StoreUnavailable, open_store
 from tasks.confirm import confirm
 from tasks.gate import gate
@@ -48,20 +47,11 @@ def _run_name() -> str:
 
 @flow(name="nightly_tuning", flow_run_name=_run_name, persist_result=False)
 def nightly_tuning(
-    job: Annotated[str, Field(title="Job", description="Name of the job, as its YAML file is called.")],
-    trials: Annotated[
-        Trials | None, Field(title="Trials", description="How many finished trials end the tuning.")
-    ] = None,
-    minutes: Annotated[
-        Minutes | None, Field(title="Minutes", description="After how many minutes no further trial begins.")
-    ] = None,
-    sampler: Annotated[
-        SamplerName | None, Field(title="Sampler", description="How the next hyperparameters are chosen.")
-    ] = None,
-    promotion: Annotated[
-        PromotionMode | None,
-        Field(title="Promotion", description="automatic publishes a winner; never does everything but that."),
-    ] = None,
+    job: str,
+    trials: Trials | None = None,
+    minutes: Minutes | None = None,
+    sampler: SamplerName | None = None,
+    promotion: PromotionMode | None = None,
 ) -> Any:
     """Tune one job and promote the best model if it beats the champion.
 
@@ -73,8 +63,15 @@ def nightly_tuning(
     6. promote: the winner is published in the artifact store
     7. report: what happened, in Prefect and MLflow
 
-    What is left out is taken from the job's file.
+    Args:
+        job: Name of the job, as its YAML file is called.
+        trials: How many finished trials end the tuning.
+        minutes: After how many minutes no further trial begins.
+        sampler: How the next hyperparameters are chosen.
+        promotion: automatic publishes a winner; never does everything but that.
     """
+    for name in OUR_LOGGERS:
+        logging.getLogger(name).setLevel(logging.INFO)
     try:
         settings = Settings.read()
         tuning_job = load_job(job, settings.jobs, trials=trials, minutes=minutes, sampler=sampler, promotion=promotion)

@@ -199,6 +199,7 @@ def point_champion_alias(client: MlflowClient, job: str, promotion: Promotion) -
             run_id=promotion.run,
             tags={STORE_VERSION: promotion.version},
             description=promotion.reason,
+            await_creation_for=0,
         )
         number = created.version
     aliases = client.get_registered_model(job).aliases
