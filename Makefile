@@ -19,11 +19,13 @@ test: .venv/test.stamp
 
 # The lock is used as constraints, so that one file serves both and a plain user installs no test tools.
 .venv/run.stamp: pyproject.toml requirements.lock | .venv
-	$(PIP) install --quiet --constraint requirements.lock --editable .
+	@echo "Installing the locked packages into .venv (some minutes, where they must be downloaded)"
+	@$(PIP) install --quiet --constraint requirements.lock --editable .
 	@touch $@
 
 .venv/test.stamp: pyproject.toml requirements.lock | .venv
-	$(PIP) install --quiet --constraint requirements.lock --editable '.[test]'
+	@echo "Installing the locked packages and the test tools into .venv (some minutes, where they must be downloaded)"
+	@$(PIP) install --quiet --constraint requirements.lock --editable '.[test]'
 	@touch $@ .venv/run.stamp
 
 .venv:

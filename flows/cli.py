@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from infra.settings import Settings
-from infra.stack import find, log_file, one_at_a_time, servers, start, stop, worker
+from infra.stack import find, one_at_a_time, servers, start, stop, worker
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
@@ -78,7 +78,7 @@ def down() -> None:
 def status(as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False) -> None:
     """Say what runs, where and since when. Exit code 1 where a part of the stack does not run."""
     settings = _enter()
-    rows = []
+    rows: list[dict[str, str | int | None]] = []
     for service in (*servers(settings), worker(settings)):
         running = find(settings, service)
         rows.append(
@@ -86,9 +86,8 @@ def status(as_json: Annotated[bool, typer.Option("--json", help="Print JSON for 
                 "service": service.name,
                 "state": "stopped" if running is None else "running" if running.healthy else "not answering",
                 "pid": running.process.pid if running else None,
-                "since": running.since.isoformat(timespec="seconds") if running else None,
+                "since": running.since.isoformat(sep=" ", timespec="seconds") if running else None,
                 "page": service.page,
-                "log": str(log_file(settings, service)),
             }
         )
     if as_json:
@@ -140,6 +139,7 @@ def champion(
 ) -> None:
     """Print a job's champion, every checksum verified."""
     _enter()
+    from tasks.report import in_words
     from tasks.versions import load_champion
 
     found = load_champion(job)
@@ -159,8 +159,8 @@ def champion(
     for name, value in (
         ("version", f"{found.manifest.version}, promotion {found.promotion.number}"),
         ("promoted", f"{found.promotion.promoted_at:%Y-%m-%d %H:%M} UTC: {found.promotion.reason}"),
-        ("model", f"{found.manifest.model} {found.manifest.hyperparameters}"),
-        *((f"{split} metrics", str(metrics)) for split, metrics in found.manifest.metrics.items()),
+        ("model", f"{found.manifest.model}: {in_words(found.manifest.hyperparameters)}"),
+        *((split, in_words(metrics)) for split, metrics in found.manifest.metrics.items()),
         ("from", f"study {lineage.study}, trial {lineage.trial}, snapshot {lineage.snapshot}"),
     ):
         table.add_row(name, value)

@@ -16,7 +16,7 @@ from models.hyperparameters import Hyperparameters, complete
 from models.preprocessing import Standardization
 from models.solo import Diverged, train
 from tasks.job import TuningJob
-from tasks.study import derived_seed
+from tasks.study import ORDINAL, derived_seed
 from tasks.tune import Prepared, TuningFailed
 
 _logger = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ def confirm(study: optuna.Study, job: TuningJob, prepared: Prepared) -> Challeng
     challengers = []
     for trial in _top_trials(study, job.confirm.candidates):
         hyperparameters = complete(job.family.hyperparameters, job.space, trial.params)
-        seed = derived_seed(job.seed, "confirm", trial.number)
+        seed = derived_seed(job.seed, "confirm", trial.user_attrs[ORDINAL])
         try:
             trained = train(
                 job.family, hyperparameters, prepared.snapshot.shape, prepared.training, prepared.validation, seed=seed

@@ -3,6 +3,7 @@
 Reads what the steps returned and decides nothing.
 """
 
+from collections.abc import Mapping
 from datetime import datetime
 
 import optuna
@@ -82,7 +83,7 @@ def summarize(
     champion_test = "none yet" if verdict.champion_test is None else f"{verdict.champion_test[name]:.4f}"
     trials = study.get_trials(states=(TrialState.COMPLETE,))
     trials.sort(key=lambda trial: trial.values[0], reverse=job.objective.direction == "maximize")
-    best = "\n".join(f"| {trial.number} | {trial.values[0]:.4f} | {_params(trial.params)} |" for trial in trials[:5])
+    best = "\n".join(f"| {trial.number} | {trial.values[0]:.4f} | {in_words(trial.params)} |" for trial in trials[:5])
     return f"""\
 # {job.name}: {_outcome(job, verdict, promotion)}
 
@@ -112,7 +113,8 @@ def _outcome(job: TuningJob, verdict: Verdict, promotion: Promotion | None) -> s
     return f"champion stays ({verdict.decision})"
 
 
-def _params(params: dict[str, object]) -> str:
+def in_words(values: Mapping[str, object]) -> str:
+    """`learning_rate 0.00298, batch_size 32`: names and values for a table, numbers to four digits."""
     return ", ".join(
-        f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}" for name, value in params.items()
+        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in values.items()
     )

@@ -23,7 +23,7 @@ MLFLOW_RUN = "mlflow_run_id"
 FLOW_RUN = "prefect_flow_run_id"
 ENDED = "ended"
 FAILURE = "failure"
-RETRY_OF = "retry_of"
+ORDINAL = "ordinal"
 
 _logger = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ def open_study(job: TuningJob, fingerprint: str, studies: Path, now: datetime) -
     """Continue the job's last study if its night never ended and meant the same (the same search on the same
     snapshot), else create one.
 
-    Trials that the interrupted night was training are settled as FAIL and enqueued again.
+    Trials that the interrupted night was training are settled as FAIL; `ask` proposes the same ones again.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     unfinished = last_study(job.name, studies)
@@ -40,11 +40,10 @@ def open_study(job: TuningJob, fingerprint: str, studies: Path, now: datetime) -
         attributes = unfinished.user_attrs
         if (attributes.get(SEARCH_DIGEST), attributes.get(FINGERPRINT)) == (job.search_digest, fingerprint):
             settle_running_trials(unfinished)
-            _enqueue_interrupted(unfinished)
             _logger.info(
                 "continuing study %s with %d finished trials", unfinished.study_name, len(finished_trials(unfinished))
             )
-            return _with_search(unfinished, job)
+            return _with_pruner(unfinished, job)
     name = f"{job.name}-{now:%Y%m%d-%H%M%S}"
     folder = studies / job.name
     folder.mkdir(parents=True, exist_ok=True)
@@ -53,7 +52,7 @@ def open_study(job: TuningJob, fingerprint: str, studies: Path, now: datetime) -
     )
     study.set_user_attr(SEARCH_DIGEST, job.search_digest)
     study.set_user_attr(FINGERPRINT, fingerprint)
-    return _with_search(study, job)
+    return _with_pruner(study, job)
 
 
 def last_study(job_name: str, studies: Path) -> optuna.Study | None:
@@ -76,13 +75,41 @@ def settle_running_trials(study: optuna.Study) -> list[FrozenTrial]:
     return running
 
 
+def ask(study: optuna.Study, job: TuningJob) -> optuna.Trial:
+    """Ask for the next trial, with a sampler seeded by how many trials are finished.
+
+    An interrupted night thus goes on exactly as it would have without the interruption: the history is the same and so
+    is the seed. (A sampler made once a process would propose the study's first trials again.)
+    """
+    ordinal = len(finished_trials(study))
+    seed = derived_seed(job.seed, "sampler", ordinal)
+    study.sampler = (
+        optuna.samplers.TPESampler(seed=seed)
+        if job.search.sampler == "tpe"
+        else optuna.samplers.RandomSampler(seed=seed)
+    )
+    trial = study.ask()
+    trial.set_user_attr(ORDINAL, ordinal)
+    return trial
+
+
 def finished_trials(study: optuna.Study) -> list[FrozenTrial]:
-    """The trials that count against the budget: COMPLETE, PRUNED, and FAIL by their own fault."""
-    return [trial for trial in study.trials if trial.state.is_finished() and not is_interrupted(trial)]
+    """The trials that count against the budget: COMPLETE, PRUNED, FAIL by their own fault, and those interrupted a
+    second time with the same hyperparameters, which may be what kills the process."""
+    finished, interrupted = [], set()
+    for trial in study.get_trials(deepcopy=False):
+        if is_interrupted(trial):
+            params = str(sorted(trial.params.items()))
+            if params in interrupted:
+                finished.append(trial)
+            interrupted.add(params)
+        elif trial.state.is_finished():
+            finished.append(trial)
+    return finished
 
 
 def is_interrupted(trial: FrozenTrial) -> bool:
-    """A trial that failed by its own fault says why; one whose worker was stopped or killed does not."""
+    """A trial that failed by its own fault says why; one whose process was stopped or killed does not."""
     return trial.state == TrialState.FAIL and FAILURE not in trial.user_attrs
 
 
@@ -91,23 +118,7 @@ def derived_seed(job_seed: int, purpose: str, number: int) -> int:
     return int(np.random.SeedSequence([job_seed, *purpose.encode(), number]).generate_state(1)[0])
 
 
-def _enqueue_interrupted(study: optuna.Study) -> None:
-    """Once each: a configuration that takes its process down with it would otherwise come back for ever."""
-    retried = {trial.user_attrs.get(RETRY_OF) for trial in study.trials}
-    for trial in study.trials:
-        if is_interrupted(trial) and trial.number not in retried and RETRY_OF not in trial.user_attrs:
-            study.enqueue_trial(trial.params, user_attrs={RETRY_OF: trial.number})
-
-
-def _with_search(study: optuna.Study, job: TuningJob) -> optuna.Study:
-    # A sampler starts its random numbers anew with each process; were the seed the same after a resume, it would
-    # propose the first trials once more.
-    seed = derived_seed(job.seed, "sampler", len(study.trials))
-    study.sampler = (
-        optuna.samplers.TPESampler(seed=seed)
-        if job.search.sampler == "tpe"
-        else optuna.samplers.RandomSampler(seed=seed)
-    )
+def _with_pruner(study: optuna.Study, job: TuningJob) -> optuna.Study:
     study.pruner = (
         optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=3)
         if job.search.pruner == "median"

@@ -25,7 +25,7 @@ from models.preprocessing import Standardization
 from models.solo import Diverged, Epoch, train
 from tasks.job import TuningJob
 from tasks.prepare import Snapshot
-from tasks.study import FAILURE, derived_seed, finished_trials
+from tasks.study import FAILURE, ORDINAL, ask, derived_seed, finished_trials
 from tasks.tracking import CURVE, DEVICE, SECONDS, curve_of
 
 _logger = logging.getLogger(__name__)
@@ -91,7 +91,9 @@ def tune(
         on_trial(_run_trial(study, job, prepared))
     trials = finished_trials(study)
     complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
-    failures = [trial.user_attrs[FAILURE] for trial in trials if trial.state == TrialState.FAIL]
+    failures = [
+        trial.user_attrs.get(FAILURE, "its process died twice") for trial in trials if trial.state == TrialState.FAIL
+    ]
     if not complete:
         raise TuningFailed(
             f"none of {len(trials)} trials of {job.name} completed"
@@ -109,7 +111,7 @@ def tune(
 def _run_trial(study: optuna.Study, job: TuningJob, prepared: Prepared) -> FrozenTrial:
     """One trial from ask to tell. An interruption (Ctrl-C, a cancelled night) leaves it FAIL without a reason,
     which is how the next night knows to train it again."""
-    trial = study.ask()
+    trial = ask(study, job)
     began = time.perf_counter()
     epochs: list[Epoch] = []
 
@@ -128,7 +130,7 @@ def _run_trial(study: optuna.Study, job: TuningJob, prepared: Prepared) -> Froze
             prepared.snapshot.shape,
             prepared.training,
             prepared.validation,
-            seed=derived_seed(job.seed, "trial", trial.number),
+            seed=derived_seed(job.seed, "trial", trial.user_attrs[ORDINAL]),
             report=report,
         )
         state, value = TrialState.COMPLETE, epochs[-1].validation[job.search.objective]
