@@ -115,7 +115,7 @@ def run(
     An option that is left out is as the job's file says.
     """
     settings = _enter()
-    from flows.follow import follow_night, submit_night
+    from flows.follow import follow_night, pages, submit_night
     from tasks.job import load_job
 
     overrides = {"trials": trials, "minutes": minutes, "sampler": sampler, "promotion": promotion}
@@ -127,8 +127,7 @@ def run(
     if follow:
         follow_night(settings, night, job, console)
         console.print(
-            f"Prefect {settings.prefect_page}/runs/flow-run/{night.id}\n"
-            f"MLflow  {settings.mlflow_url}\n"
+            f"{pages(settings, night, job)}\n"
             f"The stack stays up for these pages and for the schedule; stop it with: {sys.argv[0]} down"
         )
 

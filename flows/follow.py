@@ -21,6 +21,7 @@ from rich.markdown import Markdown
 from infra.errors import ExpectedError
 from infra.settings import Settings
 from tasks.report import report_key
+from tasks.tracking import runs_page
 from tasks.tune import progress_key
 
 POLL_SECONDS = 1.0
@@ -62,6 +63,18 @@ def follow_night(settings: Settings, night: FlowRun, job: str, console: Console)
         raise
     if report is not None:
         console.print(Markdown(str(report.data)) if console.is_terminal else str(report.data))
+
+
+def pages(settings: Settings, night: FlowRun, job: str) -> str:
+    """The two pages to open: the night in Prefect, and the job's nights and trials in MLflow."""
+    found = httpx.get(
+        f"{settings.mlflow_url}/api/2.0/mlflow/experiments/get-by-name", params={"experiment_name": job}
+    ).raise_for_status()
+    experiment_id = found.json()["experiment"]["experiment_id"]
+    return (
+        f"Prefect {settings.prefect_page}/runs/flow-run/{night.id}\n"
+        f"MLflow  {runs_page(settings.mlflow_url, experiment_id)}"
+    )
 
 
 def _watch(client: SyncPrefectClient, night_id: UUID, job: str, console: Console) -> FlowRun:

@@ -192,7 +192,8 @@ class S3Store:
 
     def _connect(self, attempts: int) -> Any:
         try:
-            client = boto3.client(
+            # A session of our own: boto3's shared one keeps the credentials that it found first.
+            client = boto3.Session().client(
                 "s3",
                 config=Config(
                     retries={"mode": "standard", "total_max_attempts": attempts},

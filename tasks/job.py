@@ -227,7 +227,7 @@ class _PlainLoader(yaml.SafeLoader):
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.events.AliasEvent):
-            raise yaml.YAMLError(f"an alias stands in line {parent.start_mark.line + 1}")
+            raise yaml.YAMLError("an alias (*name) stands in it")
         return super().compose_node(parent, index)
 
 

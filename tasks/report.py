@@ -18,7 +18,7 @@ from tasks.gate import Verdict
 from tasks.job import TuningJob
 from tasks.prepare import Snapshot
 from tasks.study import ENDED, MLFLOW_RUN
-from tasks.tracking import DEVICE, SECONDS
+from tasks.tracking import DEVICE, SECONDS, run_page, runs_page
 from tasks.tune import Tuned, artifact_name
 from tasks.versions import Promotion
 
@@ -40,7 +40,8 @@ def report(
     experiment_id = client.get_run(run_id).info.experiment_id
     text = summarize(
         job, study, snapshot, tuned, challenger, verdict, promotion,
-        run_page=f"{settings.mlflow_url}/#/experiments/{experiment_id}/runs/{run_id}",
+        night_page=run_page(settings.mlflow_url, experiment_id, run_id),
+        trials_page=runs_page(settings.mlflow_url, experiment_id),
     )  # fmt: skip
     tags = {
         MLFLOW_RUN_NOTE: text,
@@ -74,7 +75,8 @@ def summarize(
     verdict: Verdict,
     promotion: Promotion | None,
     *,
-    run_page: str,
+    night_page: str,
+    trials_page: str,
 ) -> str:
     """The night in Markdown: outcome first, then the numbers, the best trials and where to look."""
     name = job.search.objective
@@ -101,7 +103,7 @@ def summarize(
 | --- | --- | --- |
 {best}
 
-[All trials in MLflow]({run_page})
+[This night in MLflow]({night_page}), [all nights and trials]({trials_page})
 """  # noqa: E501 a table's row is one line
 
 

@@ -94,15 +94,15 @@ def ask(study: optuna.Study, job: TuningJob) -> optuna.Trial:
 
 
 def finished_trials(study: optuna.Study) -> list[FrozenTrial]:
-    """The trials that count against the budget: COMPLETE, PRUNED, FAIL by their own fault, and those interrupted a
-    second time with the same hyperparameters, which may be what kills the process."""
+    """The trials that count against the budget: COMPLETE, PRUNED, FAIL by their own fault, and those that were
+    interrupted at the second attempt too: their hyperparameters may be what kills the process."""
     finished, interrupted = [], set()
     for trial in study.get_trials(deepcopy=False):
         if is_interrupted(trial):
-            params = str(sorted(trial.params.items()))
-            if params in interrupted:
+            ordinal = trial.user_attrs.get(ORDINAL)
+            if ordinal in interrupted:
                 finished.append(trial)
-            interrupted.add(params)
+            interrupted.add(ordinal)
         elif trial.state.is_finished():
             finished.append(trial)
     return finished

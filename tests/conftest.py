@@ -1,0 +1,260 @@
+"""Real services for the tests: S3 servers, and a local stack with a home of its own.
+
+Everything listens on loopback, on a port that was free a moment before, and is stopped by the process that started it.
+A service that this machine lacks skips its tests with the reason; with NIGHTLY_REQUIRE_ALL=1 they fail instead.
+"""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import NoReturn
+
+import boto3
+import httpx
+import optuna
+import pytest
+import torch
+
+from models.families import DataShape
+from tasks.job import TuningJob, parse_job
+from tasks.prepare import Snapshot, prepare
+from tasks.tune import Prepared
+
+CPU = torch.device("cpu")
+ACCESS_KEY, SECRET_KEY = "nightlytests", "a-secret-that-only-these-tests-know"
+
+
+def require(reason: str) -> NoReturn:
+    """Skip the test, or fail it where everything is required to be there."""
+    if os.environ.get("NIGHTLY_REQUIRE_ALL") == "1":
+        pytest.fail(f"required, but {reason}")
+    pytest.skip(reason)
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def wait_for(condition: Callable[[], object], seconds: float, what: str) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            pytest.fail(f"waited {seconds} s in vain for {what}")
+        time.sleep(0.2)
+
+
+@contextmanager
+def background(command: list[str], log: Path, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A process for the time of the block: TERM at its end, KILL where that is not enough."""
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command, env={**os.environ, **environment}, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    try:
+        yield process
+    finally:
+        process.terminate()
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+# --- a job and its data ---------------------------------------------------------------------------------------------
+
+
+def make_job(**content: object) -> TuningJob:
+    """A small job on the digits; sections are replaced by what is given."""
+    base: dict[str, object] = {
+        "name": "small",
+        "data": {"source": "sklearn://digits"},
+        "search": {"space": {"epochs": 3, "batch_size": [64, 256], "width": [16, 32]}},
+        "budget": {"trials": 4},
+    }
+    return parse_job({**base, **content}, Path("small.yaml"))
+
+
+@pytest.fixture(scope="session")
+def snapshot(tmp_path_factory: pytest.TempPathFactory) -> Snapshot:
+    return prepare(make_job().data, tmp_path_factory.mktemp("snapshots"))
+
+
+@pytest.fixture(scope="session")
+def prepared(snapshot: Snapshot) -> Prepared:
+    return Prepared.load(snapshot, CPU)
+
+
+@pytest.fixture
+def shape() -> DataShape:
+    return DataShape(features=(1, 8, 8), classes=10)
+
+
+@pytest.fixture(autouse=True)
+def _quiet_optuna() -> None:
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+
+# --- S3 servers -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class S3Server:
+    """Where an S3 server listens, and how a process is told to use it."""
+
+    endpoint: str
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {
+            "AWS_ENDPOINT_URL_S3": self.endpoint,
+            "AWS_ACCESS_KEY_ID": ACCESS_KEY,
+            "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }
+
+    def make_bucket(self, name: str) -> None:
+        boto3.Session().client(
+            "s3",
+            endpoint_url=self.endpoint,
+            aws_access_key_id=ACCESS_KEY,
+            aws_secret_access_key=SECRET_KEY,
+            region_name="us-east-1",
+        ).create_bucket(Bucket=name)
+
+
+@pytest.fixture(scope="session")
+def ministack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """A quick S3 emulator. It knows no authentication, and says nothing of durability."""
+    port = free_port()
+    environment = {"BIND_HOST": "127.0.0.1", "GATEWAY_PORT": str(port), "SERVICES": "s3"}
+    log = tmp_path_factory.mktemp("ministack") / "log"
+    with background([sys.executable, "-m", "ministack"], log, **environment):
+        wait_for(lambda: _listens(port), 30, "MiniStack")
+        yield S3Server(f"http://127.0.0.1:{port}")
+
+
+@pytest.fixture(scope="session")
+def rgw(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """Ceph's RADOS gateway: a real S3 server with authentication and durability."""
+    if shutil.which("radosgw") is None:
+        require("Ceph's gateway is not installed (Debian: ceph-mon ceph-osd radosgw ceph-common)")
+    port = free_port()
+    folder = tmp_path_factory.mktemp("rgw")
+    script = str(Path(__file__).parent / "rgw.sh")
+    command = ["/bin/bash", script, str(folder), str(port), ACCESS_KEY, SECRET_KEY]
+    with background(command, folder / "log") as process:
+        wait_for(lambda: (folder / "ready").exists() or process.poll() is not None, 120, "Ceph's gateway")
+        assert process.poll() is None, (folder / "log").read_text()[-2000:]
+        yield S3Server(f"http://127.0.0.1:{port}")
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+# --- the local stack ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A local stack with a home of its own, and the `nightly` command against it."""
+
+    home: Path
+    environment: dict[str, str]
+
+    @property
+    def prefect_api(self) -> str:
+        return f"http://127.0.0.1:{self.environment['NIGHTLY_PREFECT_PORT']}/api"
+
+    @property
+    def mlflow_url(self) -> str:
+        return f"http://127.0.0.1:{self.environment['NIGHTLY_MLFLOW_PORT']}"
+
+    def nightly(self, *arguments: str, ok: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
+        """Run the command to its end; unless `ok` is False it must succeed."""
+        finished = subprocess.run(
+            [str(Path(sys.executable).parent / "nightly"), *arguments],
+            env={**self.environment, **environment},
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert not ok or finished.returncode == 0, finished.stdout + finished.stderr
+        return finished
+
+    def prefect(self, path: str, **body: object) -> list[dict[str, object]]:
+        answer = httpx.post(f"{self.prefect_api}/{path}", json=body, timeout=30).raise_for_status()
+        return list(answer.json())
+
+    def flow_runs(self, job: str) -> list[dict[str, object]]:
+        """The job's flow runs, newest first."""
+        return self.prefect("flow_runs/filter", deployments={"name": {"any_": [job]}}, sort="EXPECTED_START_TIME_DESC")
+
+
+def make_stack(home: Path) -> Stack:
+    """An isolated stack's environment: nothing of Prefect's, MLflow's or ours leaks in from outside."""
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("PREFECT_", "MLFLOW_", "AWS_")) and name not in ("NIGHTLY_HOME", "NIGHTLY_STORE")
+    }
+    jobs = home / "jobs"
+    jobs.mkdir(parents=True)
+    return Stack(
+        home=home / "home",
+        environment={
+            **environment,
+            "NIGHTLY_HOME": str(home / "home"),
+            "NIGHTLY_JOBS": str(jobs),
+            "NIGHTLY_PREFECT_PORT": str(free_port()),
+            "NIGHTLY_MLFLOW_PORT": str(free_port()),
+            "PATH": f"{Path(sys.executable).parent}:{environment['PATH']}",
+        },
+    )
+
+
+@pytest.fixture(scope="session")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """A running local stack, shared by the tests of a session; they keep apart by the names of their jobs."""
+    stack = make_stack(tmp_path_factory.mktemp("stack"))
+    write_jobs(Path(stack.environment["NIGHTLY_JOBS"]))
+    stack.nightly("up")
+    try:
+        yield stack
+    finally:
+        stack.nightly("down")
+
+
+def write_jobs(folder: Path) -> None:
+    """Jobs that are done in seconds: `quick`, `long` (to be interrupted) and `scheduled` (soon, and then never)."""
+    soon = datetime.now(UTC).timestamp() + 120
+    minute = datetime.fromtimestamp(soon, UTC)
+    search = "search: {pruner: none, space: {epochs: 2, batch_size: 64, width: [16, 32], depth: 1}}"
+    for name, trials, cron in (
+        ("quick", 5, "0 2 1 1 *"),
+        ("quick-s3", 5, "0 2 1 1 *"),
+        ("long", 400, "0 2 1 1 *"),
+        ("scheduled", 2, f"{minute.minute} {minute.hour} * * *"),
+    ):
+        (folder / f"{name}.yaml").write_text(
+            f"name: {name}\n"
+            "data: {source: 'sklearn://digits'}\n"
+            f"{search}\n"
+            f"budget: {{trials: {trials}, minutes: 10}}\n"
+            "confirm: {candidates: 2}\n"
+            f"schedule: {{cron: '{cron}'}}\n"
+        )

@@ -1,0 +1,122 @@
+"""The job: what is enough, what is refused, and how it is said."""
+
+from pathlib import Path
+
+import pytest
+
+from tasks.job import JobError, job_files, load_job, load_jobs, parse_job
+from tests.conftest import make_job
+
+
+def test_a_name_and_a_data_source_are_enough() -> None:
+    job = parse_job({"name": "x", "data": {"source": "sklearn://iris"}}, Path("x.yaml"))
+    assert (job.model, job.search.sampler, job.budget.trials) == ("mlp", "tpe", 60)
+
+
+def test_the_jobs_that_come_with_us_are_valid() -> None:
+    assert {"digits-mlp", "digits-cnn"} <= {job.name for job in load_jobs(None)}
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (
+            {"search": {"space": {"learning_rate": {"low": 0.1, "high": 0.001}}}},
+            "search.space.learning_rate: low must be below high, found low 0.1 and high 0.001; swap them",
+        ),
+        (
+            {"search": {"space": {"learning_rate": {"low": 0, "high": 0.1, "log": True}}}},
+            "a log range must begin above 0, found low 0",
+        ),
+        ({"search": {"space": {"momentun": 0.9}}}, "momentun is not a hyperparameter of this model; known are"),
+        ({"search": {"space": {"optimizer": ["adam", "sdg"]}}}, "search.space.optimizer: Input should be 'sgd'"),
+        ({"search": {"space": {"dropout": {"low": 0.5, "high": 1.0}}}}, "dropout: Input should be less than 1"),
+        ({"search": {"space": {"depth": {"low": 1, "high": 2.5}}}}, "depth: Input should be a valid integer"),
+        ({"search": {"space": {"width": []}}}, "width: choices must not be empty"),
+        ({"search": {"sampler": "magic"}}, "search.sampler: Input should be 'tpe' or 'random', found 'magic'"),
+        ({"budget": {"trials": 0}}, "budget.trials: Input should be greater than or equal to 1, found 0"),
+        ({"budget": {"minutes": float("nan")}}, "budget.minutes: Input should be a finite number"),
+        ({"model": "transformer"}, "model: must be a known model, found 'transformer'; known are mlp, cnn"),
+        ({"data": {}}, "data.source is missing; add it"),
+        ({"budgets": {}}, "budgets is not a field of a job"),
+        ({"seed": -1}, "seed: Input should be greater than or equal to 0, found -1"),
+        ({"schedule": {"cron": "0 2 * * *; touch x"}}, "schedule.cron: must be five cron fields"),
+        ({"schedule": {"cron": "99 2 * * *"}}, "schedule.cron: must be five cron fields"),
+        ({"schedule": {"cron": "@daily"}}, "schedule.cron: must be five cron fields"),
+        ({"schedule": {"timezone": "Mars/Olympus"}}, "schedule.timezone: must be an IANA time zone"),
+    ],
+)
+def test_a_bad_field_is_named_with_its_rule_and_value(content: dict[str, object], says: str) -> None:
+    with pytest.raises(JobError) as error:
+        make_job(**content)
+    assert says in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["", "Big", "../escape", "a b", "-x", "a" * 65, "naïve", "x\n"])
+def test_a_name_that_could_leave_its_folder_is_refused(name: str) -> None:
+    with pytest.raises(JobError):
+        parse_job({"name": name, "data": {"source": "sklearn://iris"}}, Path(f"{name or 'x'}.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("name: [", "must be YAML"),
+        ("- a\n- b\n", "must be a mapping"),
+        ("name: !!python/object/apply:os.system ['true']\n", "must be YAML without anchors or tags"),
+        ("a: &a [1]\nb: *a\n", "an alias (*name) stands in it"),
+        ("name: other\ndata: {source: 'sklearn://iris'}\n", "name must equal the file's name 'bad', found 'other'"),
+        ("#" * 70_000, "may have 65536 bytes at most"),
+    ],
+)
+def test_a_bad_file_is_one_sentence(tmp_path: Path, text: str, says: str) -> None:
+    (tmp_path / "bad.yaml").write_text(text)
+    with pytest.raises(JobError) as error:
+        load_job("bad", tmp_path)
+    assert says in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_an_unknown_job_lists_the_known_ones() -> None:
+    with pytest.raises(JobError, match=r"no job is named 'digit'; known are .*digits-mlp"):
+        load_job("digit", None)
+
+
+def test_a_jobs_folder_that_is_missing_is_said(tmp_path: Path) -> None:
+    with pytest.raises(JobError, match="NIGHTLY_JOBS must be a folder"):
+        job_files(tmp_path / "none")
+
+
+def test_overrides_are_merged_before_the_job_is_validated() -> None:
+    job = load_job("digits-mlp", None, trials=7, minutes=1.5, sampler="random", promotion="never")
+    assert (job.budget.trials, job.budget.minutes) == (7, 1.5)
+    assert (job.search.sampler, job.promotion.mode) == ("random", "never")
+    with pytest.raises(JobError, match=r"budget\.trials: Input should be greater than or equal to 1, found 0"):
+        load_job("digits-mlp", None, trials=0)
+
+
+def test_a_relative_source_is_relative_to_the_job_file(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("name: mine\ndata: {source: 'load.py:rows'}\n")
+    assert load_job("mine", tmp_path).data.source == f"{tmp_path}/load.py:rows"
+
+
+def test_numbers_that_yaml_reads_as_text_are_numbers(tmp_path: Path) -> None:
+    (tmp_path / "sci.yaml").write_text(
+        "name: sci\n"
+        "data: {source: 'sklearn://iris'}\n"
+        "search: {space: {learning_rate: {low: 1e-4, high: 1e-2}, weight_decay: 1e-5}}\n"
+    )
+    assert load_job("sci", tmp_path).space["weight_decay"] == 1e-5
+
+
+def test_the_search_digest_ignores_the_budget_and_nothing_that_changes_a_trial() -> None:
+    base = make_job()
+    assert make_job(budget={"trials": 9}).search_digest == base.search_digest
+    for change in (
+        {"seed": 1},
+        {"search": {"sampler": "random"}},
+        {"search": {"space": {"epochs": 4}}},
+        {"data": {"source": "sklearn://digits", "test_fraction": 0.3}},
+    ):
+        assert make_job(**change).search_digest != base.search_digest
