@@ -115,11 +115,12 @@ def run(
     An option that is left out is as the job's file says.
     """
     settings = _enter()
-    from flows.follow import follow_night, pages, submit_night
     from tasks.job import load_job
 
     overrides = {"trials": trials, "minutes": minutes, "sampler": sampler, "promotion": promotion}
     load_job(job, settings.jobs, trials=trials, minutes=minutes, sampler=sampler, promotion=promotion)
+    from flows.follow import follow_night, pages, submit_night
+
     night = submit_night(
         settings, f"{FLOW}/{job}", {"job": job} | {k: v for k, v in overrides.items() if v is not None}
     )

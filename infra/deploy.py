@@ -54,12 +54,12 @@ def apply_deployment(client: SyncPrefectClient, deployment: Deployment, work_poo
     """Create or update one deployment, with at most one run of it at a time."""
     flow: Flow[..., Any] = load_flow_from_entrypoint(deployment.entrypoint, use_placeholder_flow=False)
     schedule = CronSchedule(cron=deployment.cron, timezone=deployment.timezone)
+    form = form_schema(flow.parameters.model_dump(), deployment.form_defaults)
     content: dict[str, Any] = {
         "entrypoint": deployment.entrypoint,
         "description": deployment.description,
         "tags": list(deployment.tags),
         "parameters": dict(deployment.parameters),
-        "parameter_openapi_schema": form_schema(flow.parameters.model_dump(), deployment.form_defaults),
         "enforce_parameter_schema": True,
         "concurrency_limit": 1,
         "concurrency_options": ConcurrencyOptions(
@@ -76,18 +76,24 @@ def apply_deployment(client: SyncPrefectClient, deployment: Deployment, work_poo
             client.create_flow(flow),
             deployment.name,
             schedules=[DeploymentScheduleCreate(schedule=schedule, active=True, slug=SCHEDULE_SLUG)],
+            parameter_openapi_schema=form,
             **content,
         )
     # The schedule's `active` is left unset: an update must not wake a schedule that somebody paused.
     update = DeploymentScheduleUpdate(schedule=schedule, slug=SCHEDULE_SLUG)
     client.update_deployment(existing.id, DeploymentUpdate(schedules=[update], **content))
+    # Sent by itself: the class above drops additionalProperties.
+    client.request(
+        "PATCH", "/deployments/{id}", path_params={"id": existing.id}, json={"parameter_openapi_schema": form}
+    )
     return existing.id
 
 
 def form_schema(schema: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
     """A flow's parameter schema as a person should meet it: `X | None` shows as a type switch in Prefect's form
-    (PrefectHQ/prefect#22759), so each parameter with a default of its own becomes a plain X."""
-    schema = copy.deepcopy(schema)
+    (PrefectHQ/prefect#22759), so each parameter with a default of its own becomes a plain X. An unknown parameter is
+    refused, where Prefect would accept it and crash the run."""
+    schema = {**copy.deepcopy(schema), "additionalProperties": False}
     for name, default in defaults.items():
         field = schema["properties"][name]
         plain = next(kind for kind in field.pop("anyOf") if kind.get("type") != "null")

@@ -149,10 +149,13 @@ def stop(settings: Settings, service: Service) -> bool:
     """Stop a service and every process it started; returns whether it ran."""
     running = find(settings, service)
     if running is not None:
-        family = [running.process, *running.process.children(recursive=True)]
-        running.process.terminate()
-        _, alive = psutil.wait_procs(family[:1], timeout=STOP_SECONDS)
-        _kill(alive + [process for process in family[1:] if process.is_running()])
+        # The children too, and while the servers still answer: a night then tells that it was stopped.
+        family = [*running.process.children(recursive=True), running.process]
+        for process in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.terminate()
+        _, alive = psutil.wait_procs(family, timeout=STOP_SECONDS)
+        _kill(alive)
     _clear_leftovers(settings, service)
     _record(settings, service).unlink(missing_ok=True)
     return running is not None

@@ -240,14 +240,19 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
 
 
 def write_jobs(folder: Path) -> None:
-    """Jobs that are done in seconds: `quick`, `long` (to be interrupted) and `scheduled` (soon, and then never)."""
+    """Jobs of tiny trials: some done in seconds, some long enough to be interrupted, and one that is due soon."""
     soon = datetime.now(UTC).timestamp() + 120
     minute = datetime.fromtimestamp(soon, UTC)
     search = "search: {pruner: none, space: {epochs: 2, batch_size: 64, width: [16, 32], depth: 1}}"
     for name, trials, cron in (
         ("quick", 5, "0 2 1 1 *"),
         ("quick-s3", 5, "0 2 1 1 *"),
+        ("shadow", 2, "0 2 1 1 *"),
+        ("damaged", 2, "0 2 1 1 *"),
         ("long", 400, "0 2 1 1 *"),
+        ("longer", 400, "0 2 1 1 *"),
+        ("cancelled", 400, "0 2 1 1 *"),
+        ("zombie", 400, "0 2 1 1 *"),
         ("scheduled", 2, f"{minute.minute} {minute.hour} * * *"),
     ):
         (folder / f"{name}.yaml").write_text(

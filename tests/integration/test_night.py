@@ -1,0 +1,351 @@
+"""Whole nights against a real Prefect server, a real MLflow server and real stores."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import uuid
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import httpx
+import optuna
+import psutil
+import pytest
+import torch
+from mlflow import MlflowClient
+from optuna.trial import TrialState
+
+from models.evaluate import evaluate
+from tasks.prepare import prepare
+from tasks.study import finished_trials, is_interrupted, last_study
+from tasks.tracking import TRIAL_NUMBER, nested_runs
+from tasks.versions import load_champion
+from tests.conftest import CPU, S3Server, Stack, free_port, make_job, wait_for
+
+STEPS = ["reconcile", "prepare", "tune", "confirm", "gate", "promote", "report"]
+
+
+def study_of(stack: Stack, job: str) -> optuna.Study:
+    study = last_study(job, stack.home / "studies")
+    assert study is not None
+    return study
+
+
+def latest_run(stack: Stack, job: str) -> dict[str, object]:
+    """The newest run that somebody asked for; the schedule's lie ahead."""
+    return next(run for run in stack.flow_runs(job) if not run["auto_scheduled"])
+
+
+def first_run(stack: Stack, job: str) -> dict[str, object]:
+    return stack.flow_runs(job)[-1]
+
+
+def runs_of(stack: Stack, study: optuna.Study) -> tuple[Any, list[Any]]:
+    """The night's parent run and its nested runs."""
+    client = MlflowClient(stack.mlflow_url)
+    parent = client.get_run(study.user_attrs["mlflow_run_id"])
+    return parent, list(nested_runs(client, parent.info.run_id))
+
+
+def champion_alias(stack: Stack, job: str) -> Any:
+    return MlflowClient(stack.mlflow_url).get_model_version_by_alias(job, "champion")
+
+
+def run_directly(stack: Stack, job: str, **environment: str) -> tuple[str, str]:
+    """A night outside the worker, as a plain call of the flow; returns the state's type and message."""
+    script = (
+        "import sys; from flows.nightly import nightly_tuning;"
+        "state = nightly_tuning(sys.argv[1], return_state=True);"
+        "print(f'STATE {state.type.value} {state.message}')"
+    )
+    finished = subprocess.run(
+        [sys.executable, "-c", script, job],
+        env={
+            **stack.environment,
+            "PREFECT_API_URL": stack.prefect_api,
+            "PREFECT_HOME": str(stack.home / "prefect"),
+            "MLFLOW_TRACKING_URI": stack.mlflow_url,
+            "DO_NOT_TRACK": "true",
+            **environment,
+        },
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    line = next((line for line in finished.stdout.splitlines() if line.startswith("STATE ")), None)
+    assert line is not None, finished.stdout + finished.stderr
+    _, kind, message = line.split(" ", 2)
+    return kind, message
+
+
+@pytest.fixture(scope="module")
+def night(stack: Stack) -> str:
+    """One whole night of the job `quick` through its deployment; returns what the terminal showed."""
+    return stack.nightly("run", "quick").stdout
+
+
+def test_the_terminal_shows_each_step_the_outcome_and_two_pages(stack: Stack, night: str) -> None:
+    assert [line.split()[1].rstrip(":") for line in night.splitlines() if line.startswith("✓")] == STEPS
+    assert "# quick: version" in night
+    for page in (f"Prefect {stack.prefect_api.removesuffix('/api')}/runs/flow-run/", f"MLflow  {stack.mlflow_url}/#/"):
+        link = night[night.index(page) :].split()[1]
+        answer = httpx.get(link, headers={"Accept": "text/html"}, follow_redirects=True)
+        assert answer.status_code == 200, link
+    assert "nightly down" in night
+
+
+def test_prefect_shows_the_night(stack: Stack, night: str) -> None:
+    run = first_run(stack, "quick")
+    assert run["state_type"] == "COMPLETED"
+    assert str(run["name"]).startswith("quick · 20")
+    steps = stack.prefect("task_runs/filter", flow_runs={"id": {"any_": [run["id"]]}}, sort="EXPECTED_START_TIME_ASC")
+    assert [str(step["name"]).partition(":")[0] for step in steps] == STEPS
+    assert "tune: 5 trials of mlp, tpe" in {step["name"] for step in steps}
+    artifacts = stack.prefect("artifacts/filter", flow_runs={"id": {"any_": [run["id"]]}})
+    kept = {artifact["key"]: artifact for artifact in artifacts}
+    assert kept["progress-quick"]["data"] == 100.0
+    assert str(kept["report-quick"]["data"]).startswith("# quick: version")
+    logs = stack.prefect("logs/filter", logs={"flow_run_id": {"any_": [run["id"]]}})
+    assert any("rows of sklearn://digits" in str(log["message"]) for log in logs)
+
+
+def test_optuna_holds_every_trial(stack: Stack, night: str) -> None:
+    study = study_of(stack, "quick")
+    assert len(study.trials) == len(finished_trials(study)) == 5
+    assert all(len(trial.intermediate_values) == 2 for trial in study.trials)
+
+
+def test_mlflow_holds_every_trial_with_its_curve(stack: Stack, night: str) -> None:
+    study = study_of(stack, "quick")
+    parent, nested = runs_of(stack, study)
+    assert parent.info.status == "FINISHED"
+    assert parent.data.tags["verdict"] == "PROMOTE"
+    assert parent.data.tags["mlflow.note.content"].startswith("# quick: version")
+    assert parent.data.params["budget.trials"] == "5"
+    (dataset,) = parent.inputs.dataset_inputs
+    assert dataset.dataset.digest == study.user_attrs["snapshot"]
+    assert sorted(int(run.data.tags[TRIAL_NUMBER]) for run in nested) == [0, 1, 2, 3, 4]
+    client = MlflowClient(stack.mlflow_url)
+    flow_run_id = first_run(stack, "quick")["id"]
+    for run in nested:
+        trial = study.trials[int(run.data.tags[TRIAL_NUMBER])]
+        assert run.info.status == "FINISHED"
+        assert trial.duration is not None
+        assert run.info.end_time - run.info.start_time == pytest.approx(trial.duration.total_seconds() * 1000, abs=2)
+        assert run.data.params == {name: str(value) for name, value in trial.params.items()}
+        curve = client.get_metric_history(run.info.run_id, "val_accuracy")
+        assert {point.step: point.value for point in curve} == trial.intermediate_values
+        assert run.data.tags["prefect_flow_run_id"] == flow_run_id
+        assert run.data.tags["trial_state"] == trial.state.name
+        assert run.data.tags["device"].startswith("cpu")
+        assert {"train_loss", "val_log_loss", "seconds"} <= set(run.data.metrics)
+
+
+def test_the_champion_is_what_the_manifest_says(stack: Stack, night: str, tmp_path: Path) -> None:
+    champion = load_champion("quick", (stack.home / "store").as_uri())
+    study = study_of(stack, "quick")
+    snapshot = prepare(make_job().data, tmp_path)
+    features, target = snapshot.load(CPU)["test"]
+    measured = evaluate(torch.nn.Sequential(champion.preprocessing, champion.model), features, target)
+    assert measured == champion.manifest.metrics["test"]
+    lineage = champion.manifest.lineage
+    assert (lineage.snapshot, lineage.study) == (snapshot.fingerprint, study.study_name)
+    assert lineage.mlflow_run_id == study.user_attrs["mlflow_run_id"]
+    assert lineage.prefect_flow_run_id == first_run(stack, "quick")["id"]
+    assert lineage.packages["torch"]
+    registered = champion_alias(stack, "quick")
+    assert registered.tags["store_version"] == champion.manifest.version
+    assert registered.run_id == lineage.mlflow_run_id
+    printed = json.loads(stack.nightly("champion", "quick", "--json").stdout)
+    assert printed["version"] == champion.manifest.version
+    assert printed["manifest"]["metrics"]["test"] == measured
+    assert champion.manifest.version in stack.nightly("champion", "quick").stdout
+
+
+def test_a_second_night_holds_and_sets_a_moved_alias_right(stack: Stack, night: str) -> None:
+    client = MlflowClient(stack.mlflow_url)
+    before = champion_alias(stack, "quick")
+    stray = client.create_model_version("quick", f"runs:/{before.run_id}/stray", before.run_id, await_creation_for=0)
+    client.set_registered_model_alias("quick", "champion", stray.version)
+    shown = stack.nightly("run", "quick").stdout
+    assert "# quick: champion stays (HOLD)" in shown
+    assert champion_alias(stack, "quick").version == before.version
+    assert [path.name for path in (stack.home / "store/models/quick/promotions").iterdir()] == ["000001.json"]
+
+
+def test_promotion_never_does_everything_but_that(stack: Stack) -> None:
+    shown = stack.nightly("run", "shadow", "--promotion", "never", "--trials", "2").stdout
+    assert "# shadow: not promoted, because promotion.mode is never" in shown
+    assert not (stack.home / "store/models/shadow").exists()
+
+
+@pytest.mark.parametrize("server", ["ministack", "rgw"])
+def test_a_night_promotes_to_s3(
+    stack: Stack, server: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    s3: S3Server = request.getfixturevalue(server)
+    bucket = f"night-{uuid.uuid4().hex[:8]}"
+    s3.make_bucket(bucket)
+    url = f"s3://{bucket}/models-of-ours"
+    kind, message = run_directly(stack, "quick-s3", NIGHTLY_STORE=url, **s3.environment)
+    assert kind == "COMPLETED", message
+    for name, value in s3.environment.items():
+        monkeypatch.setenv(name, value)
+    champion = load_champion("quick-s3", url)
+    assert champion.promotion.number == 1
+    assert champion_alias(stack, "quick-s3").tags["store_version"] == champion.manifest.version
+
+
+@pytest.mark.parametrize("reason", ["unreachable", "damaged"])
+def test_a_store_that_cannot_be_used_is_found_before_the_first_trial(stack: Stack, reason: str, tmp_path: Path) -> None:
+    if reason == "unreachable":
+        environment = S3Server(f"http://127.0.0.1:{free_port()}").environment | {"NIGHTLY_STORE": "s3://away"}
+        says = "the artifact store s3://away cannot be reached"
+    else:
+        environment = {"NIGHTLY_STORE": tmp_path.as_uri()}
+        assert run_directly(stack, "damaged", **environment)[0] == "COMPLETED"
+        (manifest,) = tmp_path.rglob("manifest.json")
+        manifest.write_bytes(manifest.read_bytes().replace(b"accuracy", b"accuracx"))
+        says = "is damaged: manifest.json was altered; restore the store from a backup, nothing was changed"
+    studies = sorted((stack.home / "studies").rglob("*.journal"))
+    kind, message = run_directly(stack, "damaged", **environment)
+    assert kind == "FAILED"
+    assert says in message
+    assert sorted((stack.home / "studies").rglob("*.journal")) == studies
+
+
+def test_a_killed_night_is_continued_and_loses_no_finished_trial(stack: Stack) -> None:
+    stack.nightly("run", "long", "--no-follow")
+    wait_for(lambda: (stack.home / "studies/long").exists(), 60, "the night to begin")
+    study = study_of(stack, "long")
+    wait_for(lambda: len(finished_trials(study)) >= 8, 60, "eight trials")
+    os.kill(engine_of(stack).pid, signal.SIGKILL)
+    wait_for(lambda: latest_run(stack, "long")["state_type"] == "CRASHED", 60, "the worker to notice")
+    kept = [trial.params for trial in finished_trials(study)]
+    stack.nightly("run", "long", "--trials", str(len(kept) + 10))
+    assert study_of(stack, "long").study_name == study.study_name
+    finished = finished_trials(study)
+    assert [trial.params for trial in finished[: len(kept)]] == kept
+    assert len(finished) == len(kept) + 10
+    assert_the_ledgers_agree(stack, "long")
+
+
+def test_a_night_that_went_down_with_its_stack_is_continued(stack: Stack) -> None:
+    stack.nightly("run", "longer", "--no-follow")
+    wait_for(lambda: (stack.home / "studies/longer").exists(), 60, "the night to begin")
+    study = study_of(stack, "longer")
+    wait_for(lambda: len(finished_trials(study)) >= 3, 60, "three trials")
+    engine = engine_of(stack)
+    stack.nightly("down")
+    assert not engine.is_running()
+    stack.nightly("up")
+    wait_for(lambda: latest_run(stack, "longer")["state_type"] != "RUNNING", 10, "no run to be left RUNNING")
+    stack.nightly("run", "longer", "--trials", str(len(finished_trials(study)) + 2))
+    assert study_of(stack, "longer").study_name == study.study_name
+    assert_the_ledgers_agree(stack, "longer")
+
+
+def test_a_cancelled_night_stops_and_promotes_nothing(stack: Stack) -> None:
+    stack.nightly("run", "cancelled", "--no-follow")
+    wait_for(lambda: (stack.home / "studies/cancelled").exists(), 60, "the night to begin")
+    study = study_of(stack, "cancelled")
+    wait_for(lambda: len(finished_trials(study)) >= 3, 60, "three trials")
+    run = latest_run(stack, "cancelled")
+    httpx.post(
+        f"{stack.prefect_api}/flow_runs/{run['id']}/set_state", json={"state": {"type": "CANCELLING"}}
+    ).raise_for_status()
+    wait_for(lambda: latest_run(stack, "cancelled")["state_type"] == "CANCELLED", 30, "the night to be cancelled")
+    assert not (stack.home / "store/models/cancelled").exists()
+    assert not study.get_trials(states=(TrialState.RUNNING,))
+    parent, _ = runs_of(stack, study)
+    assert parent.info.status == "KILLED"
+
+
+def test_a_refused_parameter_starts_nothing(stack: Stack) -> None:
+    deployment = httpx.get(f"{stack.prefect_api}/deployments/name/nightly_tuning/quick").json()
+    for parameters in ({"trials": 0}, {"sampler": "magic"}, {"trails": 5}):
+        answer = httpx.post(
+            f"{stack.prefect_api}/deployments/{deployment['id']}/create_flow_run",
+            json={"parameters": {"job": "quick", **parameters}},
+        )
+        assert answer.status_code == 409, answer.text
+
+
+def test_the_run_form_is_flat_and_shows_what_the_job_says(stack: Stack) -> None:
+    deployment = httpx.get(f"{stack.prefect_api}/deployments/name/nightly_tuning/quick").json()
+    fields = deployment["parameter_openapi_schema"]["properties"]
+    assert {name: field.get("default") for name, field in fields.items()} == {
+        "job": None, "trials": 5, "minutes": 10.0, "sampler": "tpe", "promotion": "automatic",
+    }  # fmt: skip
+    assert all(field["description"] and "anyOf" not in field for field in fields.values())
+    assert fields["sampler"]["enum"] == ["tpe", "random"]
+    assert deployment["parameters"] == {"job": "quick"}
+    assert deployment["global_concurrency_limit"]["limit"] == 1
+
+
+def test_a_paused_schedule_stays_paused(stack: Stack) -> None:
+    path = f"{stack.prefect_api}/deployments/name/nightly_tuning/quick"
+    deployment = httpx.get(path).json()
+    (schedule,) = deployment["schedules"]
+    httpx.patch(
+        f"{stack.prefect_api}/deployments/{deployment['id']}/schedules/{schedule['id']}", json={"active": False}
+    ).raise_for_status()
+    stack.nightly("up")
+    (after,) = httpx.get(path).json()["schedules"]
+    assert after == {**schedule, "active": False, "updated": after["updated"]}
+
+
+def test_schedules_lay_runs_ahead_and_one_starts_by_itself(stack: Stack) -> None:
+    def ahead() -> list[dict[str, object]]:
+        return [run for run in stack.flow_runs("digits-mlp") if run["auto_scheduled"]]
+
+    wait_for(ahead, 60, "runs to be scheduled")
+
+    def done() -> list[dict[str, object]]:
+        runs = stack.flow_runs("scheduled")
+        return [run for run in runs if run["auto_scheduled"] and run["state_type"] == "COMPLETED"]
+
+    wait_for(done, 180, "a night to start by itself")
+    assert len(finished_trials(study_of(stack, "scheduled"))) == 2
+
+
+def test_a_night_that_dies_with_its_worker_is_marked_crashed(stack: Stack) -> None:
+    """The automation on missing heartbeats does it; nothing else is left alive that could."""
+    stack.nightly("run", "zombie", "--no-follow")
+    wait_for(lambda: (stack.home / "studies/zombie").exists(), 60, "the night to begin")
+    engine = engine_of(stack)
+    rows = json.loads(stack.nightly("status", "--json").stdout)
+    worker = next(row["pid"] for row in rows if row["service"] == "worker")
+    for pid in (worker, engine.pid):
+        os.kill(pid, signal.SIGKILL)
+    assert latest_run(stack, "zombie")["state_type"] == "RUNNING"
+    wait_for(lambda: latest_run(stack, "zombie")["state_type"] == "CRASHED", 200, "the automation")
+    stack.nightly("up")
+
+
+def engine_of(stack: Stack) -> psutil.Process:
+    """The process in which the stack's one worker runs a night."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if "prefect.engine" in process.cmdline() and process.environ().get("NIGHTLY_HOME") == str(stack.home):
+                return process
+    pytest.fail("no process runs a night")
+
+
+def assert_the_ledgers_agree(stack: Stack, job: str) -> None:
+    """Optuna, MLflow and Prefect tell the same story, and nothing is left RUNNING in any of them."""
+    study = study_of(stack, job)
+    assert not study.get_trials(states=(TrialState.RUNNING, TrialState.WAITING))
+    parent, nested = runs_of(stack, study)
+    assert parent.info.status == "FINISHED"
+    counted = Counter(int(run.data.tags[TRIAL_NUMBER]) for run in nested)
+    assert counted == Counter(trial.number for trial in study.trials)
+    for run in nested:
+        trial = study.trials[int(run.data.tags[TRIAL_NUMBER])]
+        assert run.info.status == ("KILLED" if is_interrupted(trial) else "FINISHED")
+    assert not [run for run in stack.flow_runs(job) if run["state_type"] in ("RUNNING", "PENDING", "CANCELLING")]

@@ -1,0 +1,48 @@
+"""What the README shows works as it is printed."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import Stack
+
+README = (Path(__file__).parents[2] / "README.md").read_text()
+
+
+def block(language: str, beginning: str) -> str:
+    """The README's listing in that language whose first line begins so."""
+    (found,) = (
+        text for text in re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL) if text.startswith(beginning)
+    )
+    return str(found)
+
+
+def test_the_job_of_ones_own_runs_and_its_champion_loads(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs = Path(stack.environment["NIGHTLY_JOBS"])
+    (jobs / "spirals.yaml").write_text(block("yaml", "name: spirals"))
+    (jobs / "spirals.py").write_text(block("python", "import numpy"))
+    stack.nightly("up")
+    shown = stack.nightly("run", "spirals").stdout
+    assert "# spirals: version" in shown
+    monkeypatch.setenv("NIGHTLY_HOME", str(stack.home))
+    names: dict[str, object] = {}
+    exec(block("python", "from tasks.versions").replace("digits-mlp", "spirals"), names)  # noqa: S102 our own listing
+    champion = names["champion"]
+    assert champion.manifest.metrics["test"]["accuracy"] > 0.95  # type: ignore[attr-defined]
+    assert champion.predict(torch.tensor([[0.5, 0.0]]))[0] in ("0", "1")  # type: ignore[attr-defined]
+
+
+def test_every_file_that_the_readme_names_exists() -> None:
+    named = re.findall(r"`((?:flows|tasks|models|infra)/[a-z_./]*)`", README)
+    assert len(named) > 20
+    root = Path(__file__).parents[2]
+    assert [name for name in named if not (root / name).exists()] == []
+
+
+def test_every_module_is_named_in_the_readme() -> None:
+    root = Path(__file__).parents[2]
+    modules = [path for folder in ("flows", "tasks", "models", "infra") for path in (root / folder).glob("*.py")]
+    missing = [path.name for path in modules if path.name != "__init__.py" and path.name not in README]
+    assert missing == []

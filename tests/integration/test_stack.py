@@ -1,0 +1,126 @@
+"""The local stack: started twice, stopped twice, killed, blocked; each is handled and said in one sentence."""
+
+import json
+import os
+import signal
+import socket
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.conftest import Stack, make_stack, wait_for
+
+
+@pytest.fixture
+def idle(tmp_path: Path) -> Stack:
+    """A stack that was never started."""
+    return make_stack(tmp_path)
+
+
+def service(stack: Stack, name: str) -> dict[str, object]:
+    rows = json.loads(stack.nightly("status", "--json", ok=False).stdout)
+    return next(row for row in rows if row["service"] == name)
+
+
+def test_down_with_nothing_running_is_said(idle: Stack) -> None:
+    assert "nothing was running" in idle.nightly("down").stdout
+
+
+def test_status_of_a_stopped_stack_is_exit_code_1(idle: Stack) -> None:
+    finished = idle.nightly("status", ok=False)
+    assert finished.returncode == 1
+    assert finished.stdout.count("stopped") == 3
+
+
+def test_a_night_without_a_stack_is_one_sentence(idle: Stack) -> None:
+    finished = idle.nightly("run", "digits-mlp", ok=False)
+    assert finished.returncode == 1
+    assert "no Prefect server answers at http://127.0.0.1:" in finished.stderr
+    assert "Traceback" not in finished.stderr
+
+
+@pytest.mark.parametrize("variable", ["NIGHTLY_PREFECT_PORT", "NIGHTLY_MLFLOW_PORT"])
+def test_a_port_that_is_taken_is_named_and_nothing_is_left_running(idle: Stack, variable: str) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", int(idle.environment[variable])))
+        taken.listen()
+        finished = idle.nightly("up", ok=False)
+    assert finished.returncode == 1
+    assert f"cannot listen on port {idle.environment[variable]} of 127.0.0.1" in finished.stderr
+    assert f"set {variable} to another port" in finished.stderr
+    assert "Traceback" not in finished.stderr
+    assert idle.nightly("status", ok=False).stdout.count("stopped") == 3
+
+
+def test_a_stale_record_is_harmless_and_its_process_id_is_spared(idle: Stack) -> None:
+    """The record names a process id that somebody else has got since: ours."""
+    (idle.home / "run").mkdir(parents=True)
+    record = {"pid": os.getpid(), "create_time": psutil.Process().create_time() - 1000}
+    (idle.home / "run" / "prefect.json").write_text(json.dumps(record))
+    assert service(idle, "prefect")["state"] == "stopped"
+    assert "nothing was running" in idle.nightly("down").stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "says"),
+    [
+        (("run", "digit-mlp"), {}, "no job is named 'digit-mlp'; known are"),
+        (
+            ("run", "digits-mlp", "--trials", "0"),
+            {},
+            "budget.trials: Input should be greater than or equal to 1, found 0",
+        ),
+        (("run", "digits-mlp", "--sampler", "magic"), {}, "search.sampler: Input should be 'tpe' or 'random'"),
+        (("up",), {"NIGHTLY_HOME": "/dev/null/home"}, "NIGHTLY_HOME must be a folder that can be written"),
+        (("up",), {"NIGHTLY_JOBS": "/nowhere"}, "NIGHTLY_JOBS must be a folder of job files, found /nowhere"),
+        (("champion", "digits-mlp"), {}, "job 'digits-mlp' has no champion in file://"),
+        (("champion", "digits-mlp"), {"NIGHTLY_STORE": "ftp://x"}, "NIGHTLY_STORE: must start with file://"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_1(
+    idle: Stack, arguments: tuple[str, ...], environment: dict[str, str], says: str
+) -> None:
+    finished = idle.nightly(*arguments, ok=False, **environment)
+    assert finished.returncode == 1
+    assert says in finished.stderr
+    assert finished.stderr.count("\n") == 1
+
+
+def test_a_bad_job_file_stops_up_before_anything_starts(idle: Stack) -> None:
+    (Path(idle.environment["NIGHTLY_JOBS"]) / "bad.yaml").write_text(
+        "name: bad\ndata: {source: 'sklearn://digits'}\nmodel: transformer\n"
+    )
+    finished = idle.nightly("up", ok=False)
+    assert "bad.yaml: model: must be a known model, found 'transformer'; known are mlp, cnn" in finished.stderr
+    assert finished.returncode == 1
+    assert not (idle.home / "run").exists()
+
+
+def test_a_second_up_says_since_when_it_runs(stack: Stack) -> None:
+    before = {name: service(stack, name)["pid"] for name in ("prefect", "mlflow", "worker")}
+    assert stack.nightly("up").stdout.count("runs already since") == 3
+    assert {name: service(stack, name)["pid"] for name in before} == before
+
+
+def test_every_service_listens_on_loopback_only(stack: Stack) -> None:
+    processes = [psutil.Process(int(str(service(stack, name)["pid"]))) for name in ("prefect", "mlflow", "worker")]
+    family = [relative for process in processes for relative in (process, *process.children(recursive=True))]
+    listening = {
+        connection.laddr.ip
+        for process in family
+        for connection in process.net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN
+    }
+    assert listening == {"127.0.0.1"}
+
+
+def test_a_killed_server_is_seen_and_started_again(stack: Stack) -> None:
+    """Its children outlive it and hold its port; `up` clears them away."""
+    pid = int(str(service(stack, "mlflow")["pid"]))
+    children = psutil.Process(pid).children(recursive=True)
+    os.kill(pid, signal.SIGKILL)
+    wait_for(lambda: service(stack, "mlflow")["state"] == "stopped", 10, "the kill to be seen")
+    assert "mlflow is up" in stack.nightly("up").stdout
+    assert service(stack, "mlflow")["state"] == "running"
+    assert not [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
