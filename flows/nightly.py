@@ -20,7 +20,7 @@ from prefect.client.schemas.objects import StateType
 from prefect.states import Failed
 
 from infra.deploy import crash_dead_runs
-from infra.device import choose_device
+from infra.device import choose_device, hold_device
 from infra.errors import ExpectedError
 from infra.settings import OUR_LOGGERS, Settings
 from infra.store import StoreUnavailable, open_store
@@ -32,7 +32,7 @@ from tasks.promote import promote
 from tasks.reconcile import only_night_of, reconcile
 from tasks.report import report
 from tasks.study import open_study
-from tasks.tracking import TrialTracker, begin_night, night_ends_with_its_run, track_missing_trials
+from tasks.tracking import TrialTracker, begin_night, mlflow_may_be_away, night_ends_with_its_run, track_missing_trials
 from tasks.tune import Prepared, ProgressArtifact, Tuned, tune
 
 P = ParamSpec("P")
@@ -96,10 +96,11 @@ def _night(job: TuningJob, settings: Settings) -> str:
     study = open_study(job, snapshot.fingerprint, studies, _now())
     run_id = begin_night(client, job, study, snapshot, flow_run_id)
     with night_ends_with_its_run(client, run_id):
-        prepared = Prepared.load(snapshot, device)
-        tuned = tune_step(study, job, prepared, client, run_id)
-        challenger = confirm_step(study, job, prepared)
-        verdict = gate_step(job, challenger, champion, snapshot, device)
+        with hold_device(device, settings.home / "locks"):
+            prepared = Prepared.load(snapshot, device)
+            tuned = tune_step(study, job, prepared, client, run_id)
+            challenger = confirm_step(study, job, prepared)
+            verdict = gate_step(job, challenger, champion, snapshot, device)
         promotion = promote_step(job, study, snapshot, challenger, verdict, store, client, _now())
         return report_step(job, study, snapshot, tuned, challenger, verdict, promotion, settings, client, _now())
 
@@ -114,7 +115,8 @@ def _tune(study: optuna.Study, job: TuningJob, prepared: Prepared, client: Mlflo
 
         tuned = tune(study, job, prepared, on_trial=on_trial)
     progress.update(final=True)
-    track_missing_trials(client, run_id, study)
+    with mlflow_may_be_away("trials"):
+        track_missing_trials(client, run_id, study)
     return tuned
 
 

@@ -96,12 +96,13 @@ def servers(settings: Settings) -> list[Service]:
 
 
 def worker(settings: Settings) -> Service:
-    """The worker: one run at a time, because it stands for one device."""
+    """The worker. It takes every night that is due; a deployment runs once at a time, and nights share the device one
+    after the other (device.py)."""
     return Service(
         name="worker",
         command=(
             sys.executable, "-m", "prefect", "worker", "start", "--pool", settings.work_pool, "--type", "process",
-            "--name", f"{socket.gethostname()}-local", "--limit", "1",
+            "--name", f"{socket.gethostname()}-local",
         ),
     )  # fmt: skip
 

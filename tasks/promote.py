@@ -12,7 +12,6 @@ from pathlib import Path
 
 import optuna
 from mlflow import MlflowClient
-from mlflow.exceptions import MlflowException
 from mlflow.utils.git_utils import get_git_commit
 from safetensors.torch import save
 
@@ -23,7 +22,7 @@ from tasks.gate import Verdict
 from tasks.job import TuningJob
 from tasks.prepare import Snapshot
 from tasks.study import FLOW_RUN, MLFLOW_RUN
-from tasks.tracking import point_champion_alias
+from tasks.tracking import mlflow_may_be_away, point_champion_alias
 from tasks.versions import (
     MANIFEST,
     PREPROCESSING,
@@ -69,11 +68,9 @@ def promote(
         store, job.name, version=version, judged=verdict.judged, run=run_id, reason=verdict.reason, now=now
     )
     _logger.info("version %s is champion of %s (promotion %d)", version, job.name, promotion.number)
-    try:
+    with mlflow_may_be_away("the champion's alias"):
         client.log_text(run_id, manifest.to_bytes().decode(), f"champion/{MANIFEST}")
         point_champion_alias(client, job.name, promotion)
-    except MlflowException as error:
-        _logger.warning("MLflow's alias does not follow yet, the next night sets it right: %s", error.message)
     return promotion
 
 

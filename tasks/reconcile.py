@@ -14,13 +14,12 @@ import torch
 from filelock import FileLock, Timeout
 from mlflow import MlflowClient
 from mlflow.entities import RunStatus
-from mlflow.exceptions import MlflowException
 
 from infra.errors import ExpectedError
 from infra.store import Store, check_store
 from tasks.job import TuningJob
-from tasks.study import MLFLOW_RUN, last_study, settle_running_trials
-from tasks.tracking import point_champion_alias, track_missing_trials
+from tasks.study import ENDED, MLFLOW_RUN, last_study, settle_running_trials
+from tasks.tracking import mlflow_may_be_away, point_champion_alias, track_missing_trials
 from tasks.versions import Champion, read_champion
 
 _logger = logging.getLogger(__name__)
@@ -52,12 +51,11 @@ def reconcile(
     """
     check_store(store)
     champion = read_champion(store, job.name, device)
-    try:
+    with mlflow_may_be_away("what was to be reconciled"):
         _settle_last_night(job.name, client, studies)
+    with mlflow_may_be_away("the champion's alias"):
         if champion is not None and point_champion_alias(client, job.name, champion.promotion):
             _logger.warning("MLflow's alias did not name the champion of the store; it was set right")
-    except MlflowException as error:
-        _logger.warning("MLflow could not be reconciled: %s", error.message)
     return champion
 
 
@@ -73,5 +71,6 @@ def _settle_last_night(job_name: str, client: MlflowClient, studies: Path) -> No
     if missing := track_missing_trials(client, run_id, study):
         _logger.warning("%d trials of %s were missing in MLflow and were written", missing, study.study_name)
     if client.get_run(run_id).info.status == RunStatus.to_string(RunStatus.RUNNING):
-        client.set_terminated(run_id, "KILLED")
-        _logger.warning("the run of %s was left RUNNING and was set KILLED", study.study_name)
+        status = "FINISHED" if ENDED in study.user_attrs else "KILLED"
+        client.set_terminated(run_id, status)
+        _logger.warning("the run of %s was left RUNNING and was set %s", study.study_name, status)

@@ -8,6 +8,7 @@ from datetime import datetime
 
 import optuna
 from mlflow import MlflowClient
+from mlflow.entities import Metric, RunTag
 from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE
 from optuna.trial import TrialState
 from prefect.artifacts import create_markdown_artifact
@@ -17,8 +18,8 @@ from tasks.confirm import Challenger
 from tasks.gate import Verdict
 from tasks.job import TuningJob
 from tasks.prepare import Snapshot
-from tasks.study import ENDED, MLFLOW_RUN
-from tasks.tracking import DEVICE, SECONDS, run_page, runs_page
+from tasks.study import ENDED, MLFLOW_EXPERIMENT, MLFLOW_RUN
+from tasks.tracking import DEVICE, SECONDS, mlflow_may_be_away, run_page, runs_page
 from tasks.tune import Tuned, artifact_name
 from tasks.versions import Promotion
 
@@ -36,8 +37,7 @@ def report(
     now: datetime,
 ) -> str:
     """Write the night's summary to its MLflow run and as a Prefect artifact, mark the study ended; returns Markdown."""
-    run_id = study.user_attrs[MLFLOW_RUN]
-    experiment_id = client.get_run(run_id).info.experiment_id
+    run_id, experiment_id = study.user_attrs[MLFLOW_RUN], study.user_attrs[MLFLOW_EXPERIMENT]
     text = summarize(
         job, study, snapshot, tuned, challenger, verdict, promotion,
         night_page=run_page(settings.mlflow_url, experiment_id, run_id),
@@ -49,13 +49,15 @@ def report(
         "promoted": promotion.version if promotion else "no",
         "best_trial": str(tuned.best.number),
     }
-    for name, value in tags.items():
-        client.set_tag(run_id, name, value)
     metrics = {f"val_{name}": value for name, value in challenger.validation.items()}
     metrics |= {f"test_{name}": value for name, value in verdict.challenger_test.items()}
     metrics |= {f"champion_test_{name}": value for name, value in (verdict.champion_test or {}).items()}
-    for metric, measured in metrics.items():
-        client.log_metric(run_id, metric, measured)
+    with mlflow_may_be_away("the night's report"):
+        client.log_batch(
+            run_id,
+            metrics=[Metric(name, value, int(now.timestamp() * 1000), 0) for name, value in metrics.items()],
+            tags=[RunTag(name, value) for name, value in tags.items()],
+        )
     create_markdown_artifact(text, key=report_key(job.name), description=f"{study.study_name}: {verdict.decision}")
     study.set_user_attr(ENDED, now.isoformat())
     return text

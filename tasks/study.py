@@ -17,8 +17,10 @@ from optuna.trial import FrozenTrial, TrialState
 
 from tasks.job import TuningJob
 
+JOB = "job"
 FINGERPRINT = "snapshot"
 SEARCH_DIGEST = "search_digest"
+MLFLOW_EXPERIMENT = "mlflow_experiment_id"
 MLFLOW_RUN = "mlflow_run_id"
 FLOW_RUN = "prefect_flow_run_id"
 ENDED = "ended"
@@ -50,6 +52,7 @@ def open_study(job: TuningJob, fingerprint: str, studies: Path, now: datetime) -
     study = optuna.create_study(
         study_name=name, storage=_storage(folder / f"{name}.journal"), direction=job.objective.direction
     )
+    study.set_user_attr(JOB, job.name)
     study.set_user_attr(SEARCH_DIGEST, job.search_digest)
     study.set_user_attr(FINGERPRINT, fingerprint)
     return _with_pruner(study, job)

@@ -10,12 +10,13 @@ import logging
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from contextvars import copy_context
 from datetime import datetime
 from typing import Any
 
 import optuna
 from mlflow import MlflowClient
-from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunStatus, ViewType
+from mlflow.entities import Dataset, DatasetInput, InputTag, LifecycleStage, Metric, Param, RunStatus, ViewType
 from mlflow.exceptions import MlflowException
 from mlflow.store.tracking import SEARCH_MAX_RESULTS_DEFAULT
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME
@@ -25,7 +26,7 @@ from infra.errors import ExpectedError
 from models.solo import Epoch
 from tasks.job import TuningJob
 from tasks.prepare import Snapshot
-from tasks.study import FAILURE, FLOW_RUN, MLFLOW_RUN, is_interrupted
+from tasks.study import FAILURE, FLOW_RUN, JOB, MLFLOW_EXPERIMENT, MLFLOW_RUN, is_interrupted
 from tasks.versions import Promotion
 
 WORKFLOW = "workflowType=machine_learning"
@@ -43,6 +44,15 @@ class TrackingError(ExpectedError):
     """MLflow cannot be used; the message says why and what to do."""
 
 
+@contextmanager
+def mlflow_may_be_away(what: str) -> Iterator[None]:
+    """Whatever MLflow misses here, the next night's reconcile makes up for: it must cost no trial and no promotion."""
+    try:
+        yield
+    except MlflowException as error:
+        _logger.warning("MLflow misses %s until the next night: %s", what, error.message)
+
+
 def begin_night(
     client: MlflowClient, job: TuningJob, study: optuna.Study, snapshot: Snapshot, flow_run_id: str | None
 ) -> str:
@@ -50,40 +60,37 @@ def begin_night(
 
     Raises TrackingError where MLflow does not answer.
     """
-    if (run_id := study.user_attrs.get(MLFLOW_RUN)) is not None:
+    study.set_user_attr(FLOW_RUN, flow_run_id)
+    try:
+        run_id = study.user_attrs.get(MLFLOW_RUN)
+        if run_id is None or not _is_active(client, run_id):
+            experiment_id = _experiment(client, job.name)
+            run_id = _create_night_run(client, experiment_id, job, study, snapshot)
+            study.set_user_attr(MLFLOW_EXPERIMENT, experiment_id)
+            study.set_user_attr(MLFLOW_RUN, run_id)
         client.update_run(run_id, status="RUNNING")
         client.set_tag(run_id, FLOW_RUN, flow_run_id or "none")
-    else:
-        tags = {
-            MLFLOW_RUN_NAME: study.study_name,
-            "job": job.name,
-            "optuna_study": study.study_name,
-            FLOW_RUN: flow_run_id or "none",
-        }
-        run_id = client.create_run(_experiment(client, job.name), tags=tags).info.run_id
-        params = [
-            Param(name, str(value)) for name, value in _flat(job.model_dump(mode="json", exclude={"search": {"space"}}))
-        ]
-        params += [Param(f"space.{name}", str(domain)) for name, domain in job.space.items()]
-        client.log_batch(run_id, params=params)
-        client.log_inputs(run_id, datasets=[_dataset(snapshot)])
-        study.set_user_attr(MLFLOW_RUN, run_id)
-    study.set_user_attr(FLOW_RUN, flow_run_id)
+    except MlflowException as error:
+        raise TrackingError(
+            f"MLflow does not answer as it should at {client.tracking_uri} ({error.message.splitlines()[0]}); "
+            "start it with `nightly up` or set MLFLOW_TRACKING_URI right"
+        ) from error
     return str(run_id)
 
 
 @contextmanager
 def night_ends_with_its_run(client: MlflowClient, run_id: str) -> Iterator[None]:
     """End the parent run as the night ends: FINISHED, FAILED, or KILLED where it was stopped."""
+    status = "KILLED"
     try:
         yield
+        status = "FINISHED"
     except Exception:
-        client.set_terminated(run_id, "FAILED")
+        status = "FAILED"
         raise
-    except BaseException:
-        client.set_terminated(run_id, "KILLED")
-        raise
-    client.set_terminated(run_id, "FINISHED")
+    finally:
+        with mlflow_may_be_away("the night's end"):
+            client.set_terminated(run_id, status)
 
 
 class TrialTracker:
@@ -94,6 +101,7 @@ class TrialTracker:
         self._client = client
         self._parent_run_id = parent_run_id
         self._experiment_id = client.get_run(parent_run_id).info.experiment_id
+        self._away = False
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mlflow")
 
     def __enter__(self) -> "TrialTracker":
@@ -103,13 +111,16 @@ class TrialTracker:
         self._thread.shutdown(wait=True)
 
     def track(self, study: optuna.Study, trial: FrozenTrial) -> None:
-        self._thread.submit(self._write, study, trial)
+        # In this thread's context, so that Prefect knows whose log lines they are.
+        self._thread.submit(copy_context().run, self._write, study, trial)
 
     def _write(self, study: optuna.Study, trial: FrozenTrial) -> None:
-        try:
+        if self._away:  # each call would wait for its time-out, and the night with them
+            return
+        self._away = True
+        with mlflow_may_be_away(f"trial {trial.number} and those after it"):
             track_trial(self._client, self._experiment_id, self._parent_run_id, study, trial)
-        except Exception as error:  # noqa: BLE001 whatever goes wrong with MLflow must not cost the trial
-            _logger.warning("trial %d is not in MLflow yet: %s", trial.number, error)
+            self._away = False
 
 
 def track_trial(
@@ -120,7 +131,7 @@ def track_trial(
     tags = {
         MLFLOW_PARENT_RUN_ID: parent_run_id,
         MLFLOW_RUN_NAME: f"trial {trial.number:03}",
-        "job": study.study_name.rpartition("-")[0].rpartition("-")[0],
+        "job": study.user_attrs[JOB],
         "optuna_study": study.study_name,
         TRIAL_NUMBER: str(trial.number),
         "trial_state": trial.state.name,
@@ -236,18 +247,35 @@ def _model_versions(client: MlflowClient, job: str) -> Iterator[Any]:
             return
 
 
-def _experiment(client: MlflowClient, name: str) -> str:
+def _is_active(client: MlflowClient, run_id: str) -> bool:
+    """False where MLflow lost the run, or somebody deleted it."""
     try:
-        experiment = client.get_experiment_by_name(name)
-        if experiment is None:
-            return str(client.create_experiment(name))
-        if experiment.lifecycle_stage == "deleted":
-            client.restore_experiment(experiment.experiment_id)
+        return bool(client.get_run(run_id).info.lifecycle_stage == LifecycleStage.ACTIVE)
     except MlflowException as error:
-        raise TrackingError(
-            f"MLflow does not answer at {client.tracking_uri} ({error.message.splitlines()[0]}); "
-            "start it with `nightly up` or set MLFLOW_TRACKING_URI right"
-        ) from error
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return False
+
+
+def _create_night_run(
+    client: MlflowClient, experiment_id: str, job: TuningJob, study: optuna.Study, snapshot: Snapshot
+) -> str:
+    tags = {MLFLOW_RUN_NAME: study.study_name, "job": job.name, "optuna_study": study.study_name}
+    run_id = str(client.create_run(experiment_id, tags=tags).info.run_id)
+    content = _flat(job.model_dump(mode="json", exclude={"search": {"space"}}))
+    params = [Param(name, str(value)) for name, value in content]
+    params += [Param(f"space.{name}", str(domain)) for name, domain in job.space.items()]
+    client.log_batch(run_id, params=params)
+    client.log_inputs(run_id, datasets=[_dataset(snapshot)])
+    return run_id
+
+
+def _experiment(client: MlflowClient, name: str) -> str:
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
+        return str(client.create_experiment(name))
+    if experiment.lifecycle_stage == LifecycleStage.DELETED:
+        client.restore_experiment(experiment.experiment_id)
     return str(experiment.experiment_id)
 
 

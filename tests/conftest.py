@@ -244,15 +244,20 @@ def write_jobs(folder: Path) -> None:
     soon = datetime.now(UTC).timestamp() + 120
     minute = datetime.fromtimestamp(soon, UTC)
     search = "search: {pruner: none, space: {epochs: 2, batch_size: 64, width: [16, 32], depth: 1}}"
+    yearly = "0 2 1 1 *"
     for name, trials, cron in (
-        ("quick", 5, "0 2 1 1 *"),
-        ("quick-s3", 5, "0 2 1 1 *"),
-        ("shadow", 2, "0 2 1 1 *"),
-        ("damaged", 2, "0 2 1 1 *"),
-        ("long", 400, "0 2 1 1 *"),
-        ("longer", 400, "0 2 1 1 *"),
-        ("cancelled", 400, "0 2 1 1 *"),
-        ("zombie", 400, "0 2 1 1 *"),
+        ("quick", 5, yearly),
+        ("quick-s3", 5, yearly),
+        ("shadow", 2, yearly),
+        ("damaged", 2, yearly),
+        ("untracked", 60, yearly),
+        ("long", 400, yearly),
+        ("longer", 400, yearly),
+        ("cancelled", 400, yearly),
+        ("zombie", 400, yearly),
+        ("holding", 400, yearly),
+        ("overlapping", 400, yearly),
+        ("refusing", 400, yearly),
         ("scheduled", 2, f"{minute.minute} {minute.hour} * * *"),
     ):
         (folder / f"{name}.yaml").write_text(
@@ -261,5 +266,5 @@ def write_jobs(folder: Path) -> None:
             f"{search}\n"
             f"budget: {{trials: {trials}, minutes: 10}}\n"
             "confirm: {candidates: 2}\n"
-            f"schedule: {{cron: '{cron}'}}\n"
+            f"schedule: {{cron: '{cron}', overlap: {'refuse' if name == 'refusing' else 'wait'}}}\n"
         )

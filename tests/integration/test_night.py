@@ -255,15 +255,72 @@ def test_a_cancelled_night_stops_and_promotes_nothing(stack: Stack) -> None:
     wait_for(lambda: (stack.home / "studies/cancelled").exists(), 60, "the night to begin")
     study = study_of(stack, "cancelled")
     wait_for(lambda: len(finished_trials(study)) >= 3, 60, "three trials")
-    run = latest_run(stack, "cancelled")
-    httpx.post(
-        f"{stack.prefect_api}/flow_runs/{run['id']}/set_state", json={"state": {"type": "CANCELLING"}}
-    ).raise_for_status()
+    cancel(stack, latest_run(stack, "cancelled"))
     wait_for(lambda: latest_run(stack, "cancelled")["state_type"] == "CANCELLED", 30, "the night to be cancelled")
     assert not (stack.home / "store/models/cancelled").exists()
     assert not study.get_trials(states=(TrialState.RUNNING,))
     parent, _ = runs_of(stack, study)
     assert parent.info.status == "KILLED"
+
+
+@pytest.mark.parametrize(("job", "state"), [("overlapping", "AwaitingConcurrencySlot"), ("refusing", "Cancelled")])
+def test_a_second_night_of_a_job_waits_or_is_refused_as_the_job_says(stack: Stack, job: str, state: str) -> None:
+    stack.nightly("run", job, "--no-follow")
+    wait_for(lambda: (stack.home / "studies" / job).exists(), 60, "the night to begin")
+    first = latest_run(stack, job)
+    stack.nightly("run", job, "--no-follow")
+    wait_for(lambda: latest_run(stack, job)["state_name"] == state, 60, f"the second night to be {state}")
+    second = latest_run(stack, job)
+    assert first["id"] != second["id"]
+    for run in (second, first):
+        cancel(stack, run)
+    wait_for(lambda: not unfinished(stack, job), 60, "both nights to end")
+
+
+def test_nights_of_two_jobs_share_the_device_one_after_the_other(stack: Stack) -> None:
+    stack.nightly("run", "holding", "--no-follow")
+    wait_for(lambda: (stack.home / "studies/holding").exists(), 60, "the first night to begin")
+    stack.nightly("run", "shadow", "--trials", "2", "--promotion", "never", "--no-follow")
+
+    def waits() -> bool:
+        logs = stack.prefect("logs/filter", logs={"flow_run_id": {"any_": [latest_run(stack, "shadow")["id"]]}})
+        return any("waiting for cpu, which another night holds" in str(log["message"]) for log in logs)
+
+    wait_for(waits, 60, "the second night to wait")
+    cancel(stack, latest_run(stack, "holding"))
+    wait_for(lambda: latest_run(stack, "shadow")["state_type"] == "COMPLETED", 60, "the second night to go on")
+
+
+def test_a_lost_mlflow_run_is_written_anew(stack: Stack) -> None:
+    """Somebody deletes the run of a night that was cancelled; the next night continues the study all the same."""
+    study = study_of(stack, "cancelled")
+    lost = study.user_attrs["mlflow_run_id"]
+    MlflowClient(stack.mlflow_url).delete_run(lost)
+    stack.nightly("run", "cancelled", "--trials", str(len(finished_trials(study)) + 1))
+    assert study_of(stack, "cancelled").user_attrs["mlflow_run_id"] != lost
+    assert_the_ledgers_agree(stack, "cancelled")
+
+
+def test_a_night_goes_on_without_mlflow_and_the_next_one_makes_up_for_it(stack: Stack) -> None:
+    stack.nightly("run", "untracked", "--no-follow")
+    wait_for(lambda: (stack.home / "studies/untracked").exists(), 60, "the night to begin")
+    study = study_of(stack, "untracked")
+    wait_for(lambda: len(finished_trials(study)) >= 3, 60, "three trials")
+    rows = json.loads(stack.nightly("status", "--json").stdout)
+    mlflow = psutil.Process(next(row["pid"] for row in rows if row["service"] == "mlflow"))
+    for process in (*mlflow.children(recursive=True), mlflow):
+        process.kill()
+    wait_for(lambda: latest_run(stack, "untracked")["state_type"] != "RUNNING", 240, "the night to end")
+    assert latest_run(stack, "untracked")["state_type"] == "COMPLETED"
+    assert len(finished_trials(study)) == 60
+    champion = load_champion("untracked", (stack.home / "store").as_uri())
+    stack.nightly("up")
+    assert len(runs_of(stack, study)[1]) < 60
+    stack.nightly("run", "untracked", "--trials", "1")
+    parent, nested = runs_of(stack, study)
+    assert parent.info.status == "FINISHED"
+    assert sorted(int(run.data.tags[TRIAL_NUMBER]) for run in nested) == list(range(60))
+    assert champion_alias(stack, "untracked").tags["store_version"] == champion.manifest.version
 
 
 def test_a_refused_parameter_starts_nothing(stack: Stack) -> None:
@@ -337,6 +394,18 @@ def engine_of(stack: Stack) -> psutil.Process:
     pytest.fail("no process runs a night")
 
 
+def cancel(stack: Stack, run: dict[str, object]) -> None:
+    """What the Prefect UI's Cancel does."""
+    kind = "CANCELLING" if run["state_type"] == "RUNNING" else "CANCELLED"
+    httpx.post(
+        f"{stack.prefect_api}/flow_runs/{run['id']}/set_state", json={"state": {"type": kind}, "force": True}
+    ).raise_for_status()
+
+
+def unfinished(stack: Stack, job: str) -> list[dict[str, object]]:
+    return [run for run in stack.flow_runs(job) if run["state_type"] in ("RUNNING", "PENDING", "CANCELLING")]
+
+
 def assert_the_ledgers_agree(stack: Stack, job: str) -> None:
     """Optuna, MLflow and Prefect tell the same story, and nothing is left RUNNING in any of them."""
     study = study_of(stack, job)
@@ -348,4 +417,4 @@ def assert_the_ledgers_agree(stack: Stack, job: str) -> None:
     for run in nested:
         trial = study.trials[int(run.data.tags[TRIAL_NUMBER])]
         assert run.info.status == ("KILLED" if is_interrupted(trial) else "FINISHED")
-    assert not [run for run in stack.flow_runs(job) if run["state_type"] in ("RUNNING", "PENDING", "CANCELLING")]
+    assert not unfinished(stack, job)
