@@ -18,11 +18,9 @@ from prefect.exceptions import ObjectNotFound
 from rich.console import Console
 from rich.markdown import Markdown
 
+from infra.deploy import artifact_key
 from infra.errors import ExpectedError
 from infra.settings import Settings
-from tasks.report import report_key
-from tasks.tracking import runs_page
-from tasks.tune import progress_key
 
 POLL_SECONDS = 1.0
 PLAIN_PROGRESS_SECONDS = 10.0
@@ -57,7 +55,7 @@ def follow_night(settings: Settings, night: FlowRun, job: str, console: Console)
             assert ended.state is not None
             if not ended.state.is_completed():
                 raise NightFailed(ended.state.message or f"the night ended as {ended.state.name}")
-            report = _artifact(client, night.id, report_key(job))
+            report = _artifact(client, night.id, artifact_key("report", job))
     except KeyboardInterrupt:
         console.print(f"the night goes on: {settings.prefect_page}/runs/flow-run/{night.id} (cancel it there)")
         raise
@@ -71,10 +69,7 @@ def pages(settings: Settings, night: FlowRun, job: str) -> str:
         f"{settings.mlflow_url}/api/2.0/mlflow/experiments/get-by-name", params={"experiment_name": job}
     ).raise_for_status()
     experiment_id = found.json()["experiment"]["experiment_id"]
-    return (
-        f"Prefect {settings.prefect_page}/runs/flow-run/{night.id}\n"
-        f"MLflow  {runs_page(settings.mlflow_url, experiment_id)}"
-    )
+    return f"Prefect {settings.prefect_page}/runs/flow-run/{night.id}\nMLflow  {settings.mlflow_page(experiment_id)}"
 
 
 def _watch(client: SyncPrefectClient, night_id: UUID, job: str, console: Console) -> FlowRun:
@@ -117,7 +112,7 @@ def _ended(step: TaskRun) -> str:
 
 def _news(client: SyncPrefectClient, night: FlowRun, job: str) -> str:
     assert night.state is not None
-    progress = _artifact(client, night.id, progress_key(job))
+    progress = _artifact(client, night.id, artifact_key("progress", job))
     return f"{night.state.name}: {progress.description}" if progress is not None else str(night.state.name)
 
 

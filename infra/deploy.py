@@ -5,6 +5,7 @@ string only, and nothing of what it does.
 """
 
 import copy
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -99,6 +100,11 @@ def form_schema(schema: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str
         plain = next(kind for kind in field.pop("anyOf") if kind.get("type") != "null")
         schema["properties"][name] = {**field, **plain, "default": default}
     return schema
+
+
+def artifact_key(kind: str, job_name: str) -> str:
+    """The key of a job's report or progress among Prefect's artifacts, which takes letters, digits and dashes only."""
+    return f"{kind}-{re.sub('[._]', '-', job_name)}"
 
 
 def apply_work_pool(client: SyncPrefectClient, name: str) -> None:

@@ -91,6 +91,12 @@ class Settings(BaseSettings):
     def mlflow_url(self) -> str:
         return self.external_mlflow_url or f"http://{LOOPBACK}:{self.mlflow_port}"
 
+    def mlflow_page(self, experiment_id: str, run_id: str = "") -> str:
+        """The page of a job's nights and trials, or of one run."""
+        runs = f"{self.mlflow_url}/#/experiments/{experiment_id}/runs"
+        # Without the workflow type MLflow opens its pages for language models.
+        return f"{runs}{'/' if run_id else ''}{run_id}?workflowType=machine_learning"
+
     def environment(self) -> dict[str, str]:
         """The variables for each of our processes: the same home, servers and store, and no telemetry."""
         return {

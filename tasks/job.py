@@ -168,15 +168,25 @@ def load_job(
     if name not in files:
         raise JobError(f"no job is named {name!r}; known are {', '.join(files)}")
     content = _read_mapping(files[name])
-    for section, field, value in (
-        ("budget", "trials", trials),
-        ("budget", "minutes", minutes),
-        ("search", "sampler", sampler),
-        ("promotion", "mode", promotion),
-    ):
-        if value is not None:
-            content[section] = {**(content.get(section) or {}), field: value}
-    return parse_job(content, files[name])
+    overrides = [
+        (section, field, value)
+        for section, field, value in (
+            ("budget", "trials", trials),
+            ("budget", "minutes", minutes),
+            ("search", "sampler", sampler),
+            ("promotion", "mode", promotion),
+        )
+        if value is not None
+    ]
+    for section, field, value in overrides:
+        content[section] = {**(content.get(section) or {}), field: value}
+    try:
+        return parse_job(content, files[name])
+    except JobError as error:
+        if not overrides:
+            raise
+        chosen = ", ".join(f"{section}.{field} {value}" for section, field, value in overrides)
+        raise JobError(f"{error} (the file was overridden with {chosen})") from error
 
 
 def load_jobs(extra_folder: Path | None) -> list[TuningJob]:

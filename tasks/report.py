@@ -13,14 +13,15 @@ from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE
 from optuna.trial import TrialState
 from prefect.artifacts import create_markdown_artifact
 
+from infra.deploy import artifact_key
 from infra.settings import Settings
 from tasks.confirm import Challenger
 from tasks.gate import Verdict
 from tasks.job import TuningJob
 from tasks.prepare import Snapshot
 from tasks.study import ENDED, MLFLOW_EXPERIMENT, MLFLOW_RUN
-from tasks.tracking import DEVICE, SECONDS, mlflow_may_be_away, run_page, runs_page
-from tasks.tune import Tuned, artifact_name
+from tasks.tracking import DEVICE, SECONDS, mlflow_may_be_away
+from tasks.tune import Tuned
 from tasks.versions import Promotion
 
 
@@ -40,8 +41,8 @@ def report(
     run_id, experiment_id = study.user_attrs[MLFLOW_RUN], study.user_attrs[MLFLOW_EXPERIMENT]
     text = summarize(
         job, study, snapshot, tuned, challenger, verdict, promotion,
-        night_page=run_page(settings.mlflow_url, experiment_id, run_id),
-        trials_page=runs_page(settings.mlflow_url, experiment_id),
+        night_page=settings.mlflow_page(experiment_id, run_id),
+        trials_page=settings.mlflow_page(experiment_id),
     )  # fmt: skip
     tags = {
         MLFLOW_RUN_NOTE: text,
@@ -58,14 +59,11 @@ def report(
             metrics=[Metric(name, value, int(now.timestamp() * 1000), 0) for name, value in metrics.items()],
             tags=[RunTag(name, value) for name, value in tags.items()],
         )
-    create_markdown_artifact(text, key=report_key(job.name), description=f"{study.study_name}: {verdict.decision}")
+    create_markdown_artifact(
+        text, key=artifact_key("report", job.name), description=f"{study.study_name}: {verdict.decision}"
+    )
     study.set_user_attr(ENDED, now.isoformat())
     return text
-
-
-def report_key(job_name: str) -> str:
-    """The key of a job's report among Prefect's artifacts, which takes letters, digits and dashes only."""
-    return "report-" + artifact_name(job_name)
 
 
 def summarize(

@@ -29,7 +29,6 @@ from tasks.prepare import Snapshot
 from tasks.study import FAILURE, FLOW_RUN, JOB, MLFLOW_EXPERIMENT, MLFLOW_RUN, is_interrupted
 from tasks.versions import Promotion
 
-WORKFLOW = "workflowType=machine_learning"
 CHAMPION_ALIAS = "champion"
 STORE_VERSION = "store_version"
 TRIAL_NUMBER = "optuna_trial"
@@ -219,16 +218,6 @@ def point_champion_alias(client: MlflowClient, job: str, promotion: Promotion) -
         return False
     client.set_registered_model_alias(job, CHAMPION_ALIAS, str(number))
     return True
-
-
-def run_page(mlflow_url: str, experiment_id: str, run_id: str) -> str:
-    """A run's page. Without the workflow type MLflow opens its pages for language models."""
-    return f"{mlflow_url}/#/experiments/{experiment_id}/runs/{run_id}?{WORKFLOW}"
-
-
-def runs_page(mlflow_url: str, experiment_id: str) -> str:
-    """The page with the table of a job's nights and trials."""
-    return f"{mlflow_url}/#/experiments/{experiment_id}/runs?{WORKFLOW}"
 
 
 def _model_versions(client: MlflowClient, job: str) -> Iterator[Any]:

@@ -17,6 +17,7 @@ import torch
 from optuna.trial import FrozenTrial, TrialState
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 
+from infra.deploy import artifact_key
 from infra.device import describe_device
 from infra.errors import ExpectedError
 from models.batches import Split
@@ -158,7 +159,9 @@ class ProgressArtifact:
         self._study = study
         self._budget = job.budget.trials
         self._written_at = time.monotonic()
-        created = create_progress_artifact(self._percent(), key=progress_key(job.name), description=self._text())
+        created = create_progress_artifact(
+            self._percent(), key=artifact_key("progress", job.name), description=self._text()
+        )
         self._id = cast(UUID, created)
 
     def update(self, *, final: bool = False) -> None:
@@ -173,12 +176,3 @@ class ProgressArtifact:
         complete = self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         best = f", best {self._study.best_value:.4f}" if complete else ""
         return f"{len(finished_trials(self._study))} of {self._budget} trials{best}"
-
-
-def progress_key(job_name: str) -> str:
-    """The key of a job's progress among Prefect's artifacts, which takes letters, digits and dashes only."""
-    return "progress-" + artifact_name(job_name)
-
-
-def artifact_name(job_name: str) -> str:
-    return job_name.replace(".", "-").replace("_", "-")
