@@ -47,7 +47,8 @@ def submit_night(settings: Settings, deployment: str, parameters: Mapping[str, A
 def follow_night(settings: Settings, night: FlowRun, job: str, console: Console) -> None:
     """Show each step as it ends and the trials as they come, then the report.
 
-    Raises NightFailed where the night does not complete. Ctrl-C ends the following and leaves the night running.
+    Raises NightFailed where the night does not complete, or Prefect stops answering. Ctrl-C ends the following and
+    leaves the night running.
     """
     try:
         with get_client(sync_client=True) as client:
@@ -56,6 +57,10 @@ def follow_night(settings: Settings, night: FlowRun, job: str, console: Console)
             if not ended.state.is_completed():
                 raise NightFailed(ended.state.message or f"the night ended as {ended.state.name}")
             report = _artifact(client, night.id, artifact_key("report", job))
+    except httpx.TransportError as error:
+        raise NightFailed(
+            f"Prefect stopped answering at {settings.prefect_api_url}; the night may go on: see `nightly status`"
+        ) from error
     except KeyboardInterrupt:
         console.print(f"the night goes on: {settings.prefect_page}/runs/flow-run/{night.id} (cancel it there)")
         raise
@@ -65,11 +70,13 @@ def follow_night(settings: Settings, night: FlowRun, job: str, console: Console)
 
 def pages(settings: Settings, night: FlowRun, job: str) -> str:
     """The two pages to open: the night in Prefect, and the job's nights and trials in MLflow."""
-    found = httpx.get(
-        f"{settings.mlflow_url}/api/2.0/mlflow/experiments/get-by-name", params={"experiment_name": job}
-    ).raise_for_status()
-    experiment_id = found.json()["experiment"]["experiment_id"]
-    return f"Prefect {settings.prefect_page}/runs/flow-run/{night.id}\nMLflow  {settings.mlflow_page(experiment_id)}"
+    by_name = f"{settings.mlflow_url}/api/2.0/mlflow/experiments/get-by-name"
+    try:
+        found = httpx.get(by_name, params={"experiment_name": job}).raise_for_status()
+        mlflow_page = settings.mlflow_page(found.json()["experiment"]["experiment_id"])
+    except httpx.HTTPError:  # MLflow went away in the night, which is no reason to fail now
+        mlflow_page = settings.mlflow_url
+    return f"Prefect {settings.prefect_page}/runs/flow-run/{night.id}\nMLflow  {mlflow_page}"
 
 
 def _watch(client: SyncPrefectClient, night_id: UUID, job: str, console: Console) -> FlowRun:

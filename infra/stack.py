@@ -37,6 +37,7 @@ class Service:
 
     name: str
     command: tuple[str, ...]
+    reads: str = ""  # the prefix of the settings that it depends on
     port: int | None = None
     port_variable: str = ""
     health_url: str = ""
@@ -68,6 +69,7 @@ def servers(settings: Settings) -> list[Service]:
     here = f"{LOOPBACK}:{settings.mlflow_port},localhost:{settings.mlflow_port}"
     prefect = Service(
         name="prefect",
+        reads="PREFECT_",
         command=(
             sys.executable, "-m", "prefect", "server", "start",
             "--host", LOOPBACK, "--port", str(settings.prefect_port),
@@ -78,6 +80,7 @@ def servers(settings: Settings) -> list[Service]:
     )  # fmt: skip
     mlflow = Service(
         name="mlflow",
+        reads="MLFLOW_",
         command=(
             sys.executable, "-m", "mlflow", "server", "--host", LOOPBACK, "--port", str(settings.mlflow_port),
             "--workers", "2", "--allowed-hosts", here,
@@ -120,19 +123,26 @@ def one_at_a_time(settings: Settings) -> Iterator[None]:
 
 
 def start(settings: Settings, services: list[Service], say: Callable[[str], None]) -> None:
-    """Start the services that do not run yet, together, and wait until each is healthy.
+    """Start the services that do not run yet, or not with these settings, and wait until each is healthy.
 
     Raises StackError: a port is taken, or a service ended or stayed silent. What this call started is stopped again
     then, and on Ctrl-C.
     """
     missing = []
     for service in services:
-        if running := find(settings, service):
+        running = find(settings, service)
+        if running and not (changed := _changed_settings(settings, service)):
             say(f"{service.name} runs already since {running.since:%Y-%m-%d %H:%M:%S} UTC")
-        else:
-            _clear_leftovers(settings, service)
-            _require_free_port(service)
-            missing.append(service)
+            continue
+        if running and night_runs(settings):
+            say(
+                f"{service.name} keeps its old settings ({', '.join(changed)} changed) while a night runs; "
+                "repeat `nightly up` after it"
+            )
+            continue
+        stop(settings, service)
+        _require_free_port(service)
+        missing.append(service)
     started: list[Running] = []
     try:
         for service in missing:
@@ -172,6 +182,12 @@ def find(settings: Settings, service: Service) -> Running | None:
     return None
 
 
+def night_runs(settings: Settings) -> bool:
+    """Whether the worker has a flow run under way."""
+    running = find(settings, worker(settings))
+    return running is not None and bool(running.process.children())
+
+
 def log_file(settings: Settings, service: Service) -> Path:
     return settings.home / "logs" / f"{service.name}.log"
 
@@ -189,9 +205,24 @@ def _spawn(settings: Settings, service: Service) -> Running:
             start_new_session=True,  # the terminal's Ctrl-C is not for a server
         )
     process = psutil.Process(spawned.pid)
-    record = {"pid": process.pid, "create_time": process.create_time()}
+    record = {
+        "pid": process.pid,
+        "create_time": process.create_time(),
+        "settings": _read_settings(settings, service),
+    }
     _record(settings, service).write_text(json.dumps(record))
     return Running(service=service, process=process)
+
+
+def _read_settings(settings: Settings, service: Service) -> dict[str, str]:
+    return {name: value for name, value in settings.environment().items() if name.startswith(service.reads)}
+
+
+def _changed_settings(settings: Settings, service: Service) -> list[str]:
+    """The variables that the running service was started with and that are others now."""
+    began_with = json.loads(_record(settings, service).read_text()).get("settings", {})
+    now = _read_settings(settings, service)
+    return sorted(name for name in began_with.keys() | now.keys() if began_with.get(name) != now.get(name))
 
 
 def _wait_until_healthy(settings: Settings, running: Running) -> None:

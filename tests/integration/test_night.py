@@ -277,7 +277,7 @@ def test_a_second_night_of_a_job_waits_or_is_refused_as_the_job_says(stack: Stac
     wait_for(lambda: not unfinished(stack, job), 60, "both nights to end")
 
 
-def test_nights_of_two_jobs_share_the_device_one_after_the_other(stack: Stack) -> None:
+def test_nights_of_two_jobs_share_the_device_one_after_the_other(stack: Stack, tmp_path: Path) -> None:
     stack.nightly("run", "holding", "--no-follow")
     wait_for(lambda: (stack.home / "studies/holding").exists(), 60, "the first night to begin")
     stack.nightly("run", "shadow", "--trials", "2", "--promotion", "never", "--no-follow")
@@ -287,6 +287,8 @@ def test_nights_of_two_jobs_share_the_device_one_after_the_other(stack: Stack) -
         return any("waiting for cpu, which another night holds" in str(log["message"]) for log in logs)
 
     wait_for(waits, 60, "the second night to wait")
+    shown = stack.nightly("up", NIGHTLY_JOBS=str(tmp_path)).stdout
+    assert "worker keeps its old settings (NIGHTLY_JOBS changed) while a night runs" in shown
     cancel(stack, latest_run(stack, "holding"))
     wait_for(lambda: latest_run(stack, "shadow")["state_type"] == "COMPLETED", 60, "the second night to go on")
 

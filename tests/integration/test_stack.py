@@ -103,6 +103,19 @@ def test_a_second_up_says_since_when_it_runs(stack: Stack) -> None:
     assert {name: service(stack, name)["pid"] for name in before} == before
 
 
+def test_a_changed_setting_restarts_what_reads_it(stack: Stack, tmp_path: Path) -> None:
+    """Otherwise the worker would go on with the job folder that it was started with."""
+    before = {name: service(stack, name)["pid"] for name in ("prefect", "mlflow", "worker")}
+    (tmp_path / "other.yaml").write_text("name: other\ndata: {source: 'sklearn://iris'}\n")
+    shown = stack.nightly("up", NIGHTLY_JOBS=str(tmp_path)).stdout
+    assert "worker is up" in shown
+    after = {name: service(stack, name)["pid"] for name in before}
+    assert {name for name in before if before[name] != after[name]} == {"worker"}
+    ran = stack.nightly("run", "other", "--trials", "2", "--promotion", "never", NIGHTLY_JOBS=str(tmp_path)).stdout
+    assert "# other: not promoted" in ran
+    stack.nightly("up")
+
+
 def test_every_service_listens_on_loopback_only(stack: Stack) -> None:
     processes = [psutil.Process(int(str(service(stack, name)["pid"]))) for name in ("prefect", "mlflow", "worker")]
     family = [relative for process in processes for relative in (process, *process.children(recursive=True))]
