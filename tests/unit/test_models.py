@@ -31,7 +31,9 @@ def train_on(prepared: Prepared, family: str, seed: int = 0, **values: object) -
 
 @pytest.mark.parametrize("family", ["mlp", "cnn"])
 def test_the_same_seed_gives_the_same_model_and_another_seed_does_not(prepared: Prepared, family: str) -> None:
-    first, again, other = (train_on(prepared, family, seed) for seed in (1, 1, 2))
+    first = train_on(prepared, family, seed=1)
+    torch.rand(1)  # whatever else draws from the global generator must not matter
+    again, other = train_on(prepared, family, seed=1), train_on(prepared, family, seed=2)
     assert first.epochs == again.epochs  # type: ignore[attr-defined]
     assert first.epochs != other.epochs  # type: ignore[attr-defined]
 
