@@ -24,7 +24,7 @@ from tasks.prepare import prepare
 from tasks.study import finished_trials, is_interrupted, last_study
 from tasks.tracking import TRIAL_NUMBER, nested_runs
 from tasks.versions import load_champion
-from tests.conftest import CPU, S3Server, Stack, free_port, make_job, wait_for
+from tests.conftest import CPU, SECRET_KEY, S3Server, Stack, free_port, make_job, wait_for
 
 STEPS = ["reconcile", "prepare", "tune", "confirm", "gate", "promote", "report"]
 
@@ -199,6 +199,8 @@ def test_a_night_promotes_to_s3(
     champion = load_champion("quick-s3", url)
     assert champion.promotion.number == 1
     assert champion_alias(stack, "quick-s3").tags["store_version"] == champion.manifest.version
+    holders = [path for path in stack.home.rglob("*") if path.is_file() and SECRET_KEY.encode() in path.read_bytes()]
+    assert holders == [], "a database, log or study holds the store's secret"
 
 
 @pytest.mark.parametrize("reason", ["unreachable", "damaged"])
