@@ -7,6 +7,7 @@ the night as FAILED with one sentence.
 import logging
 from collections.abc import Callable
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 from uuid import UUID
 
@@ -24,15 +25,23 @@ from infra.device import choose_device, hold_device
 from infra.errors import ExpectedError
 from infra.settings import OUR_LOGGERS, Settings
 from infra.store import StoreUnavailable, open_store
-from tasks.confirm import confirm
+from tasks.confirm import Challenger, confirm
 from tasks.gate import gate
 from tasks.job import Minutes, PromotionMode, SamplerName, Trials, TuningJob, load_job
+from tasks.memory import recall
 from tasks.prepare import prepare
 from tasks.promote import promote
 from tasks.reconcile import only_night_of, reconcile
 from tasks.report import report
 from tasks.study import open_study
-from tasks.tracking import TrialTracker, begin_night, mlflow_may_be_away, night_ends_with_its_run, track_missing_trials
+from tasks.tracking import (
+    TrialTracker,
+    begin_night,
+    mlflow_may_be_away,
+    night_ends_with_its_run,
+    track_confirmed,
+    track_missing_trials,
+)
 from tasks.tune import Prepared, ProgressArtifact, Tuned, tune
 
 P = ParamSpec("P")
@@ -92,20 +101,23 @@ def _night(job: TuningJob, settings: Settings) -> str:
     with get_client(sync_client=True) as prefect:
         crash_dead_runs(prefect, job.name, states=(StateType.RUNNING, StateType.CANCELLING), spare=UUID(flow_run_id))
     champion = reconcile_step(job, store, client, studies, device)
-    snapshot = prepare_step(job.data, settings.home / "snapshots")
+    snapshot = prepare_step(job.data, job.objective.problem, settings.home / "snapshots")
     study = open_study(job, snapshot.fingerprint, studies, _now())
+    recall(study, job, snapshot, champion, studies)
     run_id = begin_night(client, job, study, snapshot, flow_run_id)
     with night_ends_with_its_run(client, run_id):
         with hold_device(device, settings.home / "locks"):
             prepared = Prepared.load(snapshot, device)
-            tuned = tune_step(study, job, prepared, client, run_id)
-            challenger = confirm_step(study, job, prepared)
+            tuned = tune_step(study, job, prepared, settings.home / "checkpoints", client, run_id)
+            challenger = confirm_step(study, job, prepared, client, run_id)
             verdict = gate_step(job, challenger, champion, snapshot, device)
         promotion = promote_step(job, study, snapshot, challenger, verdict, store, client, _now())
         return report_step(job, study, snapshot, tuned, challenger, verdict, promotion, settings, client, _now())
 
 
-def _tune(study: optuna.Study, job: TuningJob, prepared: Prepared, client: MlflowClient, run_id: str) -> Tuned:
+def _tune(
+    study: optuna.Study, job: TuningJob, prepared: Prepared, checkpoints: Path, client: MlflowClient, run_id: str
+) -> Tuned:
     progress = ProgressArtifact(study, job)
     with TrialTracker(client, run_id) as tracker:
 
@@ -113,11 +125,24 @@ def _tune(study: optuna.Study, job: TuningJob, prepared: Prepared, client: Mlflo
             tracker.track(study, trial)
             progress.update()
 
-        tuned = tune(study, job, prepared, on_trial=on_trial)
+        tuned = tune(study, job, prepared, checkpoints, on_trial=on_trial)
     progress.update(final=True)
     with mlflow_may_be_away("trials"):
         track_missing_trials(client, run_id, study)
     return tuned
+
+
+def _confirm(study: optuna.Study, job: TuningJob, prepared: Prepared, client: MlflowClient, run_id: str) -> Challenger:
+    def on_candidate(candidate: Challenger) -> None:
+        metrics = {
+            f"confirmed_{job.search.objective}": candidate.validation[job.search.objective],
+            "generalization_gap": candidate.generalization_gap,
+            "sharpness": candidate.sharpness,
+        }
+        with mlflow_may_be_away("what was confirmed"):
+            track_confirmed(client, run_id, candidate.trial, metrics, _now())
+
+    return confirm(study, job, prepared, on_candidate=on_candidate)
 
 
 def _step(name: str, inputs: str, **options: Any) -> Callable[[Callable[P, R]], Task[P, R]]:
@@ -136,11 +161,11 @@ def _now() -> datetime:
 reconcile_step = _step("reconcile", "{job.name} with {store.url}")(reconcile)
 prepare_step = _step("prepare", "{data.source}")(prepare)
 tune_step = _step("tune", "{job.budget.trials} trials of {job.model}, {job.search.sampler}")(_tune)
-confirm_step = _step("confirm", "best {job.confirm.candidates} of {study.study_name}")(confirm)
-gate_step = _step("gate", "trial {challenger.trial.number} on {snapshot.fingerprint}")(gate)
+confirm_step = _step("confirm", "best {job.confirm.candidates} of {study.study_name}")(_confirm)
+gate_step = _step("gate", "trial {challenger.trial.user_attrs[number]} on {snapshot.fingerprint}")(gate)
 promote_step = _step(
     "promote",
-    "trial {challenger.trial.number}, {verdict.decision}, {job.promotion.mode}",
+    "trial {challenger.trial.user_attrs[number]}, {verdict.decision}, {job.promotion.mode}",
     retries=3,
     retry_delay_seconds=[2, 10, 30],
     retry_condition_fn=_store_was_away,

@@ -1,41 +1,109 @@
-"""What a trained model is worth: logits for every row, and metrics by name. Knows nothing of who asks."""
+"""What a trained model is worth: outputs for every row, metrics by name, and how flat the minimum is that it found.
 
-from collections.abc import Callable, Mapping
+Metrics are scikit-learn's. Knows nothing of who asks.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
+import numpy.typing as npt
+import sklearn.metrics
 import torch
 from torch import Tensor, nn
 
-MetricName = Literal["accuracy", "log_loss"]
+from models.families import Problem
+
+MetricName = Literal["accuracy", "balanced_accuracy", "f1_macro", "roc_auc", "log_loss", "rmse", "mae", "r2"]
 EVALUATION_BATCH = 8192
+SHARPNESS_RADIUS = 1e-3
+SHARPNESS_STEPS = 10
+
+_Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Metric:
-    """From logits (rows, classes) and target (rows,) to one number, and whether more of it is better."""
+    """From class probabilities (rows, classes) or a regression's values (rows,), and the target (rows,), to one
+    number; and whether more of it is better."""
 
-    compute: Callable[[Tensor, Tensor], float]
+    compute: Callable[[_Array, _Array], float]
     direction: Literal["maximize", "minimize"]
+    problem: Problem = "classification"
 
     def gain(self, challenger: float, champion: float) -> float:
         """How much better the challenger is, in the metric's own unit; negative where it is worse."""
         return challenger - champion if self.direction == "maximize" else champion - challenger
 
 
+def _roc_auc(probabilities: _Array, target: _Array) -> float:
+    """The mean over classes of one class against the rest (Provost and Domingos' unweighted form). A class that no
+    row has, or every row, has no curve and is left out; 0.5, the value of guessing, where none has one."""
+    areas = [
+        float(sklearn.metrics.roc_auc_score(target == label, probabilities[:, label]))
+        for label in range(probabilities.shape[1])
+        if 0 < np.count_nonzero(target == label) < len(target)
+    ]
+    return sum(areas) / len(areas) if areas else 0.5
+
+
 METRICS: Mapping[MetricName, Metric] = {
     "accuracy": Metric(
-        compute=lambda logits, target: (logits.argmax(dim=1) == target).float().mean().item(), direction="maximize"
+        compute=lambda p, target: float(sklearn.metrics.accuracy_score(target, p.argmax(axis=1))),
+        direction="maximize",
     ),
+    "balanced_accuracy": Metric(
+        compute=lambda p, target: float(
+            # Recall over the classes that occur, as balanced_accuracy_score has it, which warns of a class that does
+            # not occur in the target but is predicted.
+            sklearn.metrics.recall_score(
+                target, p.argmax(axis=1), labels=np.unique(target), average="macro", zero_division=0
+            )
+        ),
+        direction="maximize",
+    ),
+    "f1_macro": Metric(
+        compute=lambda p, target: float(
+            sklearn.metrics.f1_score(
+                target, p.argmax(axis=1), labels=np.unique(target), average="macro", zero_division=0
+            )
+        ),
+        direction="maximize",
+    ),
+    "roc_auc": Metric(compute=_roc_auc, direction="maximize"),
     "log_loss": Metric(
-        compute=lambda logits, target: nn.functional.cross_entropy(logits, target).item(), direction="minimize"
+        compute=lambda p, target: float(sklearn.metrics.log_loss(target, p, labels=np.arange(p.shape[1]))),
+        direction="minimize",
+    ),
+    "rmse": Metric(
+        compute=lambda values, target: float(sklearn.metrics.root_mean_squared_error(target, values)),
+        direction="minimize",
+        problem="regression",
+    ),
+    "mae": Metric(
+        compute=lambda values, target: float(sklearn.metrics.mean_absolute_error(target, values)),
+        direction="minimize",
+        problem="regression",
+    ),
+    "r2": Metric(
+        compute=lambda values, target: float(sklearn.metrics.r2_score(target, values)),
+        direction="maximize",
+        problem="regression",
     ),
 }
 
 
+def metrics_of(problem: Problem) -> tuple[MetricName, ...]:
+    """The names of all metrics that fit the problem."""
+    return tuple(name for name, metric in METRICS.items() if metric.problem == problem)
+
+
 @torch.inference_mode()
-def predict_logits(model: nn.Module, features: Tensor) -> Tensor:
-    """Logits (rows, classes) in evaluation mode; the model's own mode is put back."""
+def predict_outputs(model: nn.Module, features: Tensor) -> Tensor:
+    """Logits (rows, classes) or values (rows,) in evaluation mode; the model's own mode is put back."""
     was_training = model.training
     model.eval()
     try:
@@ -44,7 +112,66 @@ def predict_logits(model: nn.Module, features: Tensor) -> Tensor:
         model.train(was_training)
 
 
+def score(outputs: Tensor, target: Tensor, names: Iterable[MetricName]) -> dict[MetricName, float]:
+    """Metrics by name. Outputs that are not finite have none: raises ValueError."""
+    values = outputs.double().softmax(dim=1) if outputs.ndim == 2 else outputs.double()
+    if not torch.isfinite(values).all():
+        raise ValueError("a model's outputs must be finite to be scored, found NaN or infinity")
+    return {name: METRICS[name].compute(values.cpu().numpy(), target.cpu().numpy()) for name in names}
+
+
 def evaluate(model: nn.Module, features: Tensor, target: Tensor) -> dict[MetricName, float]:
-    """Every metric of a model over the given rows."""
-    logits = predict_logits(model, features)
-    return {name: metric.compute(logits, target) for name, metric in METRICS.items()}
+    """Every metric of a model that fits its outputs. Raises ValueError where the outputs are not finite."""
+    outputs = predict_outputs(model, features)
+    return score(outputs, target, metrics_of("classification" if outputs.ndim == 2 else "regression"))
+
+
+def parameter_count(model: nn.Module) -> int:
+    """How many numbers a training can move."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+@torch.inference_mode()
+def latency_ms(model: nn.Module, row: Tensor) -> float:
+    """Median milliseconds from one row (1, ...) on the device to its outputs, of 30 runs after 5 to warm up."""
+    was_training = model.training
+    model.eval()
+    seconds = []
+    try:
+        for _ in range(35):
+            began = time.perf_counter()
+            model(row).cpu()  # the copy waits until the device is done
+            seconds.append(time.perf_counter() - began)
+    finally:
+        model.train(was_training)
+    return 1000 * statistics.median(seconds[5:])
+
+
+def sharpness(model: nn.Module, loss: Callable[[], Tensor]) -> float:
+    """How much the training loss rises, relative to 1 + loss, at worst within a small box around the weights.
+
+    Definition 2.1 of Keskar et al., On Large-Batch Training for Deep Learning (arXiv 1609.04836), over all weights:
+    each may move by 0.001 (|w| + 1). They maximise by L-BFGS-B; this takes ten signed gradient steps projected into
+    the box and keeps the highest loss seen. `loss` computes the loss of the model as it is; the weights are put back.
+    In per cent it is 100 times this; near 0 is flat.
+    """
+    weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    centre = [weight.detach().clone() for weight in weights]
+    radius = [SHARPNESS_RADIUS * (weight.abs() + 1) for weight in centre]
+    base = loss()
+    worst = base.detach()
+    value = base
+    try:
+        for _ in range(SHARPNESS_STEPS):
+            gradients = torch.autograd.grad(value, weights)
+            with torch.no_grad():
+                for weight, gradient, middle, reach in zip(weights, gradients, centre, radius, strict=True):
+                    moved = weight + 2 / SHARPNESS_STEPS * reach * gradient.sign()
+                    weight.copy_(torch.minimum(torch.maximum(moved, middle - reach), middle + reach))
+            value = loss()
+            worst = torch.maximum(worst, value.detach())
+    finally:
+        with torch.no_grad():
+            for weight, middle in zip(weights, centre, strict=True):
+                weight.copy_(middle)
+    return ((worst - base.detach()) / (1 + base.detach())).item()

@@ -1,47 +1,128 @@
 """The model families that a job can name, and how each becomes a torch module.
 
-Each takes hyperparameters and the data's shape and returns a module from features to logits. Knows nothing of training.
+MLP and CNN come with us; any other is a class of the user's own, named by file path. Each takes hyperparameters and
+the data's shape and returns a module from features to outputs. Knows nothing of training.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+import hashlib
+import importlib.util
+import math
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal, Protocol, cast
 
+import optuna
+import torch
+from pydantic import JsonValue
 from torch import Tensor, nn
 
-from models.hyperparameters import CNNHyperparameters, Hyperparameters, MLPHyperparameters
+from models.hyperparameters import (
+    ActivationName,
+    CNNHyperparameters,
+    Hyperparameters,
+    InitialisationName,
+    MLPHyperparameters,
+    OwnHyperparameters,
+)
+from models.space import Domain, Range, Searchable, Value, contains, draw, parse_domain
+
+Problem = Literal["classification", "regression"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataShape:
-    """One row's features, without the batch dimension, and the number of classes."""
+    """One row's features, without the batch dimension, and how many outputs a model gives for it: a logit for each
+    class, or the one number of a regression."""
 
     features: tuple[int, ...]
-    classes: int
+    outputs: int
+    problem: Problem = "classification"
+
+
+class OwnModel(Protocol):
+    """What a user's class must offer, beside being an `nn.Module`. No import of ours is needed.
+
+    `suggest` is optional: it draws the model's own hyperparameters from an Optuna trial and returns them, as values
+    that JSON can hold. The constructor gets what it returned, and the data's shape. `forward` takes features
+    (batch, *shape.features) and returns (batch, shape.outputs).
+    """
+
+    @staticmethod
+    def suggest(trial: optuna.Trial) -> Mapping[str, JsonValue]: ...
+
+    def __init__(self, hyperparameters: Mapping[str, JsonValue], shape: DataShape) -> None: ...
+
+
+class ModelError(ValueError):
+    """A model cannot be found, loaded or built; the message names it and the remedy."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """A kind of model: what it is tuned by, and how it is built."""
+    """A kind of model: what it is tuned by, and how it is built.
 
+    `suggest` draws the own hyperparameters of a user's class, whose names are `own_names`; `code` is the SHA-256 of
+    the file that it lies in.
+    """
+
+    name: str
     hyperparameters: type[Hyperparameters]
     build: Callable[[Any, DataShape], nn.Module]
+    suggest: Callable[[Any], Mapping[str, JsonValue]] | None = None
+    own_names: tuple[str, ...] = ()
+    code: str | None = None
+
+    def search_space(self, overrides: Mapping[str, Any]) -> dict[str, Domain]:
+        """Domains by name: the defaults with a job's overrides; of the own hyperparameters only what is overridden.
+
+        Raises ValueError: an unknown name (the known ones are listed), or a domain that cannot be.
+        """
+        known = (*self.hyperparameters.default_space, *self.own_names)
+        for name in overrides:
+            if name not in known:
+                raise ValueError(f"{name} is not a hyperparameter of {self.name}; known are {', '.join(known)}")
+        own = {name: parse_domain(name, domain) for name, domain in overrides.items() if name in self.own_names}
+        return self.hyperparameters.search_space(_without(overrides, self.own_names)) | own
+
+    def grid_space(self, overrides: Mapping[str, Any]) -> dict[str, Domain]:
+        """The space with each range cut into points. Raises ValueError where a range does not say how many."""
+        space = self.search_space(overrides)
+        own = {name: space[name] for name in self.own_names if name in space}
+        return self.hyperparameters.grid_space(_without(space, self.own_names)) | Searchable.grid_space(own)
+
+    def draw(self, trial: optuna.Trial, space: Mapping[str, Domain]) -> Hyperparameters:
+        """Draw a trial's hyperparameters. Raises ValueError where what was drawn is not valid, and whatever a user's
+        `suggest` raises."""
+        drawn: dict[str, Any] = dict(self.hyperparameters.draw(trial, _without(space, self.own_names)))
+        if self.suggest is not None:
+            drawn["own"] = dict(self.suggest(_Overriding(trial, space)))
+        return self.hyperparameters.from_values(drawn)
+
+    def nearest(self, wished: Mapping[str, Any], space: Mapping[str, Domain]) -> dict[str, Value]:
+        """Parameters of a trial as near to the wished values as the space allows; own ones are left to the sampler."""
+        return self.hyperparameters.nearest(wished, _without(space, self.own_names))
 
 
 class MLP(nn.Sequential):
-    """Features of any shape (batch, ...), flattened, to logits (batch, classes)."""
+    """Features of any shape (batch, ...), flattened, to outputs (batch, outputs)."""
 
     def __init__(self, hyperparameters: MLPHyperparameters, shape: DataShape) -> None:
         layers: list[nn.Module] = [nn.Flatten()]
-        inputs = _size(shape.features)
+        inputs, width = math.prod(shape.features), float(hyperparameters.width)
         for _ in range(hyperparameters.depth):
-            layers += [nn.Linear(inputs, hyperparameters.width), nn.ReLU(), nn.Dropout(hyperparameters.dropout)]
-            inputs = hyperparameters.width
-        super().__init__(*layers, nn.Linear(inputs, shape.classes))
+            units = max(1, round(width))
+            layers += [nn.Linear(inputs, units), _ACTIVATIONS[hyperparameters.activation]()]
+            layers.append(nn.Dropout(hyperparameters.dropout))
+            inputs, width = units, width * hyperparameters.taper
+        super().__init__(*layers, nn.Linear(inputs, shape.outputs))
+        _initialise(self, hyperparameters.initialisation)
 
 
 class CNN(nn.Module):
-    """Images (batch, channels, height, width) to logits (batch, classes).
+    """Images (batch, channels, height, width) to outputs (batch, outputs).
 
     A block halves height and width while they are above 1. What is left is averaged, so the head's size does not
     depend on the image's.
@@ -50,7 +131,7 @@ class CNN(nn.Module):
     def __init__(self, hyperparameters: CNNHyperparameters, shape: DataShape) -> None:
         super().__init__()
         if len(shape.features) != 3:
-            raise ValueError(
+            raise ModelError(
                 f"model cnn needs images of shape (channels, height, width), found rows of shape {shape.features}; "
                 "choose model mlp or another data source"
             )
@@ -58,33 +139,197 @@ class CNN(nn.Module):
         blocks: list[nn.Module] = []
         for block in range(hyperparameters.depth):
             outputs = hyperparameters.channels * 2**block
-            blocks += [nn.Conv2d(inputs, outputs, kernel_size=3, padding=1), nn.ReLU()]
+            blocks.append(nn.Conv2d(inputs, outputs, kernel_size=3, padding=1, bias=not hyperparameters.batch_norm))
+            if hyperparameters.batch_norm:
+                blocks.append(nn.BatchNorm2d(outputs))
+            blocks.append(_ACTIVATIONS[hyperparameters.activation]())
             if min(height, width) > 1:
                 blocks.append(nn.MaxPool2d(2))
                 height, width = height // 2, width // 2
             inputs = outputs
         self.blocks = nn.Sequential(*blocks)
-        self.head = nn.Sequential(nn.Dropout(hyperparameters.dropout), nn.Linear(inputs, shape.classes))
+        self.head = nn.Sequential(nn.Dropout(hyperparameters.dropout), nn.Linear(inputs, shape.outputs))
+        _initialise(self, hyperparameters.initialisation)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.blocks(images).mean(dim=(2, 3)))  # type: ignore[no-any-return]
 
 
+class Unscale(nn.Module):
+    """A regression's output (batch, 1) in standard deviations of the training target to its own unit (batch,)."""
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(()))
+        self.register_buffer("scale", torch.ones(()))
+
+    def fit(self, target: Tensor) -> None:
+        self.mean.copy_(target.mean())
+        self.scale.copy_(target.std(correction=0))
+
+    def forward(self, outputs: Tensor) -> Tensor:
+        return outputs.squeeze(-1) * self.scale + self.mean
+
+
+class _CheckedOutputs(nn.Module):
+    """A user's model whose outputs have the shape that everything behind it relies on."""
+
+    def __init__(self, name: str, model: nn.Module, outputs: int) -> None:
+        super().__init__()
+        self.model = model
+        self._name = name
+        self._outputs = outputs
+
+    def forward(self, features: Tensor) -> Tensor:
+        outputs = self.model(features)
+        expected = (len(features), self._outputs)
+        if not isinstance(outputs, Tensor) or outputs.shape != expected:
+            found = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+            raise ModelError(f"{self._name} must return outputs of shape {expected}, found {found}; mend its forward")
+        return outputs
+
+
 FAMILIES = {
-    "mlp": Family(hyperparameters=MLPHyperparameters, build=MLP),
-    "cnn": Family(hyperparameters=CNNHyperparameters, build=CNN),
+    "mlp": Family(name="mlp", hyperparameters=MLPHyperparameters, build=MLP),
+    "cnn": Family(name="cnn", hyperparameters=CNNHyperparameters, build=CNN),
 }
 
 
 def family_named(name: str) -> Family:
-    """Raises ValueError for an unknown name; the known ones are listed."""
-    if name not in FAMILIES:
-        raise ValueError(f"must be a known model, found {name!r}; known are {', '.join(FAMILIES)}")
-    return FAMILIES[name]
+    """A family of ours, or a user's class as `path/to/net.py:Net`. Raises ModelError: it is unknown (the known ones
+    are listed), or its file does not make a model."""
+    if name in FAMILIES:
+        return FAMILIES[name]
+    path, separator, class_name = name.rpartition(":")
+    if not separator or not path.endswith(".py"):
+        raise ModelError(
+            f"must be a known model or path/to/net.py:Net, found {name!r}; known are {', '.join(FAMILIES)}"
+        )
+    try:
+        code = Path(path).read_bytes()
+    except OSError as error:
+        raise ModelError(f"{path} is not a Python file that can be read; correct the path") from error
+    return _own_family(path, class_name, hashlib.sha256(code).hexdigest())
 
 
-def _size(shape: tuple[int, ...]) -> int:
-    size = 1
-    for extent in shape:
-        size *= extent
-    return size
+def build_model(family: Family, hyperparameters: Hyperparameters, shape: DataShape) -> nn.Module:
+    """The module that is trained, judged and published: to logits (batch, classes), or for a regression to values
+    (batch,) in the target's own unit, once its `Unscale` is fitted or loaded."""
+    model = family.build(hyperparameters, shape)
+    return nn.Sequential(model, Unscale()) if shape.problem == "regression" else model
+
+
+@lru_cache(maxsize=32)
+def _own_family(path: str, class_name: str, code: str) -> Family:
+    """Loaded once for each content of the file; in sys.modules, where dataclasses and pickling look for it."""
+    module_name = f"nightly_own_{code[:16]}"
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module
+    name = f"{Path(path).name}:{class_name}"
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ModelError(f"{path} raised {type(error).__name__} when it was loaded: {error}; mend it") from error
+    own = getattr(module, class_name, None)
+    if not (isinstance(own, type) and issubclass(own, nn.Module)):
+        raise ModelError(f"{path} holds no nn.Module named {class_name}; correct the name or add the class")
+    suggest = getattr(own, "suggest", None)
+
+    def build(hyperparameters: OwnHyperparameters, shape: DataShape) -> nn.Module:
+        return _CheckedOutputs(name, own(hyperparameters.own, shape), shape.outputs)
+
+    return Family(
+        name=name,
+        hyperparameters=OwnHyperparameters,
+        build=build,
+        suggest=suggest,
+        own_names=() if suggest is None else _names_drawn(name, suggest),
+        code=code,
+    )
+
+
+def _names_drawn(name: str, suggest: Callable[[Any], Mapping[str, JsonValue]]) -> tuple[str, ...]:
+    """The names that a user's `suggest` draws, found by trying: some may be drawn on some paths only."""
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    names: dict[str, None] = {}
+    for _ in range(20):
+        trial = study.ask()
+        try:
+            drawn = suggest(trial)
+        except Exception as error:
+            raise ModelError(f"suggest of {name} raised {type(error).__name__}: {error}; mend it") from error
+        if not isinstance(drawn, Mapping):
+            raise ModelError(f"suggest of {name} must return a dict, found {type(drawn).__name__}; return what it drew")
+        names |= dict.fromkeys(trial.params)
+    taken = [known for known in names if known in Hyperparameters.model_fields]
+    if taken:
+        raise ModelError(f"suggest of {name} draws {taken[0]}, which every model is tuned by already; rename it")
+    return tuple(names)
+
+
+@dataclass(frozen=True)
+class _Overriding:
+    """The trial as a user's `suggest` sees it: a name that the job's space overrides is drawn from there."""
+
+    trial: optuna.Trial
+    space: Mapping[str, Domain] = field(default_factory=dict)
+
+    def suggest_float(self, name: str, low: float, high: float, **options: Any) -> Value:
+        if name in self.space:
+            return draw(self.trial, name, self.space[name], whole=False)
+        return self.trial.suggest_float(name, low, high, **options)
+
+    def suggest_int(self, name: str, low: int, high: int, **options: Any) -> Value:
+        if name in self.space:
+            domain = self.space[name]
+            if isinstance(domain, tuple):  # a grid's points of a range that was not known to be of whole numbers
+                domain = tuple(dict.fromkeys(round(float(value)) for value in domain))
+            return draw(self.trial, name, domain, whole=True)
+        return self.trial.suggest_int(name, low, high, **options)
+
+    def suggest_categorical(self, name: str, choices: Any) -> Any:
+        if name not in self.space:
+            return self.trial.suggest_categorical(name, choices)
+        domain = self.space[name]
+        if isinstance(domain, Range):
+            raise ModelError(f"search.space.{name} must be a list of choices, found a range; list the choices")
+        for value in domain if isinstance(domain, tuple) else (domain,):
+            if not contains(tuple(choices), value):
+                raise ModelError(f"search.space.{name} must be among {tuple(choices)}, found {value!r}")
+        return draw(self.trial, name, domain, whole=False)
+
+
+_ACTIVATIONS: dict[ActivationName, Callable[[], nn.Module]] = {
+    "relu": nn.ReLU,
+    "leaky_relu": nn.LeakyReLU,
+    "elu": nn.ELU,
+    "gelu": nn.GELU,
+    "silu": nn.SiLU,
+    "tanh": nn.Tanh,
+}
+
+
+def _initialise(model: nn.Module, name: InitialisationName) -> None:
+    """Weights by the rule of that name, biases zero; `pytorch` leaves what the layers came with.
+
+    kaiming: He et al., arXiv 1502.01852; xavier: Glorot and Bengio, AISTATS 2010; orthogonal: Saxe et al., arXiv
+    1312.6120.
+    """
+    if name == "pytorch":
+        return
+    rule = {"kaiming": nn.init.kaiming_normal_, "xavier": nn.init.xavier_normal_, "orthogonal": nn.init.orthogonal_}
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d):
+            cast(Callable[[Tensor], Tensor], rule[name])(layer.weight)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+
+def _without(content: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    return {name: value for name, value in content.items() if name not in names}

@@ -1,156 +1,148 @@
-"""What is tuned: the hyperparameters, the domain each is searched in, and how a trial's are drawn.
+"""What is tuned: the hyperparameters of training and of each family, with the default domain of each.
 
-The one idea: a family declares its hyperparameters as a typed class and a default domain for each; a job overrides
-domains by name, in the same vocabulary. Knows nothing of training.
+A field's default is the textbook's: a class without arguments is the baseline that every night must beat. A job may
+search, choose from or fix each of them by name. Knows nothing of how they are used.
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, cast
+from typing import ClassVar, Literal
 
-import optuna
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import Field, JsonValue
 
-Value = bool | int | float | str
-OptimizerName = Literal["sgd", "momentum", "adam", "adamw", "rmsprop"]
+from models.space import Range, Searchable, Space, When
 
+OptimizerName = Literal["sgd", "momentum", "nesterov", "adam", "adamw", "rmsprop", "adagrad"]
+ScheduleName = Literal["constant", "step", "exponential", "cosine", "one_cycle", "plateau"]
+ActivationName = Literal["relu", "leaky_relu", "elu", "gelu", "silu", "tanh"]
+InitialisationName = Literal["pytorch", "kaiming", "xavier", "orthogonal"]
 
-class Range(BaseModel):
-    """Every value from low to high, both included; with `log`, spread evenly over the orders of magnitude."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    low: float
-    high: float
-    log: bool = False
-
-    @model_validator(mode="after")
-    def _low_below_high(self) -> "Range":
-        if self.low >= self.high:
-            raise ValueError(f"low must be below high, found low {self.low:g} and high {self.high:g}; swap them")
-        if self.log and self.low <= 0:
-            raise ValueError(f"a log range must begin above 0, found low {self.low:g}; raise low or drop log")
-        return self
+MAX_DEPTH = 10
 
 
-Choices = Annotated[tuple[Value, ...], Field(min_length=1)]
-Domain = Range | Choices | Value
-Space = Mapping[str, Domain]
+class Hyperparameters(Searchable):
+    """What every model is trained with, the user's own too.
 
+    Durations within a training are shares of it, so that they keep their meaning when `epochs` changes.
+    """
 
-class Hyperparameters(BaseModel):
-    """What every family is trained with. A family adds its own by subclassing."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    learning_rate: float = Field(gt=0)
-    batch_size: int = Field(ge=1)
-    optimizer: OptimizerName
-    weight_decay: float = Field(ge=0)
-    epochs: int = Field(ge=1)
+    epochs: int = Field(default=10, ge=1)
+    batch_size: int = Field(default=64, ge=1)
+    learning_rate: float = Field(default=0.01, gt=0)
+    # linear: learning_rate is meant for a batch of 256 and grows with the batch (Goyal et al., arXiv 1706.02677).
+    learning_rate_scaling: Literal["none", "linear"] = "none"
+    schedule: ScheduleName = "constant"
+    warmup: float = Field(default=0.0, ge=0, le=0.5)
+    step_every: float = Field(default=0.3, gt=0, lt=1)
+    step_factor: float = Field(default=0.1, gt=0, lt=1)
+    exponential_final: float = Field(default=0.01, gt=0, le=1)
+    cosine_final: float = Field(default=0.0, ge=0, le=1)
+    one_cycle_peak: float = Field(default=0.3, gt=0, lt=1)
+    plateau_factor: float = Field(default=0.5, gt=0, lt=1)
+    plateau_patience: int = Field(default=2, ge=1)
+    optimizer: OptimizerName = "adam"
+    momentum: float = Field(default=0.9, gt=0, lt=1)
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.999, ge=0, lt=1)
+    rmsprop_alpha: float = Field(default=0.99, ge=0, lt=1)
+    eps: float = Field(default=1e-8, gt=0)
+    l1: float = Field(default=0.0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    gradient_clip_norm: float = Field(default=0.0, ge=0)
+    early_stopping_patience: int = Field(default=0, ge=0)
 
     default_space: ClassVar[Space] = {
-        "learning_rate": Range(low=1e-4, high=3e-2, log=True),
+        "epochs": 20,
         "batch_size": (16, 32, 64, 128, 256),
-        "optimizer": ("sgd", "momentum", "adam", "adamw", "rmsprop"),
-        "weight_decay": Range(low=1e-6, high=1e-2, log=True),
-        "epochs": 12,
+        "learning_rate": Range(low=3e-4, high=1e-1, log=True, points=4),
+        "learning_rate_scaling": "none",
+        "schedule": ("constant", "cosine", "one_cycle"),
+        "warmup": 0.0,
+        "step_every": 0.3,
+        "step_factor": 0.1,
+        "exponential_final": 0.01,
+        "cosine_final": 0.0,
+        "one_cycle_peak": 0.3,
+        "plateau_factor": 0.5,
+        "plateau_patience": 2,
+        "optimizer": ("sgd", "momentum", "nesterov", "adam", "adamw", "rmsprop", "adagrad"),
+        "momentum": 0.9,
+        "beta1": 0.9,
+        "beta2": 0.999,
+        "rmsprop_alpha": 0.99,
+        "eps": 1e-8,
+        "l1": 0.0,
+        "weight_decay": Range(low=1e-6, high=1e-2, log=True, points=3),
+        "label_smoothing": 0.0,
+        "gradient_clip_norm": 0.0,
+        "early_stopping_patience": 0,
+    }
+    conditions: ClassVar[Mapping[str, When]] = {
+        # One-cycle has a rise of its own.
+        "warmup": When("schedule", ("constant", "step", "exponential", "cosine", "plateau")),
+        "step_every": When("schedule", ("step",)),
+        "step_factor": When("schedule", ("step",)),
+        "exponential_final": When("schedule", ("exponential",)),
+        "cosine_final": When("schedule", ("cosine",)),
+        "one_cycle_peak": When("schedule", ("one_cycle",)),
+        "plateau_factor": When("schedule", ("plateau",)),
+        "plateau_patience": When("schedule", ("plateau",)),
+        "momentum": When("optimizer", ("momentum", "nesterov")),
+        "beta1": When("optimizer", ("adam", "adamw")),
+        "beta2": When("optimizer", ("adam", "adamw")),
+        "rmsprop_alpha": When("optimizer", ("rmsprop",)),
+        "eps": When("optimizer", ("adam", "adamw", "rmsprop", "adagrad")),
     }
 
 
 class MLPHyperparameters(Hyperparameters):
-    """Layers of equal width, each followed by ReLU and dropout."""
+    """Hidden layers that are equally wide, or taper: each has `taper` times the width of the one before (width 512,
+    depth 3 and taper 0.5 make 512-256-128)."""
 
-    depth: int = Field(ge=1)
-    width: int = Field(ge=1)
-    dropout: float = Field(ge=0, lt=1)
+    depth: int = Field(default=1, ge=1, le=MAX_DEPTH)
+    width: int = Field(default=50, ge=1)
+    taper: float = Field(default=1.0, gt=0, le=1)
+    activation: ActivationName = "relu"
+    initialisation: InitialisationName = "pytorch"
+    dropout: float = Field(default=0.0, ge=0, lt=1)
 
     default_space: ClassVar[Space] = {
         **Hyperparameters.default_space,
-        "depth": Range(low=1, high=3),
-        "width": (32, 64, 128, 256),
-        "dropout": Range(low=0.0, high=0.5),
+        "depth": Range(low=1, high=3, points=3),
+        "width": Range(low=16, high=256, log=True, points=3),
+        "taper": (1.0, 0.5),
+        "activation": "relu",
+        "initialisation": "pytorch",
+        "dropout": Range(low=0.0, high=0.5, points=3),
+    }
+    conditions: ClassVar[Mapping[str, When]] = {
+        **Hyperparameters.conditions,
+        "taper": When("depth", range(2, MAX_DEPTH + 1)),
     }
 
 
 class CNNHyperparameters(Hyperparameters):
-    """Blocks of convolution, ReLU and pooling whose channels double from block to block."""
+    """Blocks of convolution, activation and pooling whose channels double from block to block (64-128-256)."""
 
-    depth: int = Field(ge=1, le=4)
-    channels: int = Field(ge=1)
-    dropout: float = Field(ge=0, lt=1)
+    depth: int = Field(default=2, ge=1, le=4)
+    channels: int = Field(default=32, ge=1)
+    batch_norm: bool = False
+    activation: ActivationName = "relu"
+    initialisation: InitialisationName = "pytorch"
+    dropout: float = Field(default=0.0, ge=0, lt=1)
 
     default_space: ClassVar[Space] = {
         **Hyperparameters.default_space,
-        "depth": Range(low=1, high=3),
+        "depth": Range(low=1, high=3, points=3),
         "channels": (8, 16, 32),
-        "dropout": Range(low=0.0, high=0.5),
+        "batch_norm": (False, True),
+        "activation": "relu",
+        "initialisation": "pytorch",
+        "dropout": Range(low=0.0, high=0.5, points=3),
     }
 
 
-def search_space(declared: type[Hyperparameters], overrides: Mapping[str, Any]) -> dict[str, Domain]:
-    """The family's default domains with a job's overrides by name: a range, a list of choices, or one fixed value.
+class OwnHyperparameters(Hyperparameters):
+    """Training as for every model, and in `own` whatever the user's `suggest` returned."""
 
-    Raises ValueError: an unknown name (the known ones are listed), or a value that the hyperparameter cannot take.
-    """
-    for name in overrides:
-        if name not in declared.model_fields:
-            known = ", ".join(declared.model_fields)
-            raise ValueError(f"{name} is not a hyperparameter of this model; known are {known}")
-    return {
-        name: _parse_domain(declared, name, overrides[name]) if name in overrides else declared.default_space[name]
-        for name in declared.model_fields
-    }
-
-
-def suggest(trial: optuna.Trial, declared: type[Hyperparameters], space: Space) -> Hyperparameters:
-    """Draw a trial's hyperparameters; a fixed value takes no part in the search and is not a parameter of the trial."""
-    drawn: dict[str, Value] = {}
-    for name, domain in space.items():
-        if isinstance(domain, Range):
-            if declared.model_fields[name].annotation is int:
-                drawn[name] = trial.suggest_int(name, int(domain.low), int(domain.high), log=domain.log)
-            else:
-                drawn[name] = trial.suggest_float(name, domain.low, domain.high, log=domain.log)
-        elif isinstance(domain, tuple):
-            drawn[name] = cast(Value, trial.suggest_categorical(name, domain))
-        else:
-            drawn[name] = domain
-    return declared.model_validate(drawn)
-
-
-def complete(declared: type[Hyperparameters], space: Space, params: Mapping[str, Any]) -> Hyperparameters:
-    """The hyperparameters of a finished trial: its parameters and the space's fixed values."""
-    fixed = {name: domain for name, domain in space.items() if not isinstance(domain, Range | tuple)}
-    return declared.model_validate({**fixed, **params})
-
-
-def _parse_domain(declared: type[Hyperparameters], name: str, domain: Any) -> Domain:
-    if isinstance(domain, Mapping):
-        try:
-            chosen = Range.model_validate(domain)
-        except ValidationError as error:
-            raise ValueError(f"{name}: {_first_reason(error)}") from error
-        for end in (chosen.low, chosen.high):
-            _check_value(declared, name, end)
-        return chosen
-    if isinstance(domain, list | tuple):
-        if not domain:
-            raise ValueError(f"{name}: choices must not be empty; give one at least")
-        return tuple(_check_value(declared, name, value) for value in domain)
-    return _check_value(declared, name, domain)
-
-
-def _check_value(declared: type[Hyperparameters], name: str, value: Any) -> Value:
-    field = declared.model_fields[name]
-    rule: TypeAdapter[Value] = TypeAdapter(Annotated[field.annotation, field])  # type: ignore[arg-type]
-    try:
-        return rule.validate_python(value)
-    except ValidationError as error:
-        raise ValueError(f"{name}: {_first_reason(error)}, found {value!r}") from error
-
-
-def _first_reason(error: ValidationError) -> str:
-    problem = error.errors()[0]
-    where = ".".join(str(part) for part in problem["loc"])
-    reason = problem["msg"].removeprefix("Value error, ")
-    return f"{where}: {reason}" if where else reason
+    own: dict[str, JsonValue] = Field(default_factory=dict)

@@ -62,8 +62,9 @@ def gate(
     if (champion.manifest.shape, champion.manifest.classes) != (snapshot.shape, snapshot.classes):
         return Verdict(
             decision="HOLD",
-            reason=f"the champion reads rows of shape {champion.manifest.features} in {len(champion.manifest.classes)} "
-            f"classes, tonight's have {snapshot.shape.features} in {len(snapshot.classes)}: give the job a new name",
+            reason=f"the champion reads rows for a {champion.manifest.problem}, of shape {champion.manifest.features} "
+            f"in {len(champion.manifest.classes)} classes, tonight's are for a {snapshot.shape.problem}, of shape "
+            f"{snapshot.shape.features} in {len(snapshot.classes)}: give the job a new name",
             judged=judged,
             challenger_test=ours,
             champion_test=None,

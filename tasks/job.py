@@ -7,6 +7,7 @@ before anything starts; what is wrong is said in one sentence. Knows nothing of 
 import hashlib
 import re
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from zoneinfo import available_timezones
@@ -18,14 +19,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from infra.errors import ExpectedError
 from models.evaluate import METRICS, Metric, MetricName
 from models.families import Family, family_named
-from models.hyperparameters import Domain, search_space
+from models.space import Domain, Range
 
 OWN_JOBS = Path(__file__).parent.parent / "flows" / "jobs"
 NAME_PATTERN = r"[a-z0-9][a-z0-9._-]{0,63}"
 MAX_JOB_BYTES = 64 * 1024
 
-SamplerName = Literal["tpe", "random"]
-PrunerName = Literal["median", "none"]
+SamplerName = Literal["auto", "tpe", "gp", "cmaes", "random", "qmc", "grid"]
+PrunerName = Literal["none", "median", "halving", "hyperband", "patient", "wilcoxon"]
+CostName = Literal["none", "parameters", "latency"]
 PromotionMode = Literal["automatic", "never"]
 
 Trials = Annotated[int, Field(ge=1, le=100_000)]
@@ -49,12 +51,37 @@ class DataConfig(_Section):
 
 
 class SearchConfig(_Section):
-    """How the study looks for good hyperparameters; `space` overrides the model's domains by name."""
+    """How the study looks for good hyperparameters; `space` overrides the model's domains by name.
 
-    sampler: SamplerName = "tpe"
+    The first trial is the baseline: the textbook's hyperparameters, as near as the space allows. With `memory` the
+    study begins from what earlier nights learned. A `cost` makes the search trade the objective against the number of
+    parameters, or the milliseconds that one row takes: of all trials whose objective is within `cost_tolerance` of the
+    best the cheapest wins. A configuration above `max_parameters` or `max_latency_ms` is never trained.
+    """
+
+    sampler: SamplerName = "auto"
     pruner: PrunerName = "median"
     objective: MetricName = "accuracy"
+    baseline: bool = True
+    memory: bool = True
+    cost: CostName = "none"
+    cost_tolerance: float = Field(default=0.005, ge=0)
+    max_parameters: int | None = Field(default=None, ge=1)
+    max_latency_ms: float | None = Field(default=None, gt=0)
     space: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _a_cost_fits_the_method(self) -> Self:
+        if self.cost == "none":
+            return self
+        if self.pruner != "none":
+            raise ValueError(
+                f"pruner must be none where cost is {self.cost}, found {self.pruner}: "
+                "Optuna prunes by a single objective; set pruner: none"
+            )
+        if self.sampler == "cmaes":
+            raise ValueError(f"sampler cmaes knows a single objective, found cost {self.cost}; choose tpe or gp")
+        return self
 
 
 class BudgetConfig(_Section):
@@ -127,18 +154,38 @@ class TuningJob(_Section):
     @model_validator(mode="after")
     def _space_fits_the_model(self) -> Self:
         try:
-            search_space(self.family.hyperparameters, self.search.space)
+            _ = self.space
         except ValueError as error:
             raise ValueError(f"search.space.{error}") from error
         return self
 
-    @property
+    @cached_property
     def family(self) -> Family:
+        """Loaded with the job, so that a night keeps to the code it began with."""
         return family_named(self.model)
 
-    @property
+    @cached_property
     def space(self) -> dict[str, Domain]:
-        return search_space(self.family.hyperparameters, self.search.space)
+        """What the study searches: with sampler grid each range is its points."""
+        overrides = self.search.space
+        return (
+            self.family.grid_space(overrides) if self.search.sampler == "grid" else self.family.search_space(overrides)
+        )
+
+    @property
+    def limits(self) -> dict[CostName, tuple[str, float]]:
+        """What a model may cost at most: the field that says so, and its value."""
+        limits: dict[CostName, tuple[str, float | None]] = {
+            "parameters": ("search.max_parameters", self.search.max_parameters),
+            "latency": ("search.max_latency_ms", self.search.max_latency_ms),
+        }
+        return {name: (field, limit) for name, (field, limit) in limits.items() if limit is not None}
+
+    @property
+    def most_epochs(self) -> int:
+        domain = self.space["epochs"]
+        ends = (domain.high,) if isinstance(domain, Range) else domain if isinstance(domain, tuple) else (domain,)
+        return max(int(end) for end in ends)
 
     @property
     def objective(self) -> Metric:
@@ -147,7 +194,7 @@ class TuningJob(_Section):
     @property
     def search_digest(self) -> str:
         """Equal for two jobs whose studies mean the same: what is drawn and how it is scored, whatever the budget."""
-        content = self.model_dump_json(include={"seed", "data", "model", "search"})
+        content = self.model_dump_json(include={"seed", "data", "model", "search"}) + (self.family.code or "")
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
@@ -209,10 +256,12 @@ def parse_job(content: Mapping[str, Any], path: Path) -> TuningJob:
     """Validate a job file's content. Raises JobError with every problem in one sentence each."""
     if content.get("name") != path.stem:
         raise JobError(f"{path}: name must equal the file's name {path.stem!r}, found {content.get('name')!r}")
-    data = content.get("data")
+    # A path in a job file means the same wherever the night runs.
+    data, model = content.get("data"), content.get("model")
     if isinstance(data, dict) and isinstance(source := data.get("source"), str) and "://" not in source:
-        # A path in a job file means the same wherever the night runs.
         content = {**content, "data": {**data, "source": str(path.parent / source)}}
+    if isinstance(model, str) and ".py:" in model:
+        content = {**content, "model": str(path.parent / model)}
     try:
         return TuningJob.model_validate(content)
     except ValidationError as error:

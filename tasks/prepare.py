@@ -19,12 +19,14 @@ from safetensors.numpy import save_file
 from safetensors.torch import load_file
 from torch import Tensor
 
-from models.families import DataShape
+from models.families import DataShape, Problem
 from tasks.job import DataConfig
 from tasks.sources import DataError, Rows, read_rows
 
 SplitName = Literal["train", "validation", "test"]
 SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
+DRIFTED_MEAN = 0.5
+DRIFTED_CLASSES = 0.1
 
 _logger = logging.getLogger(__name__)
 
@@ -41,17 +43,17 @@ class Snapshot:
     row_counts: dict[SplitName, int]
 
     def load(self, device: torch.device) -> dict[SplitName, tuple[Tensor, Tensor]]:
-        """Raw features float32 and target int64 of each split, on the device."""
+        """Raw features float32 and target (int64 classes, or float32 values) of each split, on the device."""
         tensors = load_file(self.path / "rows.safetensors", device=str(device))
         return {split: (tensors[f"{split}.features"], tensors[f"{split}.target"]) for split in SPLITS}
 
 
-def prepare(data: DataConfig, snapshots: Path) -> Snapshot:
+def prepare(data: DataConfig, problem: Problem, snapshots: Path) -> Snapshot:
     """Read the source, split it, and write its snapshot unless one with this fingerprint is there already.
 
     Raises DataError where a split is empty or a class has no training row.
     """
-    rows = read_rows(data.source)
+    rows = read_rows(data.source, problem)
     row_hashes = hash_rows(rows.features)
     parts = _split(rows, row_hashes, data)
     fingerprint = _fingerprint(rows, row_hashes, data)
@@ -59,7 +61,7 @@ def prepare(data: DataConfig, snapshots: Path) -> Snapshot:
         fingerprint=fingerprint,
         source=data.source,
         path=snapshots / fingerprint,
-        shape=DataShape(features=rows.features.shape[1:], classes=len(rows.classes)),
+        shape=DataShape(features=rows.features.shape[1:], outputs=max(1, len(rows.classes)), problem=problem),
         classes=rows.classes,
         row_counts={split: len(parts[split]) for split in SPLITS},
     )
@@ -67,6 +69,55 @@ def prepare(data: DataConfig, snapshots: Path) -> Snapshot:
         _write(snapshot, rows, parts)
     _logger.info("%d rows of %s: %s, snapshot %s", len(rows.target), data.source, snapshot.row_counts, fingerprint)
     return snapshot
+
+
+def read_snapshot(snapshots: Path, fingerprint: str) -> Snapshot | None:
+    """An earlier night's snapshot; None where it was deleted."""
+    path = snapshots / fingerprint
+    try:
+        content = json.loads((path / "snapshot.json").read_text())
+    except FileNotFoundError:
+        return None
+    classes = tuple(content["classes"])
+    return Snapshot(
+        fingerprint=fingerprint,
+        source=content["source"],
+        path=path,
+        shape=DataShape(
+            features=tuple(content["features"]),
+            outputs=max(1, len(classes)),
+            problem=content.get("problem", "classification"),
+        ),
+        classes=classes,
+        row_counts=content["row_counts"],
+    )
+
+
+def drift(earlier: Snapshot, now: Snapshot) -> str | None:
+    """What makes two snapshots' training rows too different for one's results to guide the other's search; None where
+    nothing does.
+
+    Other columns or classes; a column whose mean moved by half a standard deviation; classes of which a tenth of the
+    rows changed (total variation distance).
+    """
+    if earlier.fingerprint == now.fingerprint:
+        return None
+    if (earlier.shape, earlier.classes) != (now.shape, now.classes):
+        return f"rows had shape {earlier.shape.features} in {len(earlier.classes)} classes"
+    (before, before_target), (after, after_target) = (
+        snapshot.load(torch.device("cpu"))["train"] for snapshot in (earlier, now)
+    )
+    spread = torch.maximum(before.std(dim=0, correction=0), after.std(dim=0, correction=0)).clamp_min(1e-12)
+    moved = ((before.mean(dim=0) - after.mean(dim=0)).abs() / spread).flatten()
+    if (farthest := moved.max().item()) > DRIFTED_MEAN:
+        return f"the mean of column {moved.argmax().item()} moved by {farthest:.2f} standard deviations"
+    if now.classes:
+        shares = [
+            torch.bincount(target, minlength=len(now.classes)) / len(target) for target in (before_target, after_target)
+        ]
+        if (changed := (shares[0] - shares[1]).abs().sum().item() / 2) > DRIFTED_CLASSES:
+            return f"the classes' shares moved by {changed:.0%}"
+    return None
 
 
 def hash_rows(features: npt.NDArray[np.float32]) -> list[bytes]:
@@ -97,8 +148,11 @@ def _split(rows: Rows, row_hashes: list[bytes], data: DataConfig) -> dict[SplitN
             )
     missing = set(range(len(rows.classes))) - set(rows.target[parts["train"]].tolist())
     if missing:
-        names = ", ".join(rows.classes[index] for index in sorted(missing))
-        raise DataError(f"{data.source}: every class needs a training row, found none of {names}; give more rows")
+        names = ", ".join(rows.classes[index] for index in sorted(missing)[:5])
+        raise DataError(
+            f"{data.source}: every class needs a training row, found none of {len(missing)} of {len(rows.classes)} "
+            f"classes ({names}); give more rows, or choose search.objective rmse, mae or r2 if the target is a number"
+        )
     return parts
 
 
@@ -107,11 +161,15 @@ def _fingerprint(rows: Rows, row_hashes: list[bytes], data: DataConfig) -> str:
     digest = hashlib.sha256()
     header = [rows.features.shape[1:], rows.classes, data.validation_fraction, data.test_fraction]
     digest.update(json.dumps(header).encode())
-    for row in sorted(
-        row_hash + int(label).to_bytes(8, "big") for row_hash, label in zip(row_hashes, rows.target, strict=True)
-    ):
+    for row in sorted(row_hash + label for row_hash, label in zip(row_hashes, _target_bytes(rows.target), strict=True)):
         digest.update(row)
     return digest.hexdigest()[:32]
+
+
+def _target_bytes(target: npt.NDArray[np.int64 | np.float32]) -> list[bytes]:
+    if target.dtype == np.int64:
+        return [int(label).to_bytes(8, "big") for label in target]
+    return [value.tobytes() for value in (target + np.float32(0)).astype(">f4")]
 
 
 def _write(snapshot: Snapshot, rows: Rows, parts: dict[SplitName, npt.NDArray[np.int64]]) -> None:
@@ -131,6 +189,7 @@ def _write(snapshot: Snapshot, rows: Rows, parts: dict[SplitName, npt.NDArray[np
                     "fingerprint": snapshot.fingerprint,
                     "source": snapshot.source,
                     "features": snapshot.shape.features,
+                    "problem": snapshot.shape.problem,
                     "classes": snapshot.classes,
                     "row_counts": snapshot.row_counts,
                 },

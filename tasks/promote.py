@@ -21,7 +21,7 @@ from tasks.confirm import Challenger
 from tasks.gate import Verdict
 from tasks.job import TuningJob
 from tasks.prepare import Snapshot
-from tasks.study import FLOW_RUN, MLFLOW_RUN
+from tasks.study import FLOW_RUN, MLFLOW_RUN, number_of
 from tasks.tracking import mlflow_may_be_away, point_champion_alias
 from tasks.versions import (
     MANIFEST,
@@ -87,18 +87,20 @@ def _manifest(
         model=job.model,
         hyperparameters=challenger.hyperparameters.model_dump(),
         features=snapshot.shape.features,
+        problem=snapshot.shape.problem,
         classes=snapshot.classes,
         metrics={"validation": dict(challenger.validation), "test": dict(verdict.challenger_test)},
         lineage=Lineage(
             snapshot=snapshot.fingerprint,
             source=snapshot.source,
             study=study.study_name,
-            trial=challenger.trial.number,
+            trial=number_of(challenger.trial),
             seed=challenger.seed,
             device=describe_device(next(challenger.model.parameters()).device),
             mlflow_run_id=study.user_attrs[MLFLOW_RUN],
             prefect_flow_run_id=study.user_attrs[FLOW_RUN],
             git_commit=get_git_commit(str(Path(__file__).parent)),
+            model_code=job.family.code,
             python=platform.python_version(),
             packages={name: package_version(name) for name in RECORDED_PACKAGES},
         ),

@@ -18,7 +18,7 @@ from mlflow.entities import RunStatus
 from infra.errors import ExpectedError
 from infra.store import Store, check_store
 from tasks.job import TuningJob
-from tasks.study import ENDED, MLFLOW_RUN, last_study, settle_running_trials
+from tasks.study import ENDED, MLFLOW_RUN, last_study, number_of, settle_running_trials
 from tasks.tracking import mlflow_may_be_away, point_champion_alias, track_missing_trials
 from tasks.versions import Champion, read_champion
 
@@ -64,7 +64,7 @@ def _settle_last_night(job_name: str, client: MlflowClient, studies: Path) -> No
     if study is None:
         return
     for trial in settle_running_trials(study):
-        _logger.warning("trial %d of %s was interrupted", trial.number, study.study_name)
+        _logger.warning("trial %d of %s was interrupted", number_of(trial), study.study_name)
     run_id = study.user_attrs.get(MLFLOW_RUN)
     if run_id is None:
         return

@@ -10,7 +10,7 @@ import optuna
 from mlflow import MlflowClient
 from mlflow.entities import Metric, RunTag
 from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 from prefect.artifacts import create_markdown_artifact
 
 from infra.deploy import artifact_key
@@ -19,8 +19,18 @@ from tasks.confirm import Challenger
 from tasks.gate import Verdict
 from tasks.job import TuningJob
 from tasks.prepare import Snapshot
-from tasks.study import ENDED, MLFLOW_EXPERIMENT, MLFLOW_RUN
-from tasks.tracking import DEVICE, SECONDS, mlflow_may_be_away
+from tasks.study import (
+    ENDED,
+    HYPERPARAMETERS,
+    IMPORTED_FROM,
+    MLFLOW_EXPERIMENT,
+    MLFLOW_RUN,
+    ROLE,
+    number_of,
+    ranked,
+    tonights_trials,
+)
+from tasks.tracking import DEVICE, DIAGNOSIS, SECONDS, mlflow_may_be_away
 from tasks.tune import Tuned
 from tasks.versions import Promotion
 
@@ -48,7 +58,7 @@ def report(
         MLFLOW_RUN_NOTE: text,
         "verdict": verdict.decision,
         "promoted": promotion.version if promotion else "no",
-        "best_trial": str(tuned.best.number),
+        "best_trial": str(number_of(tuned.best)),
     }
     metrics = {f"val_{name}": value for name, value in challenger.validation.items()}
     metrics |= {f"test_{name}": value for name, value in verdict.challenger_test.items()}
@@ -81,11 +91,10 @@ def summarize(
     """The night in Markdown: outcome first, then the numbers, the best trials and where to look."""
     name = job.search.objective
     rows = snapshot.row_counts
-    seconds = sum(trial.user_attrs.get(SECONDS, 0.0) for trial in study.trials)
+    seconds = sum(trial.user_attrs.get(SECONDS, 0.0) for trial in tonights_trials(study))
     champion_test = "none yet" if verdict.champion_test is None else f"{verdict.champion_test[name]:.4f}"
-    trials = study.get_trials(states=(TrialState.COMPLETE,))
-    trials.sort(key=lambda trial: trial.values[0], reverse=job.objective.direction == "maximize")
-    best = "\n".join(f"| {trial.number} | {trial.values[0]:.4f} | {in_words(trial.params)} |" for trial in trials[:5])
+    trials = ranked(tonights_trials(study, TrialState.COMPLETE), job)
+    best = "\n".join(_trial_row(trial, job) for trial in trials[:5])
     return f"""\
 # {job.name}: {_outcome(job, verdict, promotion)}
 
@@ -95,15 +104,61 @@ def summarize(
 | --- | --- |
 | data | {snapshot.source}, snapshot `{snapshot.fingerprint[:12]}`: {rows["train"]} training, {rows["validation"]} validation and {rows["test"]} test rows |
 | search | {tuned.complete} trials complete, {tuned.pruned} pruned, {tuned.failed} failed in {seconds:.0f} s of training; ended by {tuned.ended_by} |
-| challenger | trial {challenger.trial.number}, validation {name} {challenger.trial.values[0]:.4f} in the search, {challenger.validation[name]:.4f} confirmed |
+| baseline | {_baseline_in_words(job, tuned)} |
+| challenger | trial {number_of(challenger.trial)}, validation {name} {challenger.trial.values[0]:.4f} in the search, {challenger.validation[name]:.4f} confirmed; generalization gap {challenger.generalization_gap:.4f}, sharpness {challenger.sharpness:.4f} |
 | on the test rows | challenger {name} {verdict.challenger_test[name]:.4f}, champion {champion_test} |
 | trained on | {challenger.trial.user_attrs[DEVICE]} |
 
-| trial | validation {name} | hyperparameters |
-| --- | --- | --- |
+| trial | validation {name} |{_cost_head(job)} diagnosis | hyperparameters |
+| --- | --- |{" --- |" if _cost_head(job) else ""} --- | --- |
 {best}
-
+{_pareto_in_words(study, job)}
 [This night in MLflow]({night_page}), [all nights and trials]({trials_page})
+"""  # noqa: E501 a table's row is one line
+
+
+def _trial_row(trial: FrozenTrial, job: TuningJob) -> str:
+    cost = "" if job.search.cost == "none" else f" {trial.values[1]:.4g} |"
+    role = f"{trial.user_attrs[ROLE]}: " if ROLE in trial.user_attrs else ""
+    return (
+        f"| {number_of(trial)} | {trial.values[0]:.4f} |{cost} {trial.user_attrs.get(DIAGNOSIS, '')} | "
+        f"{role}{in_words(trial.params)} |"
+    )
+
+
+def _cost_head(job: TuningJob) -> str:
+    return {"none": "", "parameters": " parameters |", "latency": " latency in ms |"}[job.search.cost]
+
+
+def _baseline_in_words(job: TuningJob, tuned: Tuned) -> str:
+    if tuned.baseline is None:
+        return "none completed"
+    gain = job.objective.gain(tuned.best.values[0], tuned.baseline.values[0])
+    chosen = tuned.baseline.user_attrs[HYPERPARAMETERS]
+    described = {
+        name: chosen[name]
+        for name in ("optimizer", "learning_rate", "batch_size", "epochs", "depth", "width")
+        if name in chosen
+    }
+    outcome = f"the search found {abs(gain):.4f} better" if gain > 0 else "the search found nothing better"
+    return f"{in_words(described)}: validation {job.search.objective} {tuned.baseline.values[0]:.4f}; {outcome}"
+
+
+def _pareto_in_words(study: optuna.Study, job: TuningJob) -> str:
+    """Every trial that no other beats in both, and the rule by which one of them is picked."""
+    if job.search.cost == "none":
+        return ""
+    rows = "\n".join(
+        _trial_row(trial, job)
+        for trial in sorted(study.best_trials, key=lambda trial: trial.values[1])
+        if IMPORTED_FROM not in trial.user_attrs
+    )
+    return f"""
+Best at its {job.search.cost} (Pareto set). The pick is the cheapest trial within {job.search.cost_tolerance:g} of the best {job.search.objective}.
+
+| trial | validation {job.search.objective} |{_cost_head(job)} diagnosis | hyperparameters |
+| --- | --- | --- | --- | --- |
+{rows}
 """  # noqa: E501 a table's row is one line
 
 

@@ -14,12 +14,14 @@ import numpy.typing as npt
 from sklearn import datasets
 
 from infra.errors import ExpectedError
+from models.families import Problem
 
 SKLEARN_SETS: dict[str, Callable[[], Any]] = {
     "digits": datasets.load_digits,
     "iris": datasets.load_iris,
     "wine": datasets.load_wine,
     "breast_cancer": datasets.load_breast_cancer,
+    "diabetes": datasets.load_diabetes,
 }
 
 
@@ -29,18 +31,19 @@ class DataError(ExpectedError):
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """Features (rows, ...) float32; target (rows,) int64, an index into the classes' names."""
+    """Features (rows, ...) float32; target (rows,): int64, an index into the classes' names, or for a regression
+    float32, and no classes."""
 
     features: npt.NDArray[np.float32]
-    target: npt.NDArray[np.int64]
+    target: npt.NDArray[np.int64 | np.float32]
     classes: tuple[str, ...]
 
 
-def read_rows(source: str) -> Rows:
+def read_rows(source: str, problem: Problem) -> Rows:
     """Read a source: `sklearn://digits`, or `path/to/load.py:rows`, a function without arguments that returns
-    features (rows, ...) and labels (rows,).
+    features (rows, ...) and labels or target values (rows,).
 
-    Raises DataError: the source is unknown or cannot be read, or its arrays do not make rows for a classifier.
+    Raises DataError: the source is unknown or cannot be read, or its arrays do not make rows for the problem.
     """
     if source.startswith("sklearn://"):
         name = source.removeprefix("sklearn://")
@@ -54,7 +57,7 @@ def read_rows(source: str) -> Rows:
         raise DataError(
             f"data.source must be sklearn://NAME or path/to/load.py:function, found {source!r}; name one of the two"
         )
-    return _rows(source, features, labels)
+    return _rows(source, features, labels, problem)
 
 
 def _call(source: str) -> tuple[Any, Any]:
@@ -73,7 +76,7 @@ def _call(source: str) -> tuple[Any, Any]:
     return features, labels
 
 
-def _rows(source: str, features: Any, labels: Any) -> Rows:
+def _rows(source: str, features: Any, labels: Any, problem: Problem) -> Rows:
     try:
         features = np.asarray(features, dtype=np.float32)
     except (TypeError, ValueError) as error:
@@ -90,7 +93,24 @@ def _rows(source: str, features: Any, labels: Any) -> Rows:
             f"{source}: features must be finite, found NaN or infinity in {len(bad_rows)} of {len(features)} rows, "
             f"first in row {bad_rows[0]}; fill or drop them"
         )
+    if problem == "regression":
+        return Rows(features=features, target=_values(source, labels), classes=())
     names, target = np.unique(labels, return_inverse=True)
     if len(names) < 2:
         raise DataError(f"{source}: labels must have two classes at least, found {len(names)}")
     return Rows(features=features, target=target.astype(np.int64), classes=tuple(str(name) for name in names))
+
+
+def _values(source: str, labels: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    try:
+        values = labels.astype(np.float32)
+    except (TypeError, ValueError) as error:
+        raise DataError(
+            f"{source}: the target of a regression must be numbers, but {error}; choose a search.objective for classes"
+        ) from error
+    if not np.isfinite(values).all():
+        row = int(np.flatnonzero(~np.isfinite(values))[0])
+        raise DataError(f"{source}: the target must be finite, found {labels[row]} in row {row}; fill or drop it")
+    if values.min() == values.max():
+        raise DataError(f"{source}: the target must vary, found {labels[0]} in every row")
+    return values

@@ -26,7 +26,19 @@ from infra.errors import ExpectedError
 from models.solo import Epoch
 from tasks.job import TuningJob
 from tasks.prepare import Snapshot
-from tasks.study import FAILURE, FLOW_RUN, JOB, MLFLOW_EXPERIMENT, MLFLOW_RUN, is_interrupted
+from tasks.study import (
+    FAILURE,
+    FIXED,
+    FLOW_RUN,
+    JOB,
+    MLFLOW_EXPERIMENT,
+    MLFLOW_RUN,
+    OBJECTIVE,
+    ROLE,
+    is_interrupted,
+    number_of,
+    tonights_trials,
+)
 from tasks.versions import Promotion
 
 CHAMPION_ALIAS = "champion"
@@ -35,6 +47,9 @@ TRIAL_NUMBER = "optuna_trial"
 CURVE = "curve"
 SECONDS = "seconds"
 DEVICE = "device"
+DIAGNOSIS = "diagnosis"
+TRACEBACK = "traceback"
+VALIDATION = "validation"
 
 _logger = logging.getLogger(__name__)
 
@@ -129,30 +144,50 @@ def track_trial(
     start, end = _milliseconds(trial.datetime_start), _milliseconds(trial.datetime_complete)
     tags = {
         MLFLOW_PARENT_RUN_ID: parent_run_id,
-        MLFLOW_RUN_NAME: f"trial {trial.number:03}",
+        MLFLOW_RUN_NAME: f"trial {number_of(trial):03}",
         "job": study.user_attrs[JOB],
         "optuna_study": study.study_name,
-        TRIAL_NUMBER: str(trial.number),
+        TRIAL_NUMBER: str(number_of(trial)),
         "trial_state": trial.state.name,
         FLOW_RUN: study.user_attrs.get(FLOW_RUN) or "none",
     }
-    tags |= {name: str(trial.user_attrs[name]) for name in (DEVICE, FAILURE) if name in trial.user_attrs}
+    tags |= {
+        name: str(trial.user_attrs[name]) for name in (DEVICE, DIAGNOSIS, ROLE, FAILURE) if name in trial.user_attrs
+    }
     if is_interrupted(trial):
         tags[FAILURE] = "interrupted: its worker was stopped"
     run = client.create_run(experiment_id, start_time=start, tags=tags)
     metrics = []
-    for number, train_loss, validation in trial.user_attrs.get(CURVE, []):
-        for name, value in {
-            "train_loss": train_loss,
-            **{f"val_{key}": value for key, value in validation.items()},
-        }.items():
-            metrics.append(Metric(name, value, end, number))
+    objective, cost = study.user_attrs[OBJECTIVE]
+    epochs = 0
+    for number, train_loss, validation_loss, value in trial.user_attrs.get(CURVE, []):
+        curve = {"train_loss": train_loss, "val_loss": validation_loss, f"val_{objective}": value}
+        metrics += [Metric(name, point, end, number) for name, point in curve.items()]
+        epochs = number
+    for name, value in trial.user_attrs.get(VALIDATION, {}).items():
+        if name != objective:  # whose last point is there already
+            metrics.append(Metric(f"val_{name}", value, end, epochs))
+    if cost != "none" and trial.values is not None:
+        metrics.append(Metric(cost, trial.values[1], end, 0))
     if SECONDS in trial.user_attrs:
         metrics.append(Metric("seconds", trial.user_attrs[SECONDS], end, 0))
-    params = [Param(name, str(value)) for name, value in trial.params.items()]
+    params = [Param(name, str(value)) for name, value in (trial.params | trial.user_attrs.get(FIXED, {})).items()]
     for batch in range(0, max(len(metrics), 1), 1000):  # MLflow takes a thousand metrics a batch
         client.log_batch(run.info.run_id, metrics=metrics[batch : batch + 1000], params=params if batch == 0 else [])
+    if TRACEBACK in trial.user_attrs:
+        client.log_text(run.info.run_id, trial.user_attrs[TRACEBACK], "traceback.txt")
     client.set_terminated(run.info.run_id, _run_status(trial), end)
+
+
+def track_confirmed(
+    client: MlflowClient, parent_run_id: str, trial: FrozenTrial, metrics: Mapping[str, float], now: datetime
+) -> None:
+    """Add to a trial's run what its second training came to; doing it again changes nothing but the time."""
+    number = str(number_of(trial))
+    for run in nested_runs(client, parent_run_id):
+        if run.data.tags[TRIAL_NUMBER] == number:
+            moment = int(now.timestamp() * 1000)
+            client.log_batch(run.info.run_id, [Metric(name, value, moment, 0) for name, value in metrics.items()])
 
 
 def track_missing_trials(client: MlflowClient, parent_run_id: str, study: optuna.Study) -> int:
@@ -167,7 +202,9 @@ def track_missing_trials(client: MlflowClient, parent_run_id: str, study: optuna
             client.delete_run(run.info.run_id)
         else:
             tracked.add(int(run.data.tags[TRIAL_NUMBER]))
-    missing = [trial for trial in study.trials if trial.state.is_finished() and trial.number not in tracked]
+    missing = [
+        trial for trial in tonights_trials(study) if trial.state.is_finished() and number_of(trial) not in tracked
+    ]
     for trial in missing:
         track_trial(client, experiment_id, parent_run_id, study, trial)
     return len(missing)
@@ -192,8 +229,8 @@ def nested_runs(client: MlflowClient, parent_run_id: str) -> Iterator[Any]:
 
 
 def curve_of(epochs: tuple[Epoch, ...] | list[Epoch]) -> list[Any]:
-    """A trial's curve as it is kept in Optuna: number, training loss and validation metrics of each epoch."""
-    return [[epoch.number, epoch.train_loss, dict(epoch.validation)] for epoch in epochs]
+    """A trial's curve as it is kept in Optuna: number, training loss, validation loss and objective of each epoch."""
+    return [[epoch.number, epoch.train_loss, epoch.validation_loss, epoch.objective] for epoch in epochs]
 
 
 def point_champion_alias(client: MlflowClient, job: str, promotion: Promotion) -> bool:

@@ -15,16 +15,15 @@ from datetime import datetime
 
 import safetensors
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 from safetensors.torch import load
 from torch import Tensor, nn
 
 from infra.errors import ExpectedError
 from infra.settings import Settings
 from infra.store import AlreadyExists, NotFound, Store, StoreError, open_store
-from models.evaluate import predict_logits
-from models.families import DataShape, family_named
-from models.hyperparameters import Value
+from models.evaluate import predict_outputs
+from models.families import DataShape, ModelError, Problem, build_model, family_named
 from models.preprocessing import Standardization
 
 MANIFEST = "manifest.json"
@@ -53,7 +52,10 @@ class File(_Record):
 
 
 class Lineage(_Record):
-    """Where a version comes from: enough to find its data, its study and its run, and to train it again."""
+    """Where a version comes from: enough to find its data, its study and its run, and to train it again.
+
+    `model_code` is the SHA-256 of the file of a user's own model: code is named, not shipped.
+    """
 
     snapshot: str
     source: str
@@ -64,6 +66,7 @@ class Lineage(_Record):
     mlflow_run_id: str
     prefect_flow_run_id: str | None
     git_commit: str | None
+    model_code: str | None = None
     python: str
     packages: dict[str, str]
 
@@ -74,8 +77,9 @@ class Manifest(_Record):
     format: int = FORMAT
     job: str
     model: str
-    hyperparameters: dict[str, Value]
+    hyperparameters: dict[str, JsonValue]
     features: tuple[int, ...]
+    problem: Problem = "classification"
     classes: tuple[str, ...]
     metrics: dict[str, dict[str, float]]
     lineage: Lineage
@@ -83,7 +87,7 @@ class Manifest(_Record):
 
     @property
     def shape(self) -> DataShape:
-        return DataShape(features=self.features, classes=len(self.classes))
+        return DataShape(features=self.features, outputs=max(1, len(self.classes)), problem=self.problem)
 
     def to_bytes(self) -> bytes:
         return json.dumps(self.model_dump(mode="json"), indent=2, sort_keys=True).encode()
@@ -115,13 +119,17 @@ class Champion:
     model: nn.Module
     preprocessing: Standardization
 
-    def logits(self, features: Tensor) -> Tensor:
-        """Raw features (rows, ...) to logits (rows, classes)."""
-        return predict_logits(nn.Sequential(self.preprocessing, self.model), features)
+    def outputs(self, features: Tensor) -> Tensor:
+        """Raw features (rows, ...) to logits (rows, classes), or to a regression's values (rows,)."""
+        return predict_outputs(nn.Sequential(self.preprocessing, self.model), features)
 
-    def predict(self, features: Tensor) -> list[str]:
-        """Raw features (rows, ...) to the name of each row's class."""
-        return [self.manifest.classes[index] for index in self.logits(features).argmax(dim=1).tolist()]
+    def predict(self, features: Tensor) -> list[str] | list[float]:
+        """Raw features (rows, ...) to the name of each row's class, or to a regression's values."""
+        outputs = self.outputs(features)
+        if self.manifest.problem == "regression":
+            values: list[float] = outputs.tolist()
+            return values
+        return [self.manifest.classes[index] for index in outputs.argmax(dim=1).tolist()]
 
 
 def load_champion(job: str, store_url: str | None = None) -> Champion:
@@ -143,13 +151,21 @@ def read_champion(store: Store, job: str, device: torch.device) -> Champion | No
         return None
     manifest = read_manifest(store, job, promotion.version)
     tensors = {name: _read_tensors(store, manifest, promotion.version, name) for name in (WEIGHTS, PREPROCESSING)}
-    family = family_named(manifest.model)
+    try:
+        family = family_named(manifest.model)
+    except ModelError as error:
+        raise StoreError(f"version {promotion.version} of job {job} needs its model's code, but {error}") from error
     try:
         hyperparameters = family.hyperparameters.model_validate(manifest.hyperparameters)
-        model = family.build(hyperparameters, manifest.shape)
+        model = build_model(family, hyperparameters, manifest.shape)
         model.load_state_dict(tensors[WEIGHTS])
         preprocessing = Standardization.from_tensors(tensors[PREPROCESSING])
     except (ValidationError, KeyError, RuntimeError) as error:
+        if family.code != manifest.lineage.model_code:
+            raise StoreError(
+                f"version {promotion.version} of job {job} does not fit {family.name}, whose code has changed since; "
+                "put the earlier code back, or give the job a new name"
+            ) from error
         raise _damaged(store, job, promotion.version, f"does not make a {manifest.model}: {error}") from error
     return Champion(
         promotion=promotion,

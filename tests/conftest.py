@@ -24,8 +24,10 @@ import optuna
 import pytest
 import torch
 
-from models.families import DataShape
-from tasks.job import TuningJob, parse_job
+from models.evaluate import MetricName
+from models.families import DataShape, family_named
+from models.solo import Epoch, Resumable, Trained, train
+from tasks.job import DataConfig, TuningJob, parse_job
 from tasks.prepare import Snapshot, prepare
 from tasks.tune import Prepared
 
@@ -88,7 +90,7 @@ def make_job(**content: object) -> TuningJob:
 
 @pytest.fixture(scope="session")
 def snapshot(tmp_path_factory: pytest.TempPathFactory) -> Snapshot:
-    return prepare(make_job().data, tmp_path_factory.mktemp("snapshots"))
+    return prepare(make_job().data, "classification", tmp_path_factory.mktemp("snapshots"))
 
 
 @pytest.fixture(scope="session")
@@ -96,9 +98,40 @@ def prepared(snapshot: Snapshot) -> Prepared:
     return Prepared.load(snapshot, CPU)
 
 
+@pytest.fixture(scope="session")
+def prepared_regression(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    data = DataConfig(source="sklearn://diabetes")
+    return Prepared.load(prepare(data, "regression", tmp_path_factory.mktemp("snapshots")), CPU)
+
+
+def train_on(
+    prepared: Prepared,
+    model: str = "mlp",
+    *,
+    seed: int = 0,
+    objective: MetricName = "accuracy",
+    report: Callable[[Epoch], None] = lambda _: None,
+    resumable: Resumable | None = None,
+    **hyperparameters: object,
+) -> Trained:
+    """Train three epochs unless told otherwise, with the textbook's hyperparameters but for those given."""
+    family = family_named(model)
+    return train(
+        family,
+        family.hyperparameters.from_values({"epochs": 3, **hyperparameters}),
+        prepared.snapshot.shape,
+        prepared.training,
+        prepared.validation,
+        objective=objective,
+        seed=seed,
+        report=report,
+        resumable=resumable,
+    )
+
+
 @pytest.fixture
 def shape() -> DataShape:
-    return DataShape(features=(1, 8, 8), classes=10)
+    return DataShape(features=(1, 8, 8), outputs=10)
 
 
 @pytest.fixture(autouse=True)

@@ -105,7 +105,7 @@ def test_prefect_shows_the_night(stack: Stack, night: str) -> None:
     assert str(run["name"]).startswith("quick · 20")
     steps = stack.prefect("task_runs/filter", flow_runs={"id": {"any_": [run["id"]]}}, sort="EXPECTED_START_TIME_ASC")
     assert [str(step["name"]).partition(":")[0] for step in steps] == STEPS
-    assert "tune: 5 trials of mlp, tpe" in {step["name"] for step in steps}
+    assert "tune: 5 trials of mlp, auto" in {step["name"] for step in steps}
     artifacts = stack.prefect("artifacts/filter", flow_runs={"id": {"any_": [run["id"]]}})
     kept = {artifact["key"]: artifact for artifact in artifacts}
     assert kept["progress-quick"]["data"] == 100.0
@@ -143,13 +143,13 @@ def test_mlflow_holds_every_trial_with_its_curve(stack: Stack, night: str) -> No
         assert run.data.tags["prefect_flow_run_id"] == flow_run_id
         assert run.data.tags["trial_state"] == trial.state.name
         assert run.data.tags["device"].startswith("cpu")
-        assert {"train_loss", "val_log_loss", "seconds"} <= set(run.data.metrics)
+        assert {"train_loss", "val_loss", "seconds"} <= set(run.data.metrics)
 
 
 def test_the_champion_is_what_the_manifest_says(stack: Stack, night: str, tmp_path: Path) -> None:
     champion = load_champion("quick", (stack.home / "store").as_uri())
     study = study_of(stack, "quick")
-    snapshot = prepare(make_job().data, tmp_path)
+    snapshot = prepare(make_job().data, "classification", tmp_path)
     features, target = snapshot.load(CPU)["test"]
     measured = evaluate(torch.nn.Sequential(champion.preprocessing, champion.model), features, target)
     assert measured == champion.manifest.metrics["test"]
@@ -341,10 +341,10 @@ def test_the_run_form_is_flat_and_shows_what_the_job_says(stack: Stack) -> None:
     deployment = httpx.get(f"{stack.prefect_api}/deployments/name/nightly_tuning/quick").json()
     fields = deployment["parameter_openapi_schema"]["properties"]
     assert {name: field.get("default") for name, field in fields.items()} == {
-        "job": None, "trials": 5, "minutes": 10.0, "sampler": "tpe", "promotion": "automatic",
+        "job": None, "trials": 5, "minutes": 10.0, "sampler": "auto", "promotion": "automatic",
     }  # fmt: skip
     assert all(field["description"] and "anyOf" not in field for field in fields.values())
-    assert fields["sampler"]["enum"] == ["tpe", "random"]
+    assert fields["sampler"]["enum"] == ["auto", "tpe", "gp", "cmaes", "random", "qmc", "grid"]
     assert deployment["parameters"] == {"job": "quick"}
     assert deployment["global_concurrency_limit"]["limit"] == 1
 

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from datetime import UTC, datetime
+from typing import Any
 
 import pytest
 import torch
@@ -9,33 +10,29 @@ from optuna.trial import FrozenTrial, create_trial
 
 from models.families import DataShape
 from models.preprocessing import Standardization
-from models.solo import train
 from tasks.confirm import Challenger
 from tasks.gate import Verdict, gate
 from tasks.prepare import Snapshot
 from tasks.tune import Prepared
 from tasks.versions import Champion, Lineage, Manifest, Promotion
-from tests.conftest import CPU, make_job
+from tests.conftest import CPU, make_job, train_on
 
 JOB = make_job()
 
 
 def make_challenger(prepared: Prepared, epochs: int) -> Challenger:
-    hyperparameters = JOB.family.hyperparameters.model_validate(
-        {"learning_rate": 3e-3, "batch_size": 64, "optimizer": "adam", "weight_decay": 0, "epochs": epochs}
-        | {"depth": 1, "width": 32, "dropout": 0}
-    )
-    trained = train(
-        JOB.family, hyperparameters, prepared.snapshot.shape, prepared.training, prepared.validation, seed=0
-    )
+    values: dict[str, Any] = {"learning_rate": 3e-3, "epochs": epochs, "width": 32}
+    trained = train_on(prepared, **values)
     trial: FrozenTrial = create_trial(value=0.5)
     return Challenger(
         model=trained.model,
         preprocessing=prepared.preprocessing,
-        hyperparameters=hyperparameters,
+        hyperparameters=JOB.family.hyperparameters.from_values(values),
         trial=trial,
         seed=0,
-        validation=trained.epochs[-1].validation,
+        validation=trained.validation,
+        generalization_gap=0.0,
+        sharpness=0.0,
     )
 
 
@@ -97,7 +94,7 @@ def test_each_is_measured_behind_its_own_preprocessing(strong: Challenger, snaps
 
 
 def test_a_champion_of_other_rows_is_not_compared(strong: Challenger, snapshot: Snapshot) -> None:
-    champion = as_champion(strong, replace(snapshot, shape=DataShape(features=(3,), classes=10)))
+    champion = as_champion(strong, replace(snapshot, shape=DataShape(features=(3,), outputs=10)))
     verdict = gate(JOB, strong, champion, snapshot, CPU)
     assert verdict.decision == "HOLD"
     assert "give the job a new name" in verdict.reason

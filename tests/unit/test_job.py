@@ -6,11 +6,12 @@ import pytest
 
 from tasks.job import JobError, job_files, load_job, load_jobs, parse_job
 from tests.conftest import make_job
+from tests.unit.test_families import NET, write_net
 
 
 def test_a_name_and_a_data_source_are_enough() -> None:
     job = parse_job({"name": "x", "data": {"source": "sklearn://iris"}}, Path("x.yaml"))
-    assert (job.model, job.search.sampler, job.budget.trials) == ("mlp", "tpe", 60)
+    assert (job.model, job.search.sampler, job.budget.trials) == ("mlp", "auto", 60)
 
 
 def test_the_jobs_that_come_with_us_are_valid() -> None:
@@ -28,15 +29,34 @@ def test_the_jobs_that_come_with_us_are_valid() -> None:
             {"search": {"space": {"learning_rate": {"low": 0, "high": 0.1, "log": True}}}},
             "a log range must begin above 0, found low 0",
         ),
-        ({"search": {"space": {"momentun": 0.9}}}, "momentun is not a hyperparameter of this model; known are"),
+        ({"search": {"space": {"momentun": 0.9}}}, "momentun is not a hyperparameter of mlp; known are"),
         ({"search": {"space": {"optimizer": ["adam", "sdg"]}}}, "search.space.optimizer: Input should be 'sgd'"),
         ({"search": {"space": {"dropout": {"low": 0.5, "high": 1.0}}}}, "dropout: Input should be less than 1"),
         ({"search": {"space": {"depth": {"low": 1, "high": 2.5}}}}, "depth: Input should be a valid integer"),
         ({"search": {"space": {"width": []}}}, "width: choices must not be empty"),
-        ({"search": {"sampler": "magic"}}, "search.sampler: Input should be 'tpe' or 'random', found 'magic'"),
+        (
+            {"search": {"sampler": "magic"}},
+            "search.sampler: Input should be 'auto', 'tpe', 'gp', 'cmaes', 'random', 'qmc' or 'grid', found 'magic'",
+        ),
         ({"budget": {"trials": 0}}, "budget.trials: Input should be greater than or equal to 1, found 0"),
         ({"budget": {"minutes": float("nan")}}, "budget.minutes: Input should be a finite number"),
-        ({"model": "transformer"}, "model: must be a known model, found 'transformer'; known are mlp, cnn"),
+        (
+            {"model": "transformer"},
+            "must be a known model or path/to/net.py:Net, found 'transformer'; known are mlp, cnn",
+        ),
+        ({"model": "nowhere.py:Net"}, "model: nowhere.py is not a Python file that can be read; correct the path"),
+        (
+            {"search": {"sampler": "grid", "space": {"dropout": {"low": 0, "high": 0.5}}}},
+            "search.space.dropout: a grid takes points of a range, found none; add for example `points: 5`",
+        ),
+        (
+            {"search": {"space": {"optimizer": "adam", "momentum": [0.8, 0.9]}}},
+            "search.space.momentum matters only where optimizer is momentum or nesterov",
+        ),
+        ({"search": {"cost": "parameters"}}, "pruner must be none where cost is parameters, found median"),
+        ({"search": {"cost": "latency", "pruner": "none", "sampler": "cmaes"}}, "cmaes knows a single objective"),
+        ({"search": {"objective": "acuracy"}}, "search.objective: Input should be 'accuracy', 'balanced_accuracy'"),
+        ({"search": {"max_parameters": 0}}, "search.max_parameters: Input should be greater than or equal to 1"),
         ({"data": {}}, "data.source is missing; add it"),
         ({"budgets": {}}, "budgets is not a field of a job"),
         ({"seed": -1}, "seed: Input should be greater than or equal to 0, found -1"),
@@ -99,6 +119,17 @@ def test_overrides_are_merged_before_the_job_is_validated() -> None:
 def test_a_relative_source_is_relative_to_the_job_file(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("name: mine\ndata: {source: 'load.py:rows'}\n")
     assert load_job("mine", tmp_path).data.source == f"{tmp_path}/load.py:rows"
+
+
+def test_a_model_of_ones_own_is_relative_to_the_job_file_and_its_code_is_part_of_the_search(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("name: mine\ndata: {source: 'sklearn://digits'}\nmodel: net.py:Net\n")
+    write_net(tmp_path)
+    job = load_job("mine", tmp_path)
+    assert job.model == f"{tmp_path}/net.py:Net"
+    assert {"slope", "learning_rate"} <= {*job.family.own_names, *job.space}
+    write_net(tmp_path, NET.replace('"slope"', '"bend"'))
+    assert "slope" in job.family.own_names, "a night keeps to the code it began with"
+    assert load_job("mine", tmp_path).search_digest != job.search_digest
 
 
 def test_numbers_that_yaml_reads_as_text_are_numbers(tmp_path: Path) -> None:

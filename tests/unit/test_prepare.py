@@ -27,8 +27,8 @@ def rows_by_split(snapshot: Snapshot) -> dict[str, set[bytes]]:
 
 def test_a_row_never_changes_its_split_as_data_grows(tmp_path: Path) -> None:
     body = "r = np.random.default_rng(0); return r.normal(size=({rows}, 3)), np.arange({rows}) % 2"
-    before = rows_by_split(prepare(write_source(tmp_path, body.format(rows=200)), tmp_path / "s"))
-    after = rows_by_split(prepare(write_source(tmp_path, body.format(rows=500)), tmp_path / "s"))
+    before = rows_by_split(prepare(write_source(tmp_path, body.format(rows=200)), "classification", tmp_path / "s"))
+    after = rows_by_split(prepare(write_source(tmp_path, body.format(rows=500)), "classification", tmp_path / "s"))
     for split in SPLITS:
         assert before[split] <= after[split]
 
@@ -58,7 +58,7 @@ def test_the_splits_have_about_their_fractions(snapshot: Snapshot) -> None:
 def test_the_fingerprint_depends_on_the_rows_and_not_on_their_order(tmp_path: Path) -> None:
     body = "r = np.random.default_rng(0); x = r.normal(size=(99, 3)); y = np.arange(99) % 2; {change}return x, y"
     fingerprints = [
-        prepare(write_source(tmp_path, body.format(change=change)), tmp_path / "s").fingerprint
+        prepare(write_source(tmp_path, body.format(change=change)), "classification", tmp_path / "s").fingerprint
         for change in ("", "x, y = x[::-1], y[::-1]; ", "x[5, 0] += 1e-3; ", "y[5] = 1 - y[5]; ")
     ]
     assert fingerprints[0] == fingerprints[1]
@@ -66,9 +66,9 @@ def test_the_fingerprint_depends_on_the_rows_and_not_on_their_order(tmp_path: Pa
 
 
 def test_a_snapshot_is_written_once(tmp_path: Path) -> None:
-    first = prepare(DATA, tmp_path)
+    first = prepare(DATA, "classification", tmp_path)
     written = (first.path / "rows.safetensors").stat().st_mtime_ns
-    assert prepare(DATA, tmp_path) == first
+    assert prepare(DATA, "classification", tmp_path) == first
     assert (first.path / "rows.safetensors").stat().st_mtime_ns == written
     assert [path.name for path in tmp_path.iterdir()] == [first.fingerprint]
 
@@ -88,7 +88,7 @@ def test_a_snapshot_is_written_once(tmp_path: Path) -> None:
 )
 def test_bad_rows_are_one_sentence(tmp_path: Path, body: str, says: str) -> None:
     with pytest.raises(DataError) as error:
-        prepare(write_source(tmp_path, body), tmp_path / "s")
+        prepare(write_source(tmp_path, body), "classification", tmp_path / "s")
     assert says in str(error.value)
     assert not list((tmp_path / "s").glob("*")) if (tmp_path / "s").exists() else True
 
@@ -96,4 +96,4 @@ def test_bad_rows_are_one_sentence(tmp_path: Path, body: str, says: str) -> None
 @pytest.mark.parametrize("source", ["sklearn://digit", "rows.csv", "nowhere/load.py:rows"])
 def test_an_unknown_source_is_one_sentence(source: str) -> None:
     with pytest.raises(DataError, match=r"data\.source"):
-        read_rows(source)
+        read_rows(source, "classification")

@@ -7,17 +7,31 @@ from pathlib import Path
 
 import optuna
 import pytest
+import torch
 from optuna.trial import FrozenTrial, TrialState
 
+import models.solo
 import tasks.tune
-from models.hyperparameters import suggest
-from models.solo import train
-from tasks.confirm import confirm
+from models.evaluate import parameter_count
+from models.solo import Epoch, train
+from tasks.confirm import Challenger, confirm
 from tasks.job import TuningJob
-from tasks.study import ENDED, FAILURE, ask, finished_trials, is_interrupted, last_study, open_study
-from tasks.tracking import CURVE
+from tasks.study import (
+    COSTS,
+    ENDED,
+    FAILURE,
+    QUEUE,
+    ask,
+    finished_trials,
+    is_interrupted,
+    last_study,
+    open_study,
+    ranked,
+)
+from tasks.tracking import CURVE, DIAGNOSIS, TRACEBACK
 from tasks.tune import Prepared, TuningFailed, tune
 from tests.conftest import make_job
+from tests.unit.test_families import NET, write_net
 
 NOW = datetime(2026, 11, 23, 2, 0, tzinfo=UTC)
 
@@ -37,7 +51,7 @@ def outcomes(study: optuna.Study) -> list[tuple[object, ...]]:
 def test_the_budget_of_trials_is_kept(prepared: Prepared, tmp_path: Path) -> None:
     job = make_job()
     study = open_for(job, prepared, tmp_path)
-    tuned = tune(study, job, prepared)
+    tuned = tune(study, job, prepared, tmp_path)
     assert (tuned.complete + tuned.pruned, tuned.failed, tuned.ended_by) == (4, 0, "trials")
     assert tuned.best.number == study.best_trial.number
 
@@ -45,7 +59,7 @@ def test_the_budget_of_trials_is_kept(prepared: Prepared, tmp_path: Path) -> Non
 def test_the_budget_of_minutes_is_kept(prepared: Prepared, tmp_path: Path) -> None:
     job = make_job(budget={"trials": 50, "minutes": 1})
     clock = itertools.count(0, 25.0)
-    tuned = tune(open_for(job, prepared, tmp_path), job, prepared, clock=lambda: next(clock))
+    tuned = tune(open_for(job, prepared, tmp_path), job, prepared, tmp_path, clock=lambda: next(clock))
     assert (tuned.complete + tuned.pruned, tuned.ended_by) == (2, "minutes")
 
 
@@ -53,7 +67,7 @@ def test_the_same_job_on_the_same_data_gives_the_same_trials(prepared: Prepared,
     job = make_job(budget={"trials": 14})
     studies = [open_for(job, prepared, tmp_path / name) for name in ("one", "two")]
     for study in studies:
-        tune(study, job, prepared)
+        tune(study, job, prepared, tmp_path)
     assert outcomes(studies[0]) == outcomes(studies[1])
     one, two = (confirm(study, job, prepared) for study in studies)
     assert (one.trial.number, one.seed, one.validation) == (two.trial.number, two.seed, two.validation)
@@ -62,7 +76,7 @@ def test_the_same_job_on_the_same_data_gives_the_same_trials(prepared: Prepared,
 def test_an_interrupted_night_ends_as_one_that_was_not(prepared: Prepared, tmp_path: Path) -> None:
     job = make_job(budget={"trials": 14})
     undisturbed = open_for(job, prepared, tmp_path / "undisturbed")
-    tune(undisturbed, job, prepared)
+    tune(undisturbed, job, prepared, tmp_path)
 
     class Stop(BaseException):
         pass
@@ -78,12 +92,12 @@ def test_an_interrupted_night_ends_as_one_that_was_not(prepared: Prepared, tmp_p
                 raise Stop
 
         with pytest.raises(Stop):
-            tune(study, job, prepared, on_trial=on_trial)
+            tune(study, job, prepared, tmp_path, on_trial=on_trial)
 
     stop_after(5)
     stop_after(6)
     resumed = open_for(job, prepared, tmp_path / "disturbed")
-    tune(resumed, job, prepared)
+    tune(resumed, job, prepared, tmp_path)
     assert outcomes(resumed) == outcomes(undisturbed)
     assert len([trial for trial in resumed.trials if is_interrupted(trial)]) == 2
     assert not resumed.get_trials(states=(TrialState.RUNNING,))
@@ -100,7 +114,7 @@ def test_an_interruption_in_the_middle_of_a_trial_is_told(
 
     monkeypatch.setattr(tasks.tune, "train", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        tune(study, job, prepared)
+        tune(study, job, prepared, tmp_path)
     assert [trial.state for trial in study.trials] == [TrialState.FAIL]
     assert is_interrupted(study.trials[0])
 
@@ -109,10 +123,10 @@ def test_a_configuration_that_kills_its_process_twice_is_given_up(prepared: Prep
     job = make_job(budget={"trials": 3})
     for _ in range(2):
         study = open_for(job, prepared, tmp_path)
-        suggest(ask(study, job), job.family.hyperparameters, job.space)
+        job.family.draw(ask(study, job), job.space)
     study = open_for(job, prepared, tmp_path)
     assert len(finished_trials(study)) == 1
-    assert tune(study, job, prepared).failed == 1
+    assert tune(study, job, prepared, tmp_path).failed == 1
 
 
 def test_an_ended_night_is_not_continued(prepared: Prepared, tmp_path: Path) -> None:
@@ -140,7 +154,7 @@ def test_a_diverging_trial_fails_with_its_reason_and_no_number(prepared: Prepare
     space = {"learning_rate": [1e30, 1e-3], "optimizer": "sgd", "epochs": 2, "batch_size": 64, "width": 16}
     job = make_job(search={"space": space, "sampler": "random"}, budget={"trials": 8})
     study = open_for(job, prepared, tmp_path)
-    tuned = tune(study, job, prepared)
+    tuned = tune(study, job, prepared, tmp_path)
     failed = [trial for trial in study.trials if trial.state == TrialState.FAIL]
     assert tuned.failed == len(failed) > 0
     for trial in failed:
@@ -153,8 +167,8 @@ def test_a_diverging_trial_fails_with_its_reason_and_no_number(prepared: Prepare
 
 def test_a_night_without_a_complete_trial_says_why(prepared: Prepared, tmp_path: Path) -> None:
     job = make_job(search={"space": {"learning_rate": 1e30, "optimizer": "sgd"}}, budget={"trials": 2})
-    with pytest.raises(TuningFailed, match="none of 2 trials of small completed; the first failed with: diverged"):
-        tune(open_for(job, prepared, tmp_path), job, prepared)
+    with pytest.raises(TuningFailed, match="none of 2 trials of small completed; the first ended with: diverged"):
+        tune(open_for(job, prepared, tmp_path), job, prepared, tmp_path)
 
 
 def test_a_broken_model_costs_its_trial_and_not_the_night(
@@ -170,14 +184,187 @@ def test_a_broken_model_costs_its_trial_and_not_the_night(
 
     monkeypatch.setattr(tasks.tune, "train", broken_once)
     study = open_for(job, prepared, tmp_path)
-    assert tune(study, job, prepared).failed == 1
+    assert tune(study, job, prepared, tmp_path).failed == 1
     assert study.trials[0].user_attrs[FAILURE] == "RuntimeError: mat1 and mat2 shapes cannot be multiplied"
+
+
+def test_a_night_whose_first_three_trials_fail_stops_with_the_cause(prepared: Prepared, tmp_path: Path) -> None:
+    net = write_net(tmp_path, NET.replace("return self.layers(features)", "raise RuntimeError('no such kernel')"))
+    job = make_job(model=net, search={}, budget={"trials": 50})
+    study = open_for(job, prepared, tmp_path)
+    says = "the first 3 trials of small all failed, so the night stops: RuntimeError: no such kernel"
+    with pytest.raises(TuningFailed, match=says):
+        tune(study, job, prepared, tmp_path)
+    assert len(study.trials) == 3
+    assert "raise RuntimeError('no such kernel')" in study.trials[0].user_attrs[TRACEBACK]
+
+
+MOODY = """
+import torch
+
+MOODS = ["fine", "unbuildable", "raising", "shapeless", "nan", "exploding"]
+CALLS = []
+
+
+class Net(torch.nn.Module):
+    @staticmethod
+    def suggest(trial):
+        CALLS.append(trial)
+        if len(CALLS) == 30:  # a job is loaded with 20
+            raise KeyError("a name")
+        mood = trial.suggest_categorical("mood", MOODS)
+        return {"mood": mood, "scale": float("nan") if mood == "nan" else 1.0}
+
+    def __init__(self, hyperparameters, shape):
+        super().__init__()
+        if hyperparameters["mood"] == "unbuildable":
+            raise ValueError("cannot be built")
+        self.mood = hyperparameters["mood"]
+        self.layer = torch.nn.Linear(64, shape.outputs)
+
+    def forward(self, features):
+        if self.mood == "raising":
+            raise RuntimeError("in the middle")
+        outputs = self.layer(features.flatten(1))
+        return outputs[:, :3] if self.mood == "shapeless" else outputs / 0 if self.mood == "exploding" else outputs
+"""
+
+
+def test_whatever_a_users_model_does_costs_its_trial_only(prepared: Prepared, tmp_path: Path) -> None:
+    search = {"space": {"epochs": 1, "batch_size": 256}, "sampler": "random", "pruner": "none"}
+    job = make_job(model=write_net(tmp_path, MOODY), search=search, budget={"trials": 30})
+    study = open_for(job, prepared, tmp_path)
+    study.set_user_attr(QUEUE, [{"params": {"mood": "fine"}, "attributes": {}}])
+    tuned = tune(study, job, prepared, tmp_path)
+    assert tuned.complete + tuned.failed == 30
+    reasons = {
+        str(trial.params.get("mood")): trial.user_attrs[FAILURE]
+        for trial in study.trials
+        if trial.state == TrialState.FAIL
+    }
+    assert reasons == {
+        "None": "KeyError: 'a name'",
+        "unbuildable": "ValueError: cannot be built",
+        "raising": "RuntimeError: in the middle",
+        "shapeless": "ModelError: net.py:Net must return outputs of shape (256, 10), found (256, 3); mend its forward",
+        "nan": reasons["nan"],
+        "exploding": "diverged at epoch 1: the loss is not finite",
+    }
+    assert "own.scale.float: Input should be a finite number, found nan" in reasons["nan"]
+    broken = [trial for trial in study.trials if trial.params.get("mood") == "raising"]
+    assert "net.py" in broken[0].user_attrs[TRACEBACK]
+
+
+def test_a_configuration_above_a_limit_is_never_trained(prepared: Prepared, tmp_path: Path) -> None:
+    """An MLP of width w has 64 w + w + 10 w + 10 parameters: 1,210 for 16 and 2,410 for 32."""
+    space = {"epochs": 1, "batch_size": 256, "depth": 1, "width": [16, 32], "optimizer": "adam"}
+    job = make_job(search={"space": space, "max_parameters": 2000, "sampler": "random"}, budget={"trials": 10})
+    study = open_for(job, prepared, tmp_path)
+    tuned = tune(study, job, prepared, tmp_path)
+    assert tuned.best.params["width"] == 16
+    for trial in study.trials:
+        if trial.params["width"] == 32:
+            assert trial.state == TrialState.PRUNED
+            assert trial.user_attrs[FAILURE] == "parameters 2410 is above search.max_parameters 2000"
+            assert trial.user_attrs[CURVE] == []
+        else:
+            assert trial.user_attrs[COSTS] == {"parameters": 1210}
+    assert {trial.params["width"] for trial in study.trials} == {16, 32}
+
+
+def test_a_night_in_which_nothing_keeps_the_limits_says_so(prepared: Prepared, tmp_path: Path) -> None:
+    job = make_job(search={"max_latency_ms": 1e-9}, budget={"trials": 3})
+    with pytest.raises(TuningFailed, match=r"latency .* is above search\.max_latency_ms 1e-09"):
+        tune(open_for(job, prepared, tmp_path), job, prepared, tmp_path)
+
+
+@pytest.mark.parametrize("sampler", ["auto", "tpe", "gp", "random", "qmc"])
+def test_a_search_with_a_cost_trades_the_objective_against_it(prepared: Prepared, tmp_path: Path, sampler: str) -> None:
+    space = {"epochs": 2, "batch_size": 64, "depth": 1, "width": [16, 128], "optimizer": "adam", "learning_rate": 0.01}
+    search = {"space": space, "sampler": sampler, "pruner": "none", "cost": "parameters", "cost_tolerance": 1.0}
+    job = make_job(search=search, budget={"trials": 14})
+    study = open_for(job, prepared, tmp_path)
+    best = tune(study, job, prepared, tmp_path).best
+    assert best.values[1] == min(trial.values[1] for trial in study.trials) == 1210
+    strict = make_job(search=search | {"cost_tolerance": 0.0})
+    assert ranked(study.trials, strict)[0].values[0] == max(trial.values[0] for trial in study.trials)
+    challenger = confirm(study, job, prepared)
+    assert parameter_count(challenger.model) == 1210
+
+
+def test_a_regression_is_tuned_and_confirmed(prepared_regression: Prepared, tmp_path: Path) -> None:
+    search = {"objective": "rmse", "space": {"epochs": 5, "batch_size": 32, "optimizer": "adam"}}
+    job = make_job(data={"source": "sklearn://diabetes"}, search=search, budget={"trials": 6})
+    study = open_for(job, prepared_regression, tmp_path)
+    tuned = tune(study, job, prepared_regression, tmp_path)
+    complete = [trial for trial in study.trials if trial.state == TrialState.COMPLETE]
+    assert tuned.best.values == min(trial.values for trial in complete)
+    challenger = confirm(study, job, prepared_regression)
+    assert set(challenger.validation) == {"rmse", "mae", "r2"}
+    assert challenger.validation["rmse"] < prepared_regression.training.target.std()
+
+
+def test_a_killed_trial_goes_on_from_its_checkpoint(
+    prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tasks.tune, "CHECKPOINT_SECONDS", 0)
+    job = make_job(search={"pruner": "none", "space": {"epochs": 6, "batch_size": 64}}, budget={"trials": 1})
+    untouched = open_for(job, prepared, tmp_path / "untouched")
+    tune(untouched, job, prepared, tmp_path / "untouched")
+
+    study = open_for(job, prepared, tmp_path)
+    trained: list[int] = []
+    train_epoch = models.solo._Run.train_epoch
+
+    def kill_after_four(run: models.solo._Run) -> Epoch:
+        epoch = train_epoch(run)
+        trained.append(epoch.number)
+        if len(trained) == 4:
+            raise KeyboardInterrupt
+        return epoch
+
+    monkeypatch.setattr(models.solo._Run, "train_epoch", kill_after_four)
+    with pytest.raises(KeyboardInterrupt):
+        tune(study, job, prepared, tmp_path)
+    resumed = open_for(job, prepared, tmp_path)
+    tune(resumed, job, prepared, tmp_path)
+    assert trained == [1, 2, 3, 4, 5, 6]
+    assert outcomes(resumed) == outcomes(untouched)
+    assert not list(tmp_path.glob("*/*.safetensors"))
+
+
+def test_every_finished_trial_has_its_diagnosis(prepared: Prepared, tmp_path: Path) -> None:
+    space = {"learning_rate": [1e30, 1e-7, 1e-2], "optimizer": "sgd", "epochs": 8, "batch_size": 64, "width": 16}
+    job = make_job(search={"space": space, "sampler": "random"}, budget={"trials": 20})
+    study = open_for(job, prepared, tmp_path)
+    tune(study, job, prepared, tmp_path)
+    found = {(trial.state.name, trial.params["learning_rate"]): trial.user_attrs[DIAGNOSIS] for trial in study.trials}
+    assert found["FAIL", 1e30] == "diverged"
+    assert found["COMPLETE", 1e-7] == "underfit"
+    assert {value for (state, _), value in found.items() if state == "PRUNED"} == {"unfinished"}
+
+
+def test_confirm_measures_gap_and_sharpness_of_each_candidate(prepared: Prepared, tmp_path: Path) -> None:
+    job = make_job()
+    study = open_for(job, prepared, tmp_path)
+    tune(study, job, prepared, tmp_path)
+    seen: list[Challenger] = []
+    chosen = confirm(study, job, prepared, on_candidate=seen.append)
+    assert len(seen) == 3
+    assert chosen in seen
+    for candidate in seen:
+        training, validation = (
+            torch.nn.functional.cross_entropy(candidate.model(split.features), split.target).item()
+            for split in (prepared.training, prepared.validation)
+        )
+        assert candidate.generalization_gap == pytest.approx(validation - training, rel=1e-4)
+        assert candidate.sharpness > 0
 
 
 def test_confirm_never_sees_a_test_row_and_trains_with_a_fresh_seed(prepared: Prepared, tmp_path: Path) -> None:
     job = make_job()
     study = open_for(job, prepared, tmp_path)
-    tune(study, job, prepared)
+    tune(study, job, prepared, tmp_path)
     challenger = confirm(study, job, prepared)
     assert challenger.trial.state == TrialState.COMPLETE
     assert challenger.hyperparameters.model_dump().items() >= challenger.trial.params.items()

@@ -40,7 +40,7 @@ def store(tmp_path: Path) -> Store:
 
 def publish(store: Store, seed: int = 0) -> str:
     torch.manual_seed(seed)
-    shape = DataShape(features=(4,), classes=3)
+    shape = DataShape(features=(4,), outputs=3)
     model = FAMILIES["mlp"].build(FAMILIES["mlp"].hyperparameters.model_validate(HYPERPARAMETERS), shape)
     files = {
         "model.safetensors": save(model.state_dict()),
@@ -72,7 +72,7 @@ def test_what_was_published_is_what_is_loaded(store: Store) -> None:
     champion = load_champion("job", store.url)
     assert champion.manifest.version == champion.promotion.version == version
     assert set(champion.predict(torch.randn(20, 4))) <= {"a", "b", "c"}
-    assert champion.logits(torch.randn(5, 4)).shape == (5, 3)
+    assert champion.outputs(torch.randn(5, 4)).shape == (5, 3)
 
 
 def test_publishing_twice_is_harmless(store: Store) -> None:

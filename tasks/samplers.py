@@ -1,0 +1,130 @@
+"""Which Optuna sampler proposes the next trial, and which pruner stops a hopeless one, by the names a job uses.
+
+A sampler is made anew for each trial, with a seed of its own, so whatever it must remember lies in the study's storage.
+"""
+
+import warnings
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import assert_never
+
+import optuna
+from optuna.exceptions import ExperimentalWarning
+from optuna.samplers import (
+    BaseSampler,
+    BruteForceSampler,
+    CmaEsSampler,
+    GPSampler,
+    QMCSampler,
+    RandomSampler,
+    TPESampler,
+)
+from optuna.trial import FrozenTrial, TrialState
+
+from tasks.job import PrunerName, SamplerName
+
+GRID_EXHAUSTED = "grid_exhausted"
+ORDINAL = "ordinal"
+STARTUP_TRIALS = 10
+PRUNER_STARTUP_TRIALS = 5
+PRUNER_WARMUP_EPOCHS = 3
+REDUCTION_FACTOR = 3
+
+
+class GridSampler(BruteForceSampler):
+    """Each point of a finite space once, in an order drawn from the seed; knows which hyperparameters depend on
+    others, which Optuna's own GridSampler does not. The study's attribute GRID_EXHAUSTED says that none is left."""
+
+    def after_trial(
+        self, study: optuna.Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None
+    ) -> None:
+        try:
+            super().after_trial(study, trial, state, values)
+        except RuntimeError:  # Study.stop, its way to say that no point is left, works in Study.optimize only
+            study.set_user_attr(GRID_EXHAUSTED, True)
+
+
+class HyperbandPruner(optuna.pruners.HyperbandPruner):
+    """Gives a trial its bracket by the ordinal. Optuna gives it by the study's name and the trial's number, of which
+    one holds the date and the other counts interruptions, so a night would not go as its seed says."""
+
+    def _get_bracket_id(self, study: optuna.Study, trial: FrozenTrial) -> int:  # noqa: ARG002 Optuna's signature
+        by_ordinal = SimpleNamespace(study_name="", number=trial.user_attrs.get(ORDINAL, trial.number))
+        return super()._get_bracket_id(by_ordinal, by_ordinal)  # type: ignore[arg-type]
+
+
+def build_sampler(name: SamplerName, *, seed: int, study_seed: int) -> BaseSampler:
+    """The sampler for one trial. `seed` is the trial's; `study_seed` stays the same all night, for a sequence that
+    all trials share.
+
+    Trials that run side by side do not get the same point: TPE by the constant liar, GP by conditioning on what runs,
+    the others by drawing at random, or by a position in the sequence or grid that each takes for itself.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        return _sampler(name, seed, study_seed)
+
+
+def build_pruner(name: PrunerName, epochs: int) -> optuna.pruners.BasePruner:
+    """The pruner of a study whose trials last so many epochs.
+
+    halving: Jamieson and Talwalkar, arXiv 1502.07943, asynchronous as in Li et al., arXiv 1810.05934; hyperband: Li
+    et al., arXiv 1603.06560; patient waits until a trial has not improved for some epochs, then asks the median;
+    wilcoxon compares a trial's epochs pairwise with the best one's, by a signed-rank test.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        return _pruner(name, epochs)
+
+
+def _sampler(name: SamplerName, seed: int, study_seed: int) -> BaseSampler:
+    match name:
+        case "auto" | "tpe":
+            return TPESampler(seed=seed, n_startup_trials=STARTUP_TRIALS, multivariate=True, group=True)
+        case "gp":
+            return GPSampler(
+                seed=seed,
+                n_startup_trials=STARTUP_TRIALS,
+                independent_sampler=TPESampler(seed=seed, n_startup_trials=STARTUP_TRIALS),
+                warn_independent_sampling=False,
+            )
+        case "cmaes":  # it moves numbers only; choices and what depends on them are TPE's
+            return CmaEsSampler(
+                seed=seed,
+                independent_sampler=TPESampler(seed=seed, n_startup_trials=STARTUP_TRIALS),
+                warn_independent_sampling=False,
+            )
+        case "random":
+            return RandomSampler(seed=seed)
+        case "qmc":  # the sequence covers the numbers; choices are drawn at random
+            return QMCSampler(
+                scramble=True,
+                seed=study_seed,
+                independent_sampler=RandomSampler(seed=seed),
+                warn_independent_sampling=False,
+            )
+        case "grid":
+            return GridSampler(seed=seed)
+    assert_never(name)
+
+
+def _pruner(name: PrunerName, epochs: int) -> optuna.pruners.BasePruner:
+    median = optuna.pruners.MedianPruner(
+        n_startup_trials=PRUNER_STARTUP_TRIALS, n_warmup_steps=PRUNER_WARMUP_EPOCHS, n_min_trials=PRUNER_STARTUP_TRIALS
+    )
+    match name:
+        case "none":
+            return optuna.pruners.NopPruner()
+        case "median":
+            return median
+        case "halving":
+            return optuna.pruners.SuccessiveHalvingPruner(
+                min_resource=max(1, epochs // REDUCTION_FACTOR**2), reduction_factor=REDUCTION_FACTOR
+            )
+        case "hyperband":
+            return HyperbandPruner(min_resource=1, max_resource=epochs, reduction_factor=REDUCTION_FACTOR)
+        case "patient":
+            return optuna.pruners.PatientPruner(median, patience=PRUNER_WARMUP_EPOCHS)
+        case "wilcoxon":
+            return optuna.pruners.WilcoxonPruner(p_threshold=0.1, n_startup_steps=PRUNER_WARMUP_EPOCHS)
+    assert_never(name)
