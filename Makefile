@@ -1,10 +1,10 @@
-# `make run` sets up and runs a whole night; `make test` sets up and passes the tests.
+# `make run` sets up and runs a whole night; `make test` sets up and passes the tests; `make bench` measures.
 
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 
-.PHONY: run test lock clean
+.PHONY: run test bench lock clean
 
 run: .venv/run.stamp
 	$(BIN)/nightly up
@@ -17,6 +17,10 @@ test: .venv/test.stamp
 	$(BIN)/lint-imports
 	$(BIN)/pytest
 
+# Every measurement, or one suite of it: make bench ONLY=search.
+bench: .venv/bench.stamp
+	$(BIN)/python -m tests.benchmarks --only $(or $(ONLY),all)
+
 # The lock is used as constraints, so that one file serves both and a plain user installs no test tools.
 .venv/run.stamp: pyproject.toml requirements.lock | .venv
 	@echo "Installing the locked packages into .venv (some minutes, where they must be downloaded)"
@@ -26,6 +30,11 @@ test: .venv/test.stamp
 .venv/test.stamp: pyproject.toml requirements.lock | .venv
 	@echo "Installing the locked packages and the test tools into .venv (some minutes, where they must be downloaded)"
 	@$(PIP) install --quiet --constraint requirements.lock --editable '.[test]'
+	@touch $@ .venv/run.stamp
+
+.venv/bench.stamp: pyproject.toml requirements.lock | .venv
+	@echo "Installing the locked packages and what the benchmarks compare with into .venv"
+	@$(PIP) install --quiet --constraint requirements.lock --editable '.[bench]'
 	@touch $@ .venv/run.stamp
 
 .venv:

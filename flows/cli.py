@@ -106,7 +106,7 @@ def run(
     job: JobArgument,
     trials: Annotated[int | None, typer.Option(help="Finished trials that end the tuning.")] = None,
     minutes: Annotated[float | None, typer.Option(help="Minutes after which no further trial begins.")] = None,
-    sampler: Annotated[str | None, typer.Option(help="How the next hyperparameters are chosen: tpe or random.")] = None,
+    sampler: Annotated[str | None, typer.Option(help="auto, tpe, gp, cmaes, random, qmc or grid.")] = None,
     promotion: Annotated[str | None, typer.Option(help="automatic, or never: everything but the promotion.")] = None,
     follow: Annotated[bool, typer.Option(help="Wait for the night and show how it goes.")] = True,
 ) -> None:

@@ -29,6 +29,7 @@ STARTUP_TRIALS = 10
 PRUNER_STARTUP_TRIALS = 5
 PRUNER_WARMUP_EPOCHS = 3
 REDUCTION_FACTOR = 3
+AUTO: SamplerName = "tpe"
 
 
 class GridSampler(BruteForceSampler):
@@ -79,7 +80,9 @@ def build_pruner(name: PrunerName, epochs: int) -> optuna.pruners.BasePruner:
 
 def _sampler(name: SamplerName, seed: int, study_seed: int) -> BaseSampler:
     match name:
-        case "auto" | "tpe":
+        case "auto":
+            return _sampler(AUTO, seed, study_seed)
+        case "tpe":
             return TPESampler(seed=seed, n_startup_trials=STARTUP_TRIALS, multivariate=True, group=True)
         case "gp":
             return GPSampler(

@@ -1,12 +1,18 @@
 """What the README shows works as it is printed."""
 
 import re
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
-from tests.conftest import Stack
+from tasks.job import parse_job
+from tasks.prepare import prepare
+from tasks.study import open_study
+from tasks.tune import Prepared, tune
+from tests.conftest import CPU, Stack
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
 
@@ -32,6 +38,21 @@ def test_the_job_of_ones_own_runs_and_its_champion_loads(stack: Stack, monkeypat
     champion = names["champion"]
     assert champion.manifest.metrics["test"]["accuracy"] > 0.95  # type: ignore[attr-defined]
     assert champion.predict(torch.tensor([[0.5, 0.0]]))[0] in ("0", "1")  # type: ignore[attr-defined]
+
+
+def test_a_model_of_ones_own_is_tuned(tmp_path: Path) -> None:
+    (tmp_path / "spirals.py").write_text(block("python", "import numpy"))
+    listing = block("python", "import torch\n")
+    assert listing.count("\n") < 30
+    (tmp_path / "net.py").write_text(listing)
+    content = yaml.safe_load(block("yaml", "name: spirals")) | {"model": "net.py:Net", "budget": {"trials": 6}}
+    job = parse_job(content, tmp_path / "spirals.yaml")
+    snapshot = prepare(job.data, job.objective.problem, tmp_path)
+    study = open_study(job, snapshot.fingerprint, tmp_path, datetime.now(UTC))
+    prepared = Prepared.load(snapshot, CPU)
+    tuned = tune(study, job, prepared, tmp_path)
+    assert tuned.failed == 0
+    assert {"frequencies", "units", "learning_rate"} <= tuned.best.params.keys()
 
 
 def test_every_file_that_the_readme_names_exists() -> None:

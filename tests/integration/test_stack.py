@@ -71,7 +71,11 @@ def test_a_stale_record_is_harmless_and_its_process_id_is_spared(idle: Stack) ->
             {},
             "budget.trials: Input should be greater than or equal to 1, found 0",
         ),
-        (("run", "digits-mlp", "--sampler", "magic"), {}, "search.sampler: Input should be 'tpe' or 'random'"),
+        (
+            ("run", "digits-mlp", "--sampler", "magic"),
+            {},
+            "search.sampler: Input should be 'auto', 'tpe', 'gp', 'cmaes', 'random', 'qmc' or 'grid', found 'magic'",
+        ),
         (("up",), {"NIGHTLY_HOME": "/dev/null/home"}, "NIGHTLY_HOME must be a folder that can be written"),
         (("up",), {"NIGHTLY_JOBS": "/nowhere"}, "NIGHTLY_JOBS must be a folder of job files, found /nowhere"),
         (("champion", "digits-mlp"), {}, "job 'digits-mlp' has no champion in file://"),
@@ -92,7 +96,10 @@ def test_a_bad_job_file_stops_up_before_anything_starts(idle: Stack) -> None:
         "name: bad\ndata: {source: 'sklearn://digits'}\nmodel: transformer\n"
     )
     finished = idle.nightly("up", ok=False)
-    assert "bad.yaml: model: must be a known model, found 'transformer'; known are mlp, cnn" in finished.stderr
+    assert (
+        "bad.yaml: model: must be a known model or path/to/net.py:Net, found 'transformer'; known are mlp, cnn"
+        in finished.stderr
+    )
     assert finished.returncode == 1
     assert not (idle.home / "run").exists()
 
