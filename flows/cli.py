@@ -5,7 +5,6 @@ and imports them afterwards; it also keeps `nightly --help` quick.
 """
 
 import json
-import os
 import sys
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,7 +12,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from infra.settings import Settings
+from flows.cli_versions import COMMANDS, JobArgument
+from infra.settings import Settings, enter
 from infra.stack import find, one_at_a_time, servers, start, stop, worker
 
 if TYPE_CHECKING:
@@ -34,16 +34,14 @@ app = typer.Typer(
 console = Console(highlight=False, soft_wrap=True)
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
-JobArgument = Annotated[str, typer.Argument(help="Name of a job, as its YAML file is called.")]
-
 
 @app.command()
 def up() -> None:
     """Start the local stack (Prefect, MLflow, one worker) and apply the deployment of every job."""
-    settings = _enter()
+    settings = enter()
     from prefect.client.orchestration import get_client
 
-    from infra.deploy import apply_deployment, apply_work_pool, apply_zombie_automation
+    from infra.deploy import ROLLBACK, apply_deployment, apply_work_pool, apply_zombie_automation
     from tasks.job import load_jobs
 
     jobs = load_jobs(settings.jobs)
@@ -57,6 +55,7 @@ def up() -> None:
                 if find(settings, worker(settings)) is None:
                     _settle_dead_runs(client, job, settings)
                 apply_deployment(client, _deployment(job), settings.work_pool)
+            apply_deployment(client, ROLLBACK, settings.work_pool)
             console.print(
                 f"jobs: {', '.join(f'{job.name} ({job.schedule.cron} {job.schedule.timezone})' for job in jobs)}"
             )
@@ -68,7 +67,7 @@ def up() -> None:
 @app.command()
 def down() -> None:
     """Stop the local stack; a night that runs is stopped too, and the next one continues its study."""
-    settings = _enter()
+    settings = enter()
     with one_at_a_time(settings), console.status("Stopping"):
         stopped = [service.name for service in (worker(settings), *servers(settings)) if stop(settings, service)]
     console.print(f"stopped {', '.join(stopped)}; state stays in {settings.home}" if stopped else "nothing was running")
@@ -77,7 +76,7 @@ def down() -> None:
 @app.command()
 def status(as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False) -> None:
     """Say what runs, where and since when. Exit code 1 where a part of the stack does not run."""
-    settings = _enter()
+    settings = enter()
     rows: list[dict[str, str | int | None]] = []
     for service in (*servers(settings), worker(settings)):
         running = find(settings, service)
@@ -107,14 +106,14 @@ def run(
     trials: Annotated[int | None, typer.Option(help="Finished trials that end the tuning.")] = None,
     minutes: Annotated[float | None, typer.Option(help="Minutes after which no further trial begins.")] = None,
     sampler: Annotated[str | None, typer.Option(help="auto, tpe, gp, cmaes, random, qmc or grid.")] = None,
-    promotion: Annotated[str | None, typer.Option(help="automatic, or never: everything but the promotion.")] = None,
+    promotion: Annotated[str | None, typer.Option(help="automatic, ask (a person says yes), or never.")] = None,
     follow: Annotated[bool, typer.Option(help="Wait for the night and show how it goes.")] = True,
 ) -> None:
     """Run one night of a job now, through its Prefect deployment. Exit code 1 where the night does not complete.
 
     An option that is left out is as the job's file says.
     """
-    settings = _enter()
+    settings = enter()
     from tasks.job import load_job
 
     overrides = {"trials": trials, "minutes": minutes, "sampler": sampler, "promotion": promotion}
@@ -133,38 +132,8 @@ def run(
         )
 
 
-@app.command()
-def champion(
-    job: JobArgument, as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False
-) -> None:
-    """Print a job's champion, every checksum verified."""
-    _enter()
-    from tasks.report import in_words
-    from tasks.versions import load_champion
-
-    found = load_champion(job)
-    if as_json:
-        console.print_json(
-            json.dumps(
-                {
-                    "version": found.manifest.version,
-                    "promotion": found.promotion.model_dump(mode="json"),
-                    "manifest": found.manifest.model_dump(mode="json"),
-                }
-            )
-        )
-        return
-    table = Table(show_header=False, box=None)
-    lineage = found.manifest.lineage
-    for name, value in (
-        ("version", f"{found.manifest.version}, promotion {found.promotion.number}"),
-        ("promoted", f"{found.promotion.promoted_at:%Y-%m-%d %H:%M} UTC: {found.promotion.reason}"),
-        ("model", f"{found.manifest.model}: {in_words(found.manifest.hyperparameters)}"),
-        *((split, in_words(metrics)) for split, metrics in found.manifest.metrics.items()),
-        ("from", f"study {lineage.study}, trial {lineage.trial}, snapshot {lineage.snapshot}"),
-    ):
-        table.add_row(name, value)
-    console.print(table)
+for command in COMMANDS:
+    app.command()(command)
 
 
 def main() -> None:
@@ -176,12 +145,6 @@ def main() -> None:
     except ExpectedError as error:
         errors.print(f"nightly: {error}", markup=False)
         sys.exit(1)
-
-
-def _enter() -> Settings:
-    settings = Settings.read()
-    os.environ.update(settings.environment())
-    return settings
 
 
 def _settle_dead_runs(client: "SyncPrefectClient", job: "TuningJob", settings: Settings) -> None:

@@ -12,6 +12,7 @@ from typing import Any, ParamSpec, TypeVar
 from uuid import UUID
 
 import optuna
+import torch
 from mlflow import MlflowClient
 from optuna.trial import FrozenTrial
 from prefect import State, Task, flow, runtime, task
@@ -19,18 +20,23 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import StateType
 from prefect.states import Failed
+from pydantic import SecretStr
 
 from infra.deploy import crash_dead_runs
 from infra.device import choose_device, hold_device
 from infra.errors import ExpectedError
 from infra.settings import OUR_LOGGERS, Settings
-from infra.store import StoreUnavailable, open_store
-from tasks.confirm import Challenger, confirm
-from tasks.gate import gate
+from infra.store import Store, StoreUnavailable, open_store
+from infra.webhook import post
+from tasks.ask import ask
+from tasks.champion import Champion, read_champion
+from tasks.confirm import Challenger, Confirmed, confirm
+from tasks.gate import Verdict, gate
 from tasks.job import Minutes, PromotionMode, SamplerName, Trials, TuningJob, load_job
 from tasks.memory import recall
-from tasks.prepare import prepare
+from tasks.prepare import Snapshot, prepare
 from tasks.promote import promote
+from tasks.promotions import Promotion, StaleJudgement
 from tasks.reconcile import only_night_of, reconcile
 from tasks.report import report
 from tasks.study import open_study
@@ -43,6 +49,8 @@ from tasks.tracking import (
     track_missing_trials,
 )
 from tasks.tune import Prepared, ProgressArtifact, Tuned, tune
+
+JUDGEMENTS = 3
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -67,9 +75,9 @@ def nightly_tuning(
     1. reconcile: the store is usable, what earlier nights left open is settled
     2. prepare: rows become an immutable snapshot
     3. tune: a study of trials, each tracked in MLflow
-    4. confirm: the best are trained again with a fresh seed
+    4. confirm: the best are trained again with fresh seeds
     5. gate: challenger against champion on the same test rows
-    6. promote: the winner is published in the artifact store
+    6. promote: the winner is published in the artifact store, where the job says so after a person was asked
     7. report: what happened, in Prefect and MLflow
 
     Args:
@@ -77,7 +85,7 @@ def nightly_tuning(
         trials: How many finished trials end the tuning.
         minutes: After how many minutes no further trial begins.
         sampler: How the next hyperparameters are chosen.
-        promotion: automatic publishes a winner; never does everything but that.
+        promotion: automatic publishes a winner; ask waits for a person's yes; never does everything but that.
     """
     for name in OUR_LOGGERS:
         logging.getLogger(name).setLevel(logging.INFO)
@@ -88,6 +96,7 @@ def nightly_tuning(
             return _night(tuning_job, settings)
     except ExpectedError as error:
         _logger.error("%s", error)  # noqa: TRY400 the sentence says it all; a traceback would bury it
+        _tell(Settings.read(), {"event": "failed", "job": job, "reason": str(error)})
         return Failed(message=str(error))
 
 
@@ -109,10 +118,48 @@ def _night(job: TuningJob, settings: Settings) -> str:
         with hold_device(device, settings.home / "locks"):
             prepared = Prepared.load(snapshot, device)
             tuned = tune_step(study, job, prepared, settings.home / "checkpoints", client, run_id)
-            challenger = confirm_step(study, job, prepared, client, run_id)
-            verdict = gate_step(job, challenger, champion, snapshot, device)
-        promotion = promote_step(job, study, snapshot, challenger, verdict, store, client, _now())
-        return report_step(job, study, snapshot, tuned, challenger, verdict, promotion, settings, client, _now())
+            baseline = tuned.baseline if champion is None else None
+            confirmed = confirm_step(study, job, prepared, baseline, client, run_id)
+        verdict, promotion = _judge_and_promote(job, study, snapshot, confirmed, champion, store, device, settings)
+        _notify(settings, job, verdict, promotion)
+        return report_step(job, study, snapshot, tuned, verdict, promotion, settings, client, _now())
+
+
+def _judge_and_promote(
+    job: TuningJob,
+    study: optuna.Study,
+    snapshot: Snapshot,
+    confirmed: Confirmed,
+    champion: Champion | None,
+    store: Store,
+    device: torch.device,
+    settings: Settings,
+) -> tuple[Verdict, Promotion | None]:
+    """Whoever comes second to the promotion log compares with the champion that came first."""
+    for _ in range(JUDGEMENTS - 1):
+        try:
+            return _judge_once(job, study, snapshot, confirmed, champion, store, device, settings)
+        except StaleJudgement as error:
+            _logger.warning("%s", error)
+            champion = read_champion(store, job.name, device)
+    return _judge_once(job, study, snapshot, confirmed, champion, store, device, settings)
+
+
+def _judge_once(
+    job: TuningJob,
+    study: optuna.Study,
+    snapshot: Snapshot,
+    confirmed: Confirmed,
+    champion: Champion | None,
+    store: Store,
+    device: torch.device,
+    settings: Settings,
+) -> tuple[Verdict, Promotion | None]:
+    with hold_device(device, settings.home / "locks"):
+        verdict = gate_step(job, confirmed, champion, snapshot, device)
+    verdict = ask(job, verdict)
+    client = MlflowClient(settings.mlflow_url)
+    return verdict, promote_step(job, study, snapshot, verdict, store, client, _now())
 
 
 def _tune(
@@ -132,17 +179,47 @@ def _tune(
     return tuned
 
 
-def _confirm(study: optuna.Study, job: TuningJob, prepared: Prepared, client: MlflowClient, run_id: str) -> Challenger:
+def _confirm(
+    study: optuna.Study,
+    job: TuningJob,
+    prepared: Prepared,
+    baseline: FrozenTrial | None,
+    client: MlflowClient,
+    run_id: str,
+) -> Confirmed:
     def on_candidate(candidate: Challenger) -> None:
         metrics = {
-            f"confirmed_{job.search.objective}": candidate.validation[job.search.objective],
+            f"confirmed_{job.search.objective}": candidate.mean,
+            f"confirmed_{job.search.objective}_spread": candidate.spread,
+            "winners_curse": candidate.winners_curse,
             "generalization_gap": candidate.generalization_gap,
             "sharpness": candidate.sharpness,
         }
         with mlflow_may_be_away("what was confirmed"):
             track_confirmed(client, run_id, candidate.trial, metrics, _now())
 
-    return confirm(study, job, prepared, on_candidate=on_candidate)
+    return confirm(study, job, prepared, baseline=baseline, on_candidate=on_candidate)
+
+
+def _notify(settings: Settings, job: TuningJob, verdict: Verdict, promotion: Promotion | None) -> None:
+    """Nobody is told of a night that changed nothing."""
+    if promotion is not None:
+        _tell(settings, {"event": "promoted", "job": job.name, "version": promotion.version, "reason": verdict.reason})
+    elif verdict.decision == "REJECT":
+        _tell(settings, {"event": "rejected", "job": job.name, "reason": verdict.reason})
+
+
+def _tell(settings: Settings, content: dict[str, str]) -> None:
+    if settings.webhook is not None:
+        run = runtime.flow_run.id
+        page = f"{settings.prefect_page}/runs/flow-run/{run}"
+        state = notify_step(settings.webhook, content | {"night": page}, return_state=True)
+        if not state.is_completed():
+            _logger.warning("%s; the night goes on", state.message)
+
+
+def _post(webhook: SecretStr, content: dict[str, str]) -> None:
+    post(webhook.get_secret_value(), content)
 
 
 def _step(name: str, inputs: str, **options: Any) -> Callable[[Callable[P, R]], Task[P, R]]:
@@ -162,10 +239,11 @@ reconcile_step = _step("reconcile", "{job.name} with {store.url}")(reconcile)
 prepare_step = _step("prepare", "{data.source}")(prepare)
 tune_step = _step("tune", "{job.budget.trials} trials of {job.model}, {job.search.sampler}")(_tune)
 confirm_step = _step("confirm", "best {job.confirm.candidates} of {study.study_name}")(_confirm)
-gate_step = _step("gate", "trial {challenger.trial.user_attrs[number]} on {snapshot.fingerprint}")(gate)
+gate_step = _step("gate", "trial {confirmed.challenger.trial.user_attrs[number]} on {snapshot.fingerprint}")(gate)
+notify_step = _step("notify", "{content[event]}", retries=3, retry_delay_seconds=[1, 5, 15])(_post)
 promote_step = _step(
     "promote",
-    "trial {challenger.trial.user_attrs[number]}, {verdict.decision}, {job.promotion.mode}",
+    "trial {verdict.winner.trial.user_attrs[number]}, {verdict.decision}, {job.promotion.mode}",
     retries=3,
     retry_delay_seconds=[2, 10, 30],
     retry_condition_fn=_store_was_away,

@@ -44,17 +44,28 @@ class Deployment:
     entrypoint: str
     description: str
     tags: tuple[str, ...]
-    cron: str
-    timezone: str
-    overlap: Literal["wait", "refuse"]
+    cron: str | None = None
+    timezone: str = "UTC"
+    overlap: Literal["wait", "refuse"] = "wait"
     parameters: Mapping[str, Any]
     form_defaults: Mapping[str, Any]
+
+
+ROLLBACK = Deployment(
+    name="rollback",
+    entrypoint="flows.rollback.rollback",
+    description="Makes an earlier version of a job champion again.",
+    tags=("nightly-tuner",),
+    parameters={},
+    form_defaults={},
+)
 
 
 def apply_deployment(client: SyncPrefectClient, deployment: Deployment, work_pool: str) -> UUID:
     """Create or update one deployment, with at most one run of it at a time."""
     flow: Flow[..., Any] = load_flow_from_entrypoint(deployment.entrypoint, use_placeholder_flow=False)
-    schedule = CronSchedule(cron=deployment.cron, timezone=deployment.timezone)
+    cron = deployment.cron
+    schedule = None if cron is None else CronSchedule(cron=cron, timezone=deployment.timezone)
     form = form_schema(flow.parameters.model_dump(), deployment.form_defaults)
     content: dict[str, Any] = {
         "entrypoint": deployment.entrypoint,
@@ -76,13 +87,15 @@ def apply_deployment(client: SyncPrefectClient, deployment: Deployment, work_poo
         return client.create_deployment(
             client.create_flow(flow),
             deployment.name,
-            schedules=[DeploymentScheduleCreate(schedule=schedule, active=True, slug=SCHEDULE_SLUG)],
+            schedules=[DeploymentScheduleCreate(schedule=schedule, active=True, slug=SCHEDULE_SLUG)]
+            if schedule
+            else [],
             parameter_openapi_schema=form,
             **content,
         )
     # The schedule's `active` is left unset: an update must not wake a schedule that somebody paused.
-    update = DeploymentScheduleUpdate(schedule=schedule, slug=SCHEDULE_SLUG)
-    client.update_deployment(existing.id, DeploymentUpdate(schedules=[update], **content))
+    updates = [DeploymentScheduleUpdate(schedule=schedule, slug=SCHEDULE_SLUG)] if schedule else []
+    client.update_deployment(existing.id, DeploymentUpdate(schedules=updates, **content))
     # Sent by itself: the class above drops additionalProperties.
     client.request(
         "PATCH", "/deployments/{id}", path_params={"id": existing.id}, json={"parameter_openapi_schema": form}

@@ -4,11 +4,13 @@ Settings are the machine's, configuration is the job's. Every process that we st
 `Settings.environment`, so that a laptop and a cluster differ in URLs only. Knows nothing of tuning.
 """
 
+import os
+from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, Field, ValidationError, field_validator
+from pydantic import AfterValidator, Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from infra.errors import ExpectedError
@@ -25,6 +27,37 @@ class SettingsError(ExpectedError):
     """A setting of the environment is wrong; the message names the variable, the value and the remedy."""
 
 
+class S3Options(BaseSettings):
+    """What each object in an S3 store is given. Each is read from NIGHTLY_S3_<NAME>; none is needed."""
+
+    model_config = SettingsConfigDict(env_prefix="NIGHTLY_S3_", env_ignore_empty=True, frozen=True, extra="ignore")
+
+    encryption: Literal["AES256", "aws:kms"] | None = None
+    kms_key: str | None = None
+    tags: str | None = Field(default=None, pattern=r"^[^&=]+=[^&=]*(&[^&=]+=[^&=]*)*$")
+    lock_days: int | None = Field(default=None, ge=1)
+
+    @classmethod
+    def read(cls) -> Self:
+        """Read the environment. Raises SettingsError where a variable does not parse."""
+        try:
+            return cls()
+        except ValidationError as error:
+            raise _sentence(error, "NIGHTLY_S3_") from error
+
+    def for_object(self, now: datetime) -> dict[str, Any]:
+        """The arguments of a PUT, by S3's names. A lock is in governance mode: special rights can lift it."""
+        wanted = {
+            "ServerSideEncryption": self.encryption,
+            "SSEKMSKeyId": self.kms_key,
+            "Tagging": self.tags,
+            "ObjectLockMode": self.lock_days and "GOVERNANCE",
+            "ChecksumAlgorithm": self.lock_days and "SHA256",  # S3 asks for one with a lock
+            "ObjectLockRetainUntilDate": self.lock_days and now + timedelta(days=self.lock_days),
+        }
+        return {name: value for name, value in wanted.items() if value is not None}
+
+
 class Settings(BaseSettings):
     """The environment's settings. Each is read from NIGHTLY_<NAME>, or from the variable named beside it."""
 
@@ -33,6 +66,7 @@ class Settings(BaseSettings):
     home: AbsolutePath = Field(default=Path(".nightly"), validate_default=True)
     jobs: AbsolutePath | None = None
     store: str | None = None
+    webhook: SecretStr | None = None
     work_pool: str = "local"
     prefect_port: Port = 4200
     # Not MLflow's usual 5000: on a Mac the AirPlay receiver sits there.
@@ -47,6 +81,13 @@ class Settings(BaseSettings):
             raise ValueError("must start with file:// (a directory) or s3:// (a bucket)")
         return store
 
+    @field_validator("webhook")
+    @classmethod
+    def _webhook_is_a_url(cls, webhook: SecretStr | None) -> SecretStr | None:
+        if webhook is not None and urlsplit(webhook.get_secret_value()).scheme not in ("http", "https"):
+            raise ValueError("must start with https:// or http://")
+        return webhook
+
     @classmethod
     def read(cls) -> Self:
         """Read the environment.
@@ -56,13 +97,7 @@ class Settings(BaseSettings):
         try:
             settings = cls()
         except ValidationError as error:
-            problem = error.errors()[0]
-            field = str(problem["loc"][0])
-            variable = field if field.isupper() else f"NIGHTLY_{field.upper()}"
-            reason = problem["msg"].removeprefix("Value error, ")
-            raise SettingsError(
-                f"{variable}: {reason}, found {problem['input']!r}; set it right or unset it"
-            ) from error
+            raise _sentence(error, "NIGHTLY_") from error
         try:
             settings.home.mkdir(parents=True, exist_ok=True)
             probe = settings.home / ".writable"
@@ -104,6 +139,7 @@ class Settings(BaseSettings):
             "NIGHTLY_STORE": self.store_url,
             "NIGHTLY_WORK_POOL": self.work_pool,
             **({"NIGHTLY_JOBS": str(self.jobs)} if self.jobs else {}),
+            **({"NIGHTLY_WEBHOOK": self.webhook.get_secret_value()} if self.webhook else {}),
             "PREFECT_HOME": str(self.home / "prefect"),
             "PREFECT_API_URL": self.prefect_api_url,
             "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -121,3 +157,20 @@ class Settings(BaseSettings):
             "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
             "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
         }
+
+
+def _sentence(error: ValidationError, prefix: str) -> SettingsError:
+    problem = error.errors()[0]
+    field = str(problem["loc"][0])
+    variable = field if field.isupper() else f"{prefix}{field.upper()}"
+    reason = problem["msg"].removeprefix("Value error, ")
+    found = "" if variable == "NIGHTLY_WEBHOOK" else f", found {problem['input']!r}"
+    return SettingsError(f"{variable}: {reason}{found}; set it right or unset it")
+
+
+def enter() -> Settings:
+    """The settings, put into this process's environment too: Prefect and MLflow read theirs when they are imported, so
+    a command calls this first and imports them afterwards."""
+    settings = Settings.read()
+    os.environ.update(settings.environment())
+    return settings

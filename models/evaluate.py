@@ -15,7 +15,7 @@ import sklearn.metrics
 import torch
 from torch import Tensor, nn
 
-from models.families import Problem
+from models.shapes import Problem
 
 MetricName = Literal["accuracy", "balanced_accuracy", "f1_macro", "roc_auc", "log_loss", "rmse", "mae", "r2"]
 EVALUATION_BATCH = 8192
@@ -114,10 +114,19 @@ def predict_outputs(model: nn.Module, features: Tensor) -> Tensor:
 
 def score(outputs: Tensor, target: Tensor, names: Iterable[MetricName]) -> dict[MetricName, float]:
     """Metrics by name. Outputs that are not finite have none: raises ValueError."""
+    predictions = predictions_of(outputs)
+    return {name: METRICS[name].compute(predictions, target.cpu().numpy()) for name in names}
+
+
+def predictions_of(outputs: Tensor) -> npt.NDArray[np.float64]:
+    """What a metric reads: class probabilities (rows, classes) of logits, or values (rows,) as they are.
+
+    Raises ValueError where an output is not finite.
+    """
     values = outputs.double().softmax(dim=1) if outputs.ndim == 2 else outputs.double()
     if not torch.isfinite(values).all():
         raise ValueError("a model's outputs must be finite to be scored, found NaN or infinity")
-    return {name: METRICS[name].compute(values.cpu().numpy(), target.cpu().numpy()) for name in names}
+    return np.asarray(values.cpu().numpy())
 
 
 def evaluate(model: nn.Module, features: Tensor, target: Tensor) -> dict[MetricName, float]:

@@ -8,11 +8,11 @@ import hashlib
 import importlib.util
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Protocol, cast
 
 import optuna
 import torch
@@ -27,19 +27,8 @@ from models.hyperparameters import (
     MLPHyperparameters,
     OwnHyperparameters,
 )
+from models.shapes import DataShape
 from models.space import Domain, Range, Searchable, Value, contains, draw, parse_domain
-
-Problem = Literal["classification", "regression"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataShape:
-    """One row's features, without the batch dimension, and how many outputs a model gives for it: a logit for each
-    class, or the one number of a regression."""
-
-    features: tuple[int, ...]
-    outputs: int
-    problem: Problem = "classification"
 
 
 class OwnModel(Protocol):
@@ -174,6 +163,23 @@ class Unscale(nn.Module):
         return outputs.squeeze(-1) * self.scale + self.mean
 
 
+class Ensemble(nn.Module):
+    """Several models as one: their mean probabilities as logits, or for a regression their mean value.
+
+    Deep ensembles, Lakshminarayanan et al., arXiv 1612.01474.
+    """
+
+    def __init__(self, members: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(members)
+
+    def forward(self, features: Tensor) -> Tensor:
+        outputs = torch.stack([member(features) for member in self.members])
+        if outputs.ndim == 2:
+            return outputs.mean(dim=0)
+        return outputs.log_softmax(dim=-1).logsumexp(dim=0) - math.log(len(self.members))
+
+
 class _CheckedOutputs(nn.Module):
     """A user's model whose outputs have the shape that everything behind it relies on."""
 
@@ -185,6 +191,8 @@ class _CheckedOutputs(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         outputs = self.model(features)
+        if torch.compiler.is_exporting():  # the program is for any number of rows, and what it gives was checked
+            return outputs  # type: ignore[no-any-return]
         expected = (len(features), self._outputs)
         if not isinstance(outputs, Tensor) or outputs.shape != expected:
             found = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
@@ -215,9 +223,11 @@ def family_named(name: str) -> Family:
     return _own_family(path, class_name, hashlib.sha256(code).hexdigest())
 
 
-def build_model(family: Family, hyperparameters: Hyperparameters, shape: DataShape) -> nn.Module:
+def build_model(family: Family, hyperparameters: Hyperparameters, shape: DataShape, members: int = 1) -> nn.Module:
     """The module that is trained, judged and published: to logits (batch, classes), or for a regression to values
-    (batch,) in the target's own unit, once its `Unscale` is fitted or loaded."""
+    (batch,) in the target's own unit, once its `Unscale` is fitted or loaded. Several members make an `Ensemble`."""
+    if members > 1:
+        return Ensemble([build_model(family, hyperparameters, shape) for _ in range(members)])
     model = family.build(hyperparameters, shape)
     return nn.Sequential(model, Unscale()) if shape.problem == "regression" else model
 

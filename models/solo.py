@@ -23,9 +23,10 @@ from models.checkpoints import (
     set_random_states,
 )
 from models.evaluate import METRICS, MetricName, metrics_of, predict_outputs, score
-from models.families import DataShape, Family, Unscale, build_model
+from models.families import Family, Unscale, build_model
 from models.hyperparameters import Hyperparameters
 from models.optimizers import build_optimizer, l1_norm, learning_rate_at
+from models.shapes import DataShape
 
 MIXED_PRECISION_PARAMETERS = 1_000_000
 
@@ -132,7 +133,7 @@ class _Run:
         self._order = torch.Generator().manual_seed(seed)
         torch.manual_seed(seed)
         self._model = build_model(family, hyperparameters, shape).to(self._device)
-        if isinstance(self._model, nn.Sequential) and isinstance(unscale := self._model[-1], Unscale):
+        if (unscale := _unscale_of(self._model)) is not None:
             unscale.fit(training.target)
         self._loss = _loss_of(self._model)
         self._optimizer = build_optimizer(self._model.parameters(), hyperparameters)
@@ -250,10 +251,16 @@ def _deterministic() -> AbstractContextManager[None]:
     return flags
 
 
+def _unscale_of(model: nn.Module) -> Unscale | None:
+    """The first of a regression's; an ensemble's are all the same. None in a classification."""
+    return next((module for module in model.modules() if isinstance(module, Unscale)), None)
+
+
 def _loss_of(model: nn.Module) -> Callable[[Tensor, Tensor, float], Tensor]:
     """From outputs, target and label smoothing to the mean loss a row."""
-    if isinstance(model, nn.Sequential) and isinstance(unscale := model[-1], Unscale):
-        return lambda outputs, target, _: nn.functional.mse_loss(outputs.float(), target) / unscale.scale**2
+    if (unscale := _unscale_of(model)) is not None:
+        variance = unscale.scale**2
+        return lambda outputs, target, _: nn.functional.mse_loss(outputs.float(), target) / variance
     return lambda outputs, target, smoothing: nn.functional.cross_entropy(
         outputs.float(), target, label_smoothing=smoothing
     )

@@ -1,10 +1,12 @@
-"""confirm: train the best few configurations again with a fresh seed, and let the best of those be the challenger.
+"""confirm: train the best few configurations again with fresh seeds; the best on average becomes the challenger.
 
-The best of many noisy trials is partly lucky; a second training shows what is left without the luck. Only validation
-rows choose; the test rows stay unseen until the gate. Knows nothing of the champion.
+The best of many noisy trials is partly lucky; several fresh trainings show what is left without the luck. Only
+validation rows choose; the test rows stay unseen until the gate. Knows nothing of the champion.
 """
 
 import logging
+import math
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,10 +15,11 @@ import torch
 from optuna.trial import FrozenTrial, TrialState
 from torch import nn
 
-from models.evaluate import MetricName, sharpness
+from models.evaluate import METRICS, MetricName, metrics_of, predict_outputs, score, sharpness
+from models.families import Ensemble, Family
 from models.hyperparameters import Hyperparameters
 from models.preprocessing import Standardization
-from models.solo import Diverged, mean_loss, train
+from models.solo import Diverged, Trained, mean_loss, train
 from tasks.job import TuningJob
 from tasks.samplers import ORDINAL
 from tasks.study import HYPERPARAMETERS, derived_seed, number_of, ranked, tonights_trials
@@ -29,20 +32,47 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Challenger:
-    """A configuration of tonight's trained again, with the preprocessing it was trained on, and where it comes from.
+    """A configuration of tonight's trained again with fresh seeds, and the one model of those that would ship.
 
-    `generalization_gap` is how much the mean loss is higher on validation rows than on training rows; `sharpness` how
-    much the training loss rises close by (models.evaluate). Both are of 4,096 rows at most.
+    `values` is the objective on validation rows of each seed's model, in the order of `seeds`; `shipped` are the seeds
+    that the model is made of: the median's, or all of them for an ensemble, whose metrics are `validation`.
+    `generalization_gap` is how much the shipped model's mean loss is higher on validation rows than on training rows;
+    `sharpness` how much its training loss rises close by (models.evaluate). Both are of 4,096 rows at most.
     """
 
     model: nn.Module
     preprocessing: Standardization
     hyperparameters: Hyperparameters
     trial: FrozenTrial
-    seed: int
+    objective: MetricName
+    seeds: tuple[int, ...]
+    values: tuple[float, ...]
+    shipped: tuple[int, ...]
     validation: dict[MetricName, float]
     generalization_gap: float
     sharpness: float
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.values)
+
+    @property
+    def spread(self) -> float:
+        """The standard deviation over seeds; 0 for a single one."""
+        return statistics.stdev(self.values) if len(self.values) > 1 else 0.0
+
+    @property
+    def winners_curse(self) -> float:
+        """How much better the search's own value was than the confirmed mean."""
+        return METRICS[self.objective].gain(self.trial.values[0], self.mean)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Confirmed:
+    """The challenger, and the baseline trained with as many seeds, None where there is none tonight."""
+
+    challenger: Challenger
+    baseline: Challenger | None
 
 
 def confirm(
@@ -50,35 +80,45 @@ def confirm(
     job: TuningJob,
     prepared: Prepared,
     *,
+    baseline: FrozenTrial | None = None,
     on_candidate: Callable[[Challenger], None] = lambda _: None,
-) -> Challenger:
-    """Retrain the top configurations, each once, and return the best by the objective on validation rows; with a cost
-    the cheapest of those within `search.cost_tolerance` of it.
+) -> Confirmed:
+    """Retrain the top configurations with `confirm.seeds` seeds each; the challenger is the best by the objective's
+    mean over seeds on validation rows; with a cost the cheapest of those within `search.cost_tolerance` of it.
 
-    Two trials with equal hyperparameters count once; ties go to the earlier trial. Raises TuningFailed where every
-    retraining diverged.
+    What ships is the model of the median seed: the best seed's would be chosen for its luck again, and do worse than
+    its validation value promises. A `baseline` is trained in the same way, to be compared with.
+
+    Two trials with equal hyperparameters count once; ties go to the earlier trial. A seed that diverges is left out.
+    Raises TuningFailed where every retraining diverged.
     """
-    challengers = []
-    for trial in _top_trials(study, job):
-        try:
-            challenger = _retrain(trial, job, prepared)
-        except Diverged as error:
-            _logger.warning("trial %d did not confirm: %s", number_of(trial), error)
+    candidates = _top_trials(study, job)
+    also = [baseline] if baseline and baseline.number not in {trial.number for trial in candidates} else []
+    confirmed: dict[int, Challenger] = {}
+    for trial in candidates + also:
+        found = _retrain(trial, job, prepared)
+        if found is None:
             continue
+        confirmed[trial.number] = found
         _logger.info(
-            "trial %d: %s %.4f in the search, %.4f confirmed; generalization gap %.4f, sharpness %.4f",
+            "trial %d: %s %.4f in the search, %.4f ± %.4f confirmed with %d seeds; generalization gap %.4f, "
+            "sharpness %.4f",
             number_of(trial),
             job.search.objective,
             trial.values[0],
-            challenger.validation[job.search.objective],
-            challenger.generalization_gap,
-            challenger.sharpness,
+            found.mean,
+            found.spread,
+            len(found.values),
+            found.generalization_gap,
+            found.sharpness,
         )
-        on_candidate(challenger)
-        challengers.append(challenger)
+        on_candidate(found)
+    challengers = [confirmed[trial.number] for trial in candidates if trial.number in confirmed]
     if not challengers:
         raise TuningFailed(f"no configuration of {job.name} could be trained a second time: each diverged")
-    return _choose(challengers, job)
+    return Confirmed(
+        challenger=_choose(challengers, job), baseline=confirmed.get(baseline.number) if baseline else None
+    )
 
 
 def _top_trials(study: optuna.Study, job: TuningJob) -> list[FrozenTrial]:
@@ -88,39 +128,73 @@ def _top_trials(study: optuna.Study, job: TuningJob) -> list[FrozenTrial]:
     return list(distinct.values())[: job.confirm.candidates]
 
 
-def _retrain(trial: FrozenTrial, job: TuningJob, prepared: Prepared) -> Challenger:
+def _retrain(trial: FrozenTrial, job: TuningJob, prepared: Prepared) -> Challenger | None:
+    """None where each seed diverged."""
     hyperparameters = job.family.hyperparameters.from_values(trial.user_attrs[HYPERPARAMETERS])
-    seed = derived_seed(job.seed, "confirm", trial.user_attrs[ORDINAL])
-    trained = train(
-        job.family,
+    trained: dict[int, Trained] = {}
+    for number in range(job.confirm.seeds):
+        seed = derived_seed(job.seed, f"confirm {number}", trial.user_attrs[ORDINAL])
+        try:
+            trained[seed] = train_again(job.family, job.search.objective, hyperparameters, prepared, seed)
+        except Diverged as error:
+            _logger.warning("trial %d did not confirm with seed %d: %s", number_of(trial), seed, error)
+    if not trained:
+        return None
+    values = {seed: found.validation[job.search.objective] for seed, found in trained.items()}
+    shipped = tuple(trained) if job.confirm.ship == "ensemble" else (_median_seed(values, job),)
+    model = assemble([trained[seed].model for seed in shipped])
+    outputs = predict_outputs(model, prepared.validation.features)
+    validation = score(outputs, prepared.validation.target, metrics_of(job.objective.problem))
+    measured, unseen = prepared.training.first(MEASURED_ROWS), prepared.validation.first(MEASURED_ROWS)
+    with torch.no_grad():
+        gap = (mean_loss(model, unseen) - mean_loss(model, measured)).item()
+    return Challenger(
+        model=model,
+        preprocessing=prepared.preprocessing,
+        hyperparameters=hyperparameters,
+        trial=trial,
+        objective=job.search.objective,
+        seeds=tuple(trained),
+        values=tuple(values.values()),
+        shipped=shipped,
+        validation=validation,
+        generalization_gap=gap,
+        sharpness=sharpness(model, lambda: mean_loss(model, measured)),
+    )
+
+
+def train_again(
+    family: Family, objective: MetricName, hyperparameters: Hyperparameters, prepared: Prepared, seed: int
+) -> Trained:
+    """One training of a known configuration, as confirm does it and as a version can be reproduced."""
+    return train(
+        family,
         hyperparameters,
         prepared.snapshot.shape,
         prepared.training,
         prepared.validation,
-        objective=job.search.objective,
+        objective=objective,
         seed=seed,
     )
-    training, validation = prepared.training.first(MEASURED_ROWS), prepared.validation.first(MEASURED_ROWS)
-    with torch.no_grad():
-        gap = (mean_loss(trained.model, validation) - mean_loss(trained.model, training)).item()
-    return Challenger(
-        model=trained.model,
-        preprocessing=prepared.preprocessing,
-        hyperparameters=hyperparameters,
-        trial=trial,
-        seed=seed,
-        validation=trained.validation,
-        generalization_gap=gap,
-        sharpness=sharpness(trained.model, lambda: mean_loss(trained.model, training)),
-    )
+
+
+def assemble(models: list[nn.Module]) -> nn.Module:
+    """One model as it is, several as an ensemble."""
+    return models[0] if len(models) == 1 else Ensemble(models).eval()
+
+
+def _median_seed(values: dict[int, float], job: TuningJob) -> int:
+    """Of an even number the worse of the two in the middle."""
+    worst_first = sorted(values, key=lambda seed: values[seed], reverse=job.objective.direction == "minimize")
+    return worst_first[math.ceil(len(worst_first) / 2) - 1]
 
 
 def _choose(challengers: list[Challenger], job: TuningJob) -> Challenger:
-    """The rule of `tasks.study.ranked`, over confirmed values."""
+    """The rule of `tasks.study.ranked`, over confirmed means."""
     sign = 1 if job.objective.direction == "maximize" else -1
 
     def value(challenger: Challenger) -> float:
-        return sign * challenger.validation[job.search.objective]
+        return sign * challenger.mean
 
     best = max(challengers, key=value)
     if job.search.cost == "none":

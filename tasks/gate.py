@@ -1,92 +1,314 @@
 """gate: compare the challenger with the champion on the same held-out test rows, and answer with a verdict.
 
-The test rows took part in no training and no choice of tonight's. A tie keeps the champion. Knows nothing of how
-either was trained.
+The test rows took part in no training and no choice of either. A challenger is promoted when it is proven better, not
+when it looks better: a tie keeps the champion. Knows nothing of how either was trained.
 """
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from models.evaluate import MetricName, evaluate
-from tasks.confirm import Challenger
-from tasks.job import TuningJob
+from models.comparison import Comparison, calibration_error, compare, interval, slice_gains
+from models.evaluate import MetricName, latency_ms, metrics_of, predict_outputs, score
+from tasks.champion import Champion
+from tasks.confirm import Challenger, Confirmed
+from tasks.job import PromotionConfig, TuningJob
 from tasks.prepare import Snapshot
-from tasks.versions import Champion
+from tasks.study import derived_seed
 
 Decision = Literal["PROMOTE", "HOLD", "REJECT"]
+MEGABYTE = 1_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuardRail:
+    """A rule that no gain outweighs, whether the challenger keeps to it, and the numbers."""
+
+    name: str
+    holds: bool
+    evidence: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """PROMOTE, HOLD (nothing better was shown) or REJECT (worse), with the reason in words and the numbers behind it.
+    """PROMOTE, HOLD (no difference is proven) or REJECT (worse, or a guard rail is broken), with the reason in words
+    and the evidence.
 
-    `judged` is the number of the promotion that the challenger was compared with, 0 before the first.
+    `winner` is what is published where the decision is PROMOTE: the challenger, or on a job's first night the baseline
+    where nothing better than that was found. `opponent` says whom the challenger was compared with. `judged` is the
+    number of the promotion that made that champion, 0 before the first.
     """
 
     decision: Decision
     reason: str
     judged: int
+    challenger: Challenger
+    winner: Challenger
     challenger_test: dict[MetricName, float]
-    champion_test: dict[MetricName, float] | None
+    winner_intervals: dict[MetricName, tuple[float, float]]
+    opponent: Literal["champion", "baseline", "nobody"] = "nobody"
+    opponent_test: dict[MetricName, float] | None = None
+    comparison: Comparison | None = None
+    guard_rails: tuple[GuardRail, ...] = ()
+    rows_left_out: int = 0
 
     def __post_init__(self) -> None:
-        for metrics in (self.challenger_test, self.champion_test or {}):
+        for metrics in (self.challenger_test, self.opponent_test or {}):
             for name, value in metrics.items():
                 if not math.isfinite(value):
                     raise ValueError(f"a verdict needs finite metrics, found {name} {value}")
 
+    @property
+    def winner_test(self) -> dict[MetricName, float]:
+        if self.winner is self.challenger or self.opponent_test is None:
+            return self.challenger_test
+        return self.opponent_test
+
+    def evidence(self) -> dict[str, Any]:
+        """Everything that the decision rests on, as JSON can hold it."""
+        return {
+            "decision": self.decision,
+            "reason": self.reason,
+            "opponent": self.opponent,
+            "challenger_test": self.challenger_test,
+            "opponent_test": self.opponent_test,
+            "comparison": None if self.comparison is None else asdict(self.comparison),
+            "guard_rails": [asdict(rail) for rail in self.guard_rails],
+            "rows_left_out": self.rows_left_out,
+        }
+
 
 def gate(
-    job: TuningJob, challenger: Challenger, champion: Champion | None, snapshot: Snapshot, device: torch.device
+    job: TuningJob, confirmed: Confirmed, champion: Champion | None, snapshot: Snapshot, device: torch.device
 ) -> Verdict:
     """Judge on the snapshot's test rows, each model behind its own preprocessing.
 
-    1. No champion yet: PROMOTE. 2. The champion reads rows of another shape: HOLD, nothing can be compared. 3. Better
-    by `promotion.min_improvement` and more than nothing: PROMOTE. 4. Worse: REJECT. 5. Else HOLD, ties too.
+    1. The champion reads rows of another shape: HOLD, nothing can be compared. 2. The challenger is compared with the
+    champion, on a job's first night with the baseline (`judge`). 3. On the first night the baseline is promoted where
+    the challenger is not better. 4. What a rollback took back is not promoted again on the same rows: HOLD.
+
+    Test rows that the champion may have been trained or chosen on, because the job's fractions were others then, are
+    left out.
     """
-    features, target = snapshot.load(device)["test"]
-    ours = evaluate(nn.Sequential(challenger.preprocessing, challenger.model), features, target)
+    rows = _TestRows(job, snapshot, *snapshot.load(device)["test"])
     if champion is None:
-        return Verdict(
-            decision="PROMOTE",
-            reason="there was no champion yet",
-            judged=0,
-            challenger_test=ours,
-            champion_test=None,
-        )
-    judged = champion.promotion.number
+        return _first_night(confirmed, rows)
+    challenger, lineage = confirmed.challenger, champion.manifest.lineage
     if (champion.manifest.shape, champion.manifest.classes) != (snapshot.shape, snapshot.classes):
-        return Verdict(
+        return rows.verdict(
+            challenger,
             decision="HOLD",
             reason=f"the champion reads rows for a {champion.manifest.problem}, of shape {champion.manifest.features} "
             f"in {len(champion.manifest.classes)} classes, tonight's are for a {snapshot.shape.problem}, of shape "
             f"{snapshot.shape.features} in {len(snapshot.classes)}: give the job a new name",
-            judged=judged,
-            challenger_test=ours,
-            champion_test=None,
+            judged=champion.promotion.number,
         )
-    theirs = evaluate(nn.Sequential(champion.preprocessing, champion.model), features, target)
-    name = job.search.objective
-    decision, outcome = _decide(job.objective.gain(ours[name], theirs[name]), job.promotion.min_improvement)
-    return Verdict(
+    unseen = snapshot.test_rows_outside(lineage.test_fraction).to(device)
+    left_out = int((~unseen).sum())
+    if not unseen.any():
+        return rows.verdict(
+            challenger,
+            decision="HOLD",
+            reason="the champion may have been trained on each of tonight's test rows: put data.test_fraction back to "
+            f"{lineage.test_fraction}, or give the job a new name",
+            judged=champion.promotion.number,
+            rows_left_out=left_out,
+        )
+    rows = replace(rows, features=rows.features[unseen], target=rows.target[unseen])
+    ours, theirs = rows.outputs(challenger), champion.outputs(rows.features)
+    comparison = rows.compare(ours, theirs, champion.promotion.number)
+    rails = (*rows.slice_rail(ours, theirs), *rows.limits(challenger, ours))
+    decision, outcome = judge(comparison, rails, job.promotion)
+    if decision == "PROMOTE" and (again := _taken_back(challenger, snapshot, champion)):
+        decision, outcome = "HOLD", again
+    return rows.verdict(
+        challenger,
         decision=decision,
-        reason=f"{outcome}: test {name} {ours[name]:.4f} against the champion's {theirs[name]:.4f} "
-        f"on {len(target)} rows",
-        judged=judged,
-        challenger_test=ours,
-        champion_test=theirs,
+        reason=f"{outcome}: {in_words(comparison, 'the champion')}",
+        judged=champion.promotion.number,
+        opponent="champion",
+        opponent_test=rows.metrics(theirs),
+        comparison=comparison,
+        guard_rails=rails,
+        rows_left_out=left_out,
     )
 
 
-def _decide(gain: float, min_improvement: float) -> tuple[Decision, str]:
-    if gain < 0:
+def judge(
+    comparison: Comparison, guard_rails: tuple[GuardRail, ...], promotion: PromotionConfig
+) -> tuple[Decision, str]:
+    """The decision, from evidence alone.
+
+    1. A broken guard rail: REJECT. 2. Proven worse: REJECT. 3. Proven better, unless the gain is as surely below
+    `promotion.min_improvement`: PROMOTE. 4. Else HOLD, ties too. A guard rail that speaks of a difference breaks on
+    proof only, so that bad luck with a few rows cannot keep out every challenger for ever; and a gain as large as
+    `comparison.detectable` is found on four nights in five.
+    """
+    if broken := _broken(guard_rails):
+        return "REJECT", f"a guard rail is broken ({broken})"
+    if comparison.worse:
         return "REJECT", "the challenger is worse"
-    if gain == 0:
-        return "HOLD", "the challenger is no better"
-    if gain < min_improvement:
-        return "HOLD", f"the challenger is better by less than promotion.min_improvement ({min_improvement:g})"
+    if not comparison.better:
+        return "HOLD", "no difference is proven"
+    if comparison.high < promotion.min_improvement:
+        return (
+            "HOLD",
+            f"the challenger is better by less than promotion.min_improvement ({promotion.min_improvement:g})",
+        )
     return "PROMOTE", "the challenger is better"
+
+
+def in_words(comparison: Comparison, opponent: str) -> str:
+    """`test accuracy 0.9750 against the champion's 0.9583 on 360 rows, a gain of 0.0167 (0.0028 to 0.0306; ...)`."""
+    provable = comparison.detectable
+    power = f"; so many rows prove a gain of {provable:.4f} four times in five" if provable else ""
+    return (
+        f"test {comparison.metric} {comparison.ours:.4f} against {opponent}'s {comparison.theirs:.4f} on "
+        f"{comparison.rows} rows, a gain of {comparison.gain:.4f} ({comparison.low:.4f} to {comparison.high:.4f}; "
+        f"{comparison.method}{power})"
+    )
+
+
+def _first_night(confirmed: Confirmed, rows: "_TestRows") -> Verdict:
+    """The baseline stands in for the champion, and becomes it where nothing better was found."""
+    challenger, baseline = confirmed.challenger, confirmed.baseline
+    ours = rows.outputs(challenger)
+    limits = rows.limits(challenger, ours)
+    if baseline is None:
+        broken = _broken(limits)
+        return rows.verdict(
+            challenger,
+            decision="REJECT" if broken else "PROMOTE",
+            reason=f"a guard rail is broken ({broken})" if broken else "there was no champion yet, and no baseline",
+            judged=0,
+            guard_rails=limits,
+        )
+    theirs = rows.outputs(baseline)
+    comparison = rows.compare(ours, theirs, judged=0)
+    rails = (*rows.slice_rail(ours, theirs), *limits)
+    decision, outcome = judge(comparison, rails, rows.job.promotion)
+    winner = challenger
+    if decision == "PROMOTE":
+        outcome = "there was no champion yet, and the challenger is better than the baseline"
+    elif broken := _broken(rows.limits(baseline, theirs)):
+        outcome = f"{outcome}, and the baseline cannot be the first champion ({broken})"
+    else:
+        decision, winner = "PROMOTE", baseline
+        outcome = f"the baseline is the first champion, because {outcome}"
+    return rows.verdict(
+        challenger,
+        winner,
+        decision=decision,
+        reason=f"{outcome}: {in_words(comparison, 'the baseline')}",
+        judged=0,
+        opponent="baseline",
+        opponent_test=rows.metrics(theirs),
+        comparison=comparison,
+        guard_rails=rails,
+    )
+
+
+@dataclass(frozen=True)
+class _TestRows:
+    """The rows that a job's models are judged on, and what is measured there."""
+
+    job: TuningJob
+    snapshot: Snapshot
+    features: Tensor
+    target: Tensor
+
+    def outputs(self, found: Challenger) -> Tensor:
+        return predict_outputs(nn.Sequential(found.preprocessing, found.model), self.features)
+
+    def metrics(self, outputs: Tensor) -> dict[MetricName, float]:
+        return score(outputs, self.target, metrics_of(self.job.objective.problem))
+
+    def verdict(self, challenger: Challenger, winner: Challenger | None = None, **found: Any) -> Verdict:
+        winner = winner or challenger
+        outputs = self.outputs(winner)
+        return Verdict(
+            challenger=challenger,
+            challenger_test=self.metrics(self.outputs(challenger)),
+            winner=winner,
+            winner_intervals={
+                name: interval(outputs, self.target, name, seed=derived_seed(self.job.seed, "interval", 0))
+                for name in metrics_of(self.job.objective.problem)
+            },
+            **found,
+        )
+
+    def compare(self, ours: Tensor, theirs: Tensor, judged: int) -> Comparison:
+        return compare(
+            ours,
+            theirs,
+            self.target,
+            self.job.search.objective,
+            confidence=self.job.promotion.confidence,
+            seed=derived_seed(self.job.seed, "gate", judged),
+        )
+
+    def slice_rail(self, ours: Tensor, theirs: Tensor) -> tuple[GuardRail, ...]:
+        """The slice that surely fell the most; none where the job sets no limit."""
+        most = self.job.promotion.max_slice_fall
+        if most is None:
+            return ()
+        gains = slice_gains(
+            ours,
+            theirs,
+            self.target,
+            self.snapshot.classes,
+            confidence=self.job.promotion.confidence,
+            seed=derived_seed(self.job.seed, "slices", 0),
+        )
+        worst = min(gains, key=lambda found: (found.high, found.gain))
+        change = "falls" if worst.gain < 0 else "rises"
+        evidence = (
+            f"{worst.name} {change} by {abs(worst.gain):.4f} on {worst.rows} rows, surely falls by "
+            f"{max(0.0, -worst.high):.4f} of max_slice_fall {most:g}"
+        )
+        return (GuardRail(name="worst slice", holds=worst.high >= -most, evidence=evidence),)
+
+    def limits(self, found: Challenger, outputs: Tensor) -> tuple[GuardRail, ...]:
+        """The guard rails that speak of one model alone, where the job sets their limits."""
+        served = nn.Sequential(found.preprocessing, found.model)
+        promotion = self.job.promotion
+        limits: list[tuple[str, str, float | None, Callable[[], float]]] = [
+            ("latency", "max_latency_ms", promotion.max_latency_ms, lambda: latency_ms(served, self.features[:1])),
+            ("size", "max_megabytes", promotion.max_megabytes, lambda: _megabytes(served)),
+        ]
+        if outputs.ndim == 2:
+            calibration = promotion.max_calibration_error
+            limits.append(
+                (
+                    "calibration error",
+                    "max_calibration_error",
+                    calibration,
+                    lambda: calibration_error(outputs, self.target),
+                )
+            )
+        rails = []
+        for name, field, limit, measure in limits:
+            if limit is not None:
+                value = measure()
+                rails.append(GuardRail(name=name, holds=value <= limit, evidence=f"{value:.4g} of {field} {limit:g}"))
+        return tuple(rails)
+
+
+def _taken_back(challenger: Challenger, snapshot: Snapshot, champion: Champion) -> str | None:
+    for manifest in champion.taken_back:
+        known = (manifest.hyperparameters, manifest.lineage.snapshot)
+        if known == (challenger.hyperparameters.model_dump(mode="json"), snapshot.fingerprint):
+            return f"version {manifest.version} of the same hyperparameters was rolled back, and no row is new since"
+    return None
+
+
+def _broken(rails: tuple[GuardRail, ...]) -> str:
+    return "; ".join(f"{rail.name}: {rail.evidence}" for rail in rails if not rail.holds)
+
+
+def _megabytes(model: nn.Module) -> float:
+    return float(sum(tensor.nbytes for tensor in model.state_dict().values())) / MEGABYTE

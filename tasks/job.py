@@ -28,7 +28,8 @@ MAX_JOB_BYTES = 64 * 1024
 SamplerName = Literal["auto", "tpe", "gp", "cmaes", "random", "qmc", "grid"]
 PrunerName = Literal["none", "median", "halving", "hyperband", "patient", "wilcoxon"]
 CostName = Literal["none", "parameters", "latency"]
-PromotionMode = Literal["automatic", "never"]
+PromotionMode = Literal["automatic", "ask", "never"]
+Shipped = Literal["median", "ensemble"]
 
 Trials = Annotated[int, Field(ge=1, le=100_000)]
 Minutes = Annotated[float, Field(gt=0, le=7 * 24 * 60)]
@@ -92,16 +93,32 @@ class BudgetConfig(_Section):
 
 
 class ConfirmConfig(_Section):
-    """How many of the best trials are trained again, with a fresh seed, before one of them becomes the challenger."""
+    """How many of the best trials are trained again, each with how many fresh seeds, and what of the winner ships: the
+    model of the median seed, or all seeds' models as one ensemble."""
 
     candidates: int = Field(default=3, ge=1, le=20)
+    seeds: int = Field(default=5, ge=1, le=50)
+    ship: Shipped = "median"
 
 
 class PromotionConfig(_Section):
-    """Whether a winning challenger is promoted, and by how much it must win on the test rows."""
+    """What the gate asks of a challenger, and whether a winner is promoted.
+
+    It is promoted where it is better with `confidence`, unless it is as surely better by less than `min_improvement`
+    (in the objective's unit). Guard rails: no slice may surely fall by more than `max_slice_fall` (a class's recall,
+    or the mean absolute error of a quarter of a regression's rows, as a share of the champion's), and the calibration
+    error, the latency of one row and the size have limits where they are given. Mode `ask` waits `ask_minutes` for a
+    person's answer.
+    """
 
     mode: PromotionMode = "automatic"
     min_improvement: float = Field(default=0.0, ge=0)
+    confidence: float = Field(default=0.95, ge=0.5, lt=1)
+    max_slice_fall: float | None = Field(default=0.1, ge=0)
+    max_calibration_error: float | None = Field(default=None, gt=0, le=1)
+    max_latency_ms: float | None = Field(default=None, gt=0)
+    max_megabytes: float | None = Field(default=None, gt=0)
+    ask_minutes: Minutes = 8 * 60
 
 
 class ScheduleConfig(_Section):

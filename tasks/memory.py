@@ -17,6 +17,7 @@ import optuna
 from optuna.trial import FixedTrial, FrozenTrial, TrialState
 
 from models.space import Range
+from tasks.champion import Champion
 from tasks.job import TuningJob
 from tasks.prepare import Snapshot, drift, read_snapshot
 from tasks.study import (
@@ -33,7 +34,6 @@ from tasks.study import (
     ranked,
     tonights_trials,
 )
-from tasks.versions import Champion
 
 NIGHTS = 5
 BEST_TRIALS = 3

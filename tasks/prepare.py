@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 from safetensors.torch import load_file
 from torch import Tensor
 
-from models.families import DataShape, Problem
+from models.shapes import DataShape, Problem
 from tasks.job import DataConfig
 from tasks.sources import DataError, Rows, read_rows
 
@@ -46,6 +46,17 @@ class Snapshot:
         """Raw features float32 and target (int64 classes, or float32 values) of each split, on the device."""
         tensors = load_file(self.path / "rows.safetensors", device=str(device))
         return {split: (tensors[f"{split}.features"], tensors[f"{split}.target"]) for split in SPLITS}
+
+    def example(self, rows: int) -> Tensor:
+        """The first training rows, raw, as an example of what a model reads."""
+        return self.load(torch.device("cpu"))["train"][0][:rows]
+
+    def test_rows_outside(self, test_fraction: float | None) -> Tensor:
+        """Of each test row, whether it was a test row too when their fraction was another; all where it is unknown."""
+        features = self.load(torch.device("cpu"))["test"][0]
+        if test_fraction is None:
+            return torch.ones(len(features), dtype=torch.bool)
+        return torch.tensor([position_of(row_hash) < test_fraction for row_hash in hash_rows(features.numpy())])
 
 
 def prepare(data: DataConfig, problem: Problem, snapshots: Path) -> Snapshot:
@@ -126,10 +137,15 @@ def hash_rows(features: npt.NDArray[np.float32]) -> list[bytes]:
     return [hashlib.blake2b(row.tobytes(), digest_size=16).digest() for row in canonical]
 
 
+def position_of(row_hash: bytes) -> float:
+    """The hash read as a number in [0, 1)."""
+    return int.from_bytes(row_hash[:8], "big") / 2**64
+
+
 def split_of(row_hash: bytes, data: DataConfig) -> SplitName:
-    """The split of a row: its hash, read as a number in [0, 1), against the fractions. Test rows come first, so a
+    """The split of a row: its position against the fractions. Test rows come first, so a
     changed validation fraction moves no row into or out of the test split."""
-    position = int.from_bytes(row_hash[:8], "big") / 2**64
+    position = position_of(row_hash)
     if position < data.test_fraction:
         return "test"
     return "validation" if position < data.test_fraction + data.validation_fraction else "train"

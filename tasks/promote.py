@@ -1,4 +1,4 @@
-"""promote: publish the challenger to the artifact store and make it champion, then let MLflow's registry follow.
+"""promote: publish the winner to the artifact store and make it champion, then let MLflow's registry follow.
 
 The store is the truth. A kill at any point leaves either the old champion or the new one: the version is complete
 before the promotion log names it. Knows nothing of why the gate let it pass.
@@ -6,6 +6,7 @@ before the promotion log names it. Knows nothing of why the gate let it pass.
 
 import logging
 import platform
+import tempfile
 from datetime import datetime
 from importlib.metadata import version as package_version
 from pathlib import Path
@@ -13,29 +14,39 @@ from pathlib import Path
 import optuna
 from mlflow import MlflowClient
 from mlflow.utils.git_utils import get_git_commit
-from safetensors.torch import save
+from safetensors.torch import save_file
+from torch import nn
 
 from infra.device import describe_device
 from infra.store import Store
-from tasks.confirm import Challenger
 from tasks.gate import Verdict
 from tasks.job import TuningJob
+from tasks.model_card import model_card
 from tasks.prepare import Snapshot
+from tasks.promotions import Promotion, append_promotion
+from tasks.serving import SERVABLE, write_servable
 from tasks.study import FLOW_RUN, MLFLOW_RUN, number_of
-from tasks.tracking import mlflow_may_be_away, point_champion_alias
+from tasks.tracking import (
+    CHALLENGER_ALIAS,
+    CHAMPION_ALIAS,
+    drop_challenger,
+    mlflow_may_be_away,
+    point_challenger,
+    point_champion,
+)
 from tasks.versions import (
     MANIFEST,
     PREPROCESSING,
     WEIGHTS,
     Lineage,
     Manifest,
-    Promotion,
-    append_promotion,
     describe_file,
     publish_version,
 )
 
 RECORDED_PACKAGES = ("nightly-tuner", "numpy", "optuna", "safetensors", "scikit-learn", "torch")
+MODEL_CARD = "README.md"
+EXAMPLE_ROWS = 2
 
 _logger = logging.getLogger(__name__)
 
@@ -44,59 +55,90 @@ def promote(
     job: TuningJob,
     study: optuna.Study,
     snapshot: Snapshot,
-    challenger: Challenger,
     verdict: Verdict,
     store: Store,
     client: MlflowClient,
     now: datetime,
 ) -> Promotion | None:
-    """Promote where the verdict and the job say so; None where the champion stays.
+    """Promote where the verdict and the job say so; None where the champion stays, and MLflow keeps the challenger.
 
     Raises StaleJudgement where the champion changed since the gate, StoreError where the store fails; StoreUnavailable
     among those may be tried again, which finds what was done already.
     """
-    if verdict.decision != "PROMOTE" or job.promotion.mode == "never":
-        return None
-    files = {
-        WEIGHTS: save({name: tensor.cpu().contiguous() for name, tensor in challenger.model.state_dict().items()}),
-        PREPROCESSING: save({name: tensor.cpu() for name, tensor in challenger.preprocessing.state_dict().items()}),
-    }
-    manifest = _manifest(job, study, snapshot, challenger, verdict, files)
-    version = publish_version(store, manifest, files)
-    run_id = manifest.lineage.mlflow_run_id
-    promotion = append_promotion(
-        store, job.name, version=version, judged=verdict.judged, run=run_id, reason=verdict.reason, now=now
-    )
-    _logger.info("version %s is champion of %s (promotion %d)", version, job.name, promotion.number)
-    with mlflow_may_be_away("the champion's alias"):
-        client.log_text(run_id, manifest.to_bytes().decode(), f"champion/{MANIFEST}")
-        point_champion_alias(client, job.name, promotion)
+    with tempfile.TemporaryDirectory(prefix="nightly-version-") as name:
+        folder = Path(name)
+        manifest = write_version(job, study, snapshot, verdict, folder, now)
+        run_id = manifest.lineage.mlflow_run_id
+        if verdict.decision != "PROMOTE" or job.promotion.mode == "never":
+            with mlflow_may_be_away("the challenger"):
+                _log_model(client, run_id, folder, CHALLENGER_ALIAS, manifest)
+                point_challenger(client, job.name, run_id, verdict.reason)
+            return None
+        version = publish_version(store, manifest, folder)
+        promotion = append_promotion(
+            store, job.name, version=version, judged=verdict.judged, run=run_id, reason=verdict.reason, now=now
+        )
+        _logger.info("version %s is champion of %s (promotion %d)", version, job.name, promotion.number)
+        with mlflow_may_be_away("the champion's alias"):
+            _log_model(client, run_id, folder, CHAMPION_ALIAS, manifest)
+            point_champion(client, manifest, version)
+            drop_challenger(client, job.name)
     return promotion
 
 
-def _manifest(
-    job: TuningJob,
-    study: optuna.Study,
-    snapshot: Snapshot,
-    challenger: Challenger,
-    verdict: Verdict,
-    files: dict[str, bytes],
+def _log_model(client: MlflowClient, run_id: str, folder: Path, artifact_path: str, manifest: Manifest) -> None:
+    client.log_text(run_id, manifest.to_bytes().decode(), f"{artifact_path}/{MANIFEST}")
+    if (folder / SERVABLE).is_dir():
+        client.log_artifacts(run_id, str(folder / SERVABLE), artifact_path)
+
+
+def write_version(
+    job: TuningJob, study: optuna.Study, snapshot: Snapshot, verdict: Verdict, folder: Path, now: datetime
 ) -> Manifest:
+    """Write all files of the verdict's winner but the manifest into an empty folder; returns the manifest.
+
+    The same night gives the same files, byte for byte.
+    """
+    winner = verdict.winner
+    device = next(winner.model.parameters()).device
+    for name, module in ((WEIGHTS, winner.model), (PREPROCESSING, winner.preprocessing)):
+        tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in module.state_dict().items()}
+        save_file(tensors, folder / name)
+    manifest = _manifest(job, study, snapshot, verdict, describe_device(device))
+    served = nn.Sequential(winner.preprocessing, winner.model).cpu()
+    write_servable(folder, served, snapshot.example(EXAMPLE_ROWS), snapshot.classes, now)
+    served.to(device)
+    (folder / MODEL_CARD).write_text(model_card(manifest, snapshot, job.description), encoding="utf-8")
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return manifest.model_copy(
+        update={"files": {path.relative_to(folder).as_posix(): describe_file(path) for path in files}}
+    )
+
+
+def _manifest(job: TuningJob, study: optuna.Study, snapshot: Snapshot, verdict: Verdict, device: str) -> Manifest:
+    winner = verdict.winner
     return Manifest(
         job=job.name,
         model=job.model,
-        hyperparameters=challenger.hyperparameters.model_dump(),
+        members=len(winner.shipped),
+        hyperparameters=winner.hyperparameters.model_dump(mode="json"),
         features=snapshot.shape.features,
         problem=snapshot.shape.problem,
         classes=snapshot.classes,
-        metrics={"validation": dict(challenger.validation), "test": dict(verdict.challenger_test)},
+        metrics={"validation": dict(winner.validation), "test": dict(verdict.winner_test)},
+        intervals=dict(verdict.winner_intervals),
+        gate=verdict.evidence(),
         lineage=Lineage(
             snapshot=snapshot.fingerprint,
             source=snapshot.source,
+            validation_fraction=job.data.validation_fraction,
+            test_fraction=job.data.test_fraction,
+            objective=job.search.objective,
             study=study.study_name,
-            trial=number_of(challenger.trial),
-            seed=challenger.seed,
-            device=describe_device(next(challenger.model.parameters()).device),
+            trial=number_of(winner.trial),
+            seed=winner.shipped[0],
+            seeds=winner.shipped,
+            device=device,
             mlflow_run_id=study.user_attrs[MLFLOW_RUN],
             prefect_flow_run_id=study.user_attrs[FLOW_RUN],
             git_commit=get_git_commit(str(Path(__file__).parent)),
@@ -104,5 +146,5 @@ def _manifest(
             python=platform.python_version(),
             packages={name: package_version(name) for name in RECORDED_PACKAGES},
         ),
-        files={name: describe_file(content) for name, content in files.items()},
+        files={},
     )

@@ -17,10 +17,10 @@ from mlflow.entities import RunStatus
 
 from infra.errors import ExpectedError
 from infra.store import Store, check_store
+from tasks.champion import Champion, read_champion
 from tasks.job import TuningJob
 from tasks.study import ENDED, MLFLOW_RUN, last_study, number_of, settle_running_trials
-from tasks.tracking import mlflow_may_be_away, point_champion_alias, track_missing_trials
-from tasks.versions import Champion, read_champion
+from tasks.tracking import mlflow_may_be_away, point_champion, track_missing_trials
 
 _logger = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ def reconcile(
     with mlflow_may_be_away("what was to be reconciled"):
         _settle_last_night(job.name, client, studies)
     with mlflow_may_be_away("the champion's alias"):
-        if champion is not None and point_champion_alias(client, job.name, champion.promotion):
+        if champion is not None and point_champion(client, champion.manifest, champion.promotion.version):
             _logger.warning("MLflow's alias did not name the champion of the store; it was set right")
     return champion
 

@@ -19,6 +19,7 @@ from tasks.confirm import Challenger
 from tasks.gate import Verdict
 from tasks.job import TuningJob
 from tasks.prepare import Snapshot
+from tasks.promotions import Promotion
 from tasks.study import (
     ENDED,
     HYPERPARAMETERS,
@@ -32,7 +33,6 @@ from tasks.study import (
 )
 from tasks.tracking import DEVICE, DIAGNOSIS, SECONDS, mlflow_may_be_away
 from tasks.tune import Tuned
-from tasks.versions import Promotion
 
 
 def report(
@@ -40,7 +40,6 @@ def report(
     study: optuna.Study,
     snapshot: Snapshot,
     tuned: Tuned,
-    challenger: Challenger,
     verdict: Verdict,
     promotion: Promotion | None,
     settings: Settings,
@@ -50,7 +49,7 @@ def report(
     """Write the night's summary to its MLflow run and as a Prefect artifact, mark the study ended; returns Markdown."""
     run_id, experiment_id = study.user_attrs[MLFLOW_RUN], study.user_attrs[MLFLOW_EXPERIMENT]
     text = summarize(
-        job, study, snapshot, tuned, challenger, verdict, promotion,
+        job, study, snapshot, tuned, verdict, promotion,
         night_page=settings.mlflow_page(experiment_id, run_id),
         trials_page=settings.mlflow_page(experiment_id),
     )  # fmt: skip
@@ -60,15 +59,20 @@ def report(
         "promoted": promotion.version if promotion else "no",
         "best_trial": str(number_of(tuned.best)),
     }
-    metrics = {f"val_{name}": value for name, value in challenger.validation.items()}
+    metrics = {f"val_{name}": value for name, value in verdict.challenger.validation.items()}
     metrics |= {f"test_{name}": value for name, value in verdict.challenger_test.items()}
-    metrics |= {f"champion_test_{name}": value for name, value in (verdict.champion_test or {}).items()}
+    metrics |= {f"{verdict.opponent}_test_{name}": value for name, value in (verdict.opponent_test or {}).items()}
+    metrics |= {"winners_curse": verdict.challenger.winners_curse, "confirmed_spread": verdict.challenger.spread}
+    if verdict.comparison is not None:
+        metrics |= {f"gain_{name}": getattr(verdict.comparison, name) for name in ("low", "high")}
+        metrics["gain"] = verdict.comparison.gain
     with mlflow_may_be_away("the night's report"):
         client.log_batch(
             run_id,
             metrics=[Metric(name, value, int(now.timestamp() * 1000), 0) for name, value in metrics.items()],
             tags=[RunTag(name, value) for name, value in tags.items()],
         )
+        client.log_dict(run_id, verdict.evidence(), "gate.json")
     create_markdown_artifact(
         text, key=artifact_key("report", job.name), description=f"{study.study_name}: {verdict.decision}"
     )
@@ -81,7 +85,6 @@ def summarize(
     study: optuna.Study,
     snapshot: Snapshot,
     tuned: Tuned,
-    challenger: Challenger,
     verdict: Verdict,
     promotion: Promotion | None,
     *,
@@ -92,7 +95,8 @@ def summarize(
     name = job.search.objective
     rows = snapshot.row_counts
     seconds = sum(trial.user_attrs.get(SECONDS, 0.0) for trial in tonights_trials(study))
-    champion_test = "none yet" if verdict.champion_test is None else f"{verdict.champion_test[name]:.4f}"
+    challenger = verdict.challenger
+    theirs = "" if verdict.opponent_test is None else f", {verdict.opponent} {verdict.opponent_test[name]:.4f}"
     trials = ranked(tonights_trials(study, TrialState.COMPLETE), job)
     best = "\n".join(_trial_row(trial, job) for trial in trials[:5])
     return f"""\
@@ -105,9 +109,9 @@ def summarize(
 | data | {snapshot.source}, snapshot `{snapshot.fingerprint[:12]}`: {rows["train"]} training, {rows["validation"]} validation and {rows["test"]} test rows |
 | search | {tuned.complete} trials complete, {tuned.pruned} pruned, {tuned.failed} failed in {seconds:.0f} s of training; ended by {tuned.ended_by} |
 | baseline | {_baseline_in_words(job, tuned)} |
-| challenger | trial {number_of(challenger.trial)}, validation {name} {challenger.trial.values[0]:.4f} in the search, {challenger.validation[name]:.4f} confirmed; generalization gap {challenger.generalization_gap:.4f}, sharpness {challenger.sharpness:.4f} |
-| on the test rows | challenger {name} {verdict.challenger_test[name]:.4f}, champion {champion_test} |
-| trained on | {challenger.trial.user_attrs[DEVICE]} |
+| challenger | trial {number_of(challenger.trial)}, validation {name} {challenger.trial.values[0]:.4f} in the search, {challenger.mean:.4f} ± {challenger.spread:.4f} confirmed with {len(challenger.seeds)} seeds ({_curse(challenger)}); generalization gap {challenger.generalization_gap:.4f}, sharpness {challenger.sharpness:.4f} |
+| on the test rows | challenger {name} {verdict.challenger_test[name]:.4f}{theirs}{_left_out(verdict)} |
+{_guard_rails(verdict)}| trained on | {challenger.trial.user_attrs[DEVICE]} |
 
 | trial | validation {name} |{_cost_head(job)} diagnosis | hyperparameters |
 | --- | --- |{" --- |" if _cost_head(job) else ""} --- | --- |
@@ -115,6 +119,24 @@ def summarize(
 {_pareto_in_words(study, job)}
 [This night in MLflow]({night_page}), [all nights and trials]({trials_page})
 """  # noqa: E501 a table's row is one line
+
+
+def _guard_rails(verdict: Verdict) -> str:
+    return "".join(
+        f"| guard rail: {rail.name} | {'kept' if rail.holds else 'broken'}: {rail.evidence} |\n"
+        for rail in verdict.guard_rails
+    )
+
+
+def _curse(challenger: Challenger) -> str:
+    curse = challenger.winners_curse
+    return f"the search's value was better by {curse:.4f}: the winner's curse" if curse > 0 else "no winner's curse"
+
+
+def _left_out(verdict: Verdict) -> str:
+    if not verdict.rows_left_out:
+        return ""
+    return f"; {verdict.rows_left_out} rows were left out, because the champion may have been trained on them"
 
 
 def _trial_row(trial: FrozenTrial, job: TuningJob) -> str:

@@ -6,9 +6,11 @@ A sampler is made anew for each trial, with a seed of its own, so whatever it mu
 import warnings
 from collections.abc import Sequence
 from types import SimpleNamespace
-from typing import assert_never
+from typing import Any, assert_never
 
+import numpy as np
 import optuna
+from optuna.distributions import BaseDistribution, FloatDistribution, IntDistribution
 from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import (
     BaseSampler,
@@ -29,7 +31,52 @@ STARTUP_TRIALS = 10
 PRUNER_STARTUP_TRIALS = 5
 PRUNER_WARMUP_EPOCHS = 3
 REDUCTION_FACTOR = 3
-AUTO: SamplerName = "tpe"
+CENTRED_SPREAD = 1 / 6
+
+
+class CentredSampler(BaseSampler):
+    """Another sampler's proposals, but for the first few trials, which lie near the middle of each range: drawn from a
+    normal distribution around it, a sixth of the range wide. Choices are the other sampler's from the first trial on.
+
+    A range that a person wrote has its good values inside, not at its ends; drawing evenly spends the first trials, a
+    quarter of a night's, on its corners. It is how CMA-ES begins (Hansen, The CMA Evolution Strategy: A Tutorial,
+    arXiv 1604.00772).
+    """
+
+    def __init__(self, then: BaseSampler, *, seed: int, trials: int) -> None:
+        self._then = then
+        self._random = np.random.default_rng(seed)
+        self._trials = trials
+
+    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        return {} if self._begins(study) else self._then.infer_relative_search_space(study, trial)
+
+    def sample_relative(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        return {} if self._begins(study) else self._then.sample_relative(study, trial, search_space)
+
+    def sample_independent(
+        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        if not self._begins(study) or not isinstance(param_distribution, FloatDistribution | IntDistribution):
+            return self._then.sample_independent(study, trial, param_name, param_distribution)
+        low, high = param_distribution.low, param_distribution.high
+        share = float(np.clip(self._random.normal(0.5, CENTRED_SPREAD), 0, 1))
+        value = low * (high / low) ** share if param_distribution.log else low + (high - low) * share
+        return round(value) if isinstance(param_distribution, IntDistribution) else min(max(value, low), high)
+
+    def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
+        self._then.before_trial(study, trial)
+
+    def after_trial(
+        self, study: optuna.Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None
+    ) -> None:
+        self._then.after_trial(study, trial, state, values)
+
+    def _begins(self, study: optuna.Study) -> bool:
+        states = (TrialState.COMPLETE, TrialState.PRUNED)
+        return len(study.get_trials(deepcopy=False, states=states)) < self._trials
 
 
 class GridSampler(BruteForceSampler):
@@ -80,8 +127,8 @@ def build_pruner(name: PrunerName, epochs: int) -> optuna.pruners.BasePruner:
 
 def _sampler(name: SamplerName, seed: int, study_seed: int) -> BaseSampler:
     match name:
-        case "auto":
-            return _sampler(AUTO, seed, study_seed)
+        case "auto":  # no method of `make bench ONLY=search` is sooner at its targets, in trials (README, "Measured")
+            return CentredSampler(_sampler("tpe", seed, study_seed), seed=seed, trials=STARTUP_TRIALS)
         case "tpe":
             return TPESampler(seed=seed, n_startup_trials=STARTUP_TRIALS, multivariate=True, group=True)
         case "gp":

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from sklearn import datasets
 
 from infra.errors import ExpectedError
-from models.families import Problem
+from models.shapes import Problem
 
 SKLEARN_SETS: dict[str, Callable[[], Any]] = {
     "digits": datasets.load_digits,

@@ -1,43 +1,44 @@
-"""Published versions and the promotion log, over the artifact store.
+"""Published versions over the artifact store.
 
     models/<job>/versions/<version>/<file>       immutable; the manifest, with every file's SHA-256, is written last
-    models/<job>/promotions/<number>.json        append-only; the champion is what the highest number names
 
-A version is named by the hash of its manifest, so nothing in it can change unseen. Knows nothing of how a version
-was trained or judged.
+A version is named by the hash of its manifest, so nothing in it can change unseen. Knows nothing of torch, which keeps
+the commands about versions quick; `champion.py` makes models of them.
 """
 
 import hashlib
 import json
-import re
-from dataclasses import dataclass
-from datetime import datetime
+import logging
+import shutil
+import time
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Annotated
 
-import safetensors
-import torch
-from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
-from safetensors.torch import load
-from torch import Tensor, nn
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
-from infra.errors import ExpectedError
-from infra.settings import Settings
-from infra.store import AlreadyExists, NotFound, Store, StoreError, open_store
-from models.evaluate import predict_outputs
-from models.families import DataShape, ModelError, Problem, build_model, family_named
-from models.preprocessing import Standardization
+from infra.store import AlreadyExists, NotFound, Store, StoreError
+from models.shapes import DataShape, Problem
+from tasks.promotions import history, latest_promotion
 
 MANIFEST = "manifest.json"
 WEIGHTS = "model.safetensors"
 PREPROCESSING = "preprocessing.safetensors"
-FORMAT = 1
+FORMAT = 2
+YOUNG = timedelta(days=1)
+PROGRESS_SECONDS = 5.0
+
+_logger = logging.getLogger(__name__)
+
+
+# Relative, below the version, nothing hidden, and no kind of file that is run or unpickled when it is read.
+FileName = Annotated[
+    str, Field(pattern=r"^(?:[a-z0-9_]+/)*(?:MLmodel|[A-Za-z0-9_]+\.(?:safetensors|json|md|onnx|py|txt|yaml))$")
+]
 
 
 class DamagedVersion(StoreError):
     """What lies in the store is not what was published."""
-
-
-class StaleJudgement(ExpectedError):
-    """The champion changed after the challenger was compared with it."""
 
 
 class _Record(BaseModel):
@@ -45,7 +46,7 @@ class _Record(BaseModel):
 
 
 class File(_Record):
-    """One file of a version, relative to it."""
+    """One file of a version."""
 
     sha256: str
     bytes: int
@@ -54,14 +55,19 @@ class File(_Record):
 class Lineage(_Record):
     """Where a version comes from: enough to find its data, its study and its run, and to train it again.
 
-    `model_code` is the SHA-256 of the file of a user's own model: code is named, not shipped.
+    `seed` is that of the first model in it, `seeds` are those of all. `model_code` is the SHA-256 of the file of a
+    user's own model: code is named, not shipped.
     """
 
     snapshot: str
     source: str
+    validation_fraction: float | None = None
+    test_fraction: float | None = None
+    objective: str | None = None
     study: str
     trial: int
     seed: int
+    seeds: tuple[int, ...] = ()
     device: str
     mlflow_run_id: str
     prefect_flow_run_id: str | None
@@ -72,25 +78,31 @@ class Lineage(_Record):
 
 
 class Manifest(_Record):
-    """Everything about a version but its tensors. `metrics` are by split, then by name."""
+    """Everything about a version but its tensors. `metrics` are by split, then by name; `intervals` bound the test
+    metrics; `gate` is the evidence that it was promoted on. `members` are the models of an ensemble."""
 
     format: int = FORMAT
     job: str
     model: str
+    members: int = 1
     hyperparameters: dict[str, JsonValue]
     features: tuple[int, ...]
     problem: Problem = "classification"
     classes: tuple[str, ...]
     metrics: dict[str, dict[str, float]]
+    intervals: dict[str, tuple[float, float]] = {}
+    gate: dict[str, JsonValue] = {}
     lineage: Lineage
-    files: dict[str, File]
+    files: dict[FileName, File]
 
     @property
     def shape(self) -> DataShape:
         return DataShape(features=self.features, outputs=max(1, len(self.classes)), problem=self.problem)
 
     def to_bytes(self) -> bytes:
-        return json.dumps(self.model_dump(mode="json"), indent=2, sort_keys=True).encode()
+        """What was not set is left out, so a manifest of an earlier format comes back as it was."""
+        content = self.model_dump(mode="json", exclude_unset=True) | {"format": self.format}
+        return json.dumps(content, indent=2, sort_keys=True).encode()
 
     @property
     def version(self) -> str:
@@ -98,187 +110,175 @@ class Manifest(_Record):
         return hashlib.sha256(self.to_bytes()).hexdigest()[:16]
 
 
-class Promotion(_Record):
-    """One entry of the promotion log. `judged` is the number of the entry that was champion when the gate compared;
-    `run` is the MLflow run that made the entry, by which a retry finds its own."""
-
-    number: int
-    version: str
-    judged: int
-    run: str
-    reason: str
-    promoted_at: datetime
-
-
-@dataclass(frozen=True, kw_only=True)
-class Champion:
-    """A promoted model, ready to use: the module in evaluation mode and the preprocessing that belongs to it."""
-
-    promotion: Promotion
-    manifest: Manifest
-    model: nn.Module
-    preprocessing: Standardization
-
-    def outputs(self, features: Tensor) -> Tensor:
-        """Raw features (rows, ...) to logits (rows, classes), or to a regression's values (rows,)."""
-        return predict_outputs(nn.Sequential(self.preprocessing, self.model), features)
-
-    def predict(self, features: Tensor) -> list[str] | list[float]:
-        """Raw features (rows, ...) to the name of each row's class, or to a regression's values."""
-        outputs = self.outputs(features)
-        if self.manifest.problem == "regression":
-            values: list[float] = outputs.tolist()
-            return values
-        return [self.manifest.classes[index] for index in outputs.argmax(dim=1).tolist()]
-
-
-def load_champion(job: str, store_url: str | None = None) -> Champion:
-    """The job's champion, every checksum verified; the store is the environment's unless one is named.
-
-    Raises StoreError: the job never promoted, the store cannot be read, or the version is damaged (DamagedVersion).
-    """
-    store = open_store(store_url or Settings.read().store_url)
-    champion = read_champion(store, job, torch.device("cpu"))
-    if champion is None:
-        raise StoreError(f"job {job!r} has no champion in {store.url}; run a night of it first")
-    return champion
-
-
-def read_champion(store: Store, job: str, device: torch.device) -> Champion | None:
-    """The champion, verified and on the device; None before the first promotion. Raises StoreError."""
-    promotion = latest_promotion(store, job)
-    if promotion is None:
-        return None
-    manifest = read_manifest(store, job, promotion.version)
-    tensors = {name: _read_tensors(store, manifest, promotion.version, name) for name in (WEIGHTS, PREPROCESSING)}
-    try:
-        family = family_named(manifest.model)
-    except ModelError as error:
-        raise StoreError(f"version {promotion.version} of job {job} needs its model's code, but {error}") from error
-    try:
-        hyperparameters = family.hyperparameters.model_validate(manifest.hyperparameters)
-        model = build_model(family, hyperparameters, manifest.shape)
-        model.load_state_dict(tensors[WEIGHTS])
-        preprocessing = Standardization.from_tensors(tensors[PREPROCESSING])
-    except (ValidationError, KeyError, RuntimeError) as error:
-        if family.code != manifest.lineage.model_code:
-            raise StoreError(
-                f"version {promotion.version} of job {job} does not fit {family.name}, whose code has changed since; "
-                "put the earlier code back, or give the job a new name"
-            ) from error
-        raise _damaged(store, job, promotion.version, f"does not make a {manifest.model}: {error}") from error
-    return Champion(
-        promotion=promotion,
-        manifest=manifest,
-        model=model.to(device).eval(),
-        preprocessing=preprocessing.to(device),
-    )
-
-
-def latest_promotion(store: Store, job: str) -> Promotion | None:
-    """The entry with the highest number; None before the first. Raises DamagedVersion where it cannot be read."""
-    numbers = _promotion_numbers(store, job)
-    return _read_promotion(store, job, max(numbers)) if numbers else None
-
-
 def read_manifest(store: Store, job: str, version: str) -> Manifest:
-    """A version's manifest, verified against the version's name. Raises DamagedVersion."""
+    """A version's manifest, verified against the version's name. Raises StoreError where it is of a newer format,
+    DamagedVersion."""
     try:
         content = store.read(_version_key(job, version, MANIFEST))
     except NotFound as error:
-        raise _damaged(store, job, version, f"{MANIFEST} is missing") from error
+        raise damaged(store, job, version, f"{MANIFEST} is missing") from error
     if hashlib.sha256(content).hexdigest()[:16] != version:
-        raise _damaged(store, job, version, f"{MANIFEST} was altered")
+        raise damaged(store, job, version, f"{MANIFEST} was altered")
     try:
+        if (found := json.loads(content).get("format", FORMAT)) > FORMAT:
+            raise StoreError(
+                f"version {version} of job {job} in {store.url} was published by a newer Nightly Tuner "
+                f"(format {found}, this one reads up to {FORMAT}); upgrade to read it"
+            )
         return Manifest.model_validate_json(content)
-    except ValidationError as error:
-        raise _damaged(store, job, version, f"{MANIFEST} is not of format {FORMAT}") from error
+    except (ValidationError, ValueError, AttributeError, TypeError) as error:
+        raise damaged(store, job, version, f"{MANIFEST} is not of format {FORMAT}") from error
 
 
-def publish_version(store: Store, manifest: Manifest, files: dict[str, bytes]) -> str:
-    """Write a version's files, read each back, then write the manifest; returns the version's name.
+def choose_version(store: Store, job: str, version: str | None) -> str:
+    """The version of that name, else the champion's. Raises StoreError: the job never promoted, or no version of it
+    is named so."""
+    latest = latest_promotion(store, job)
+    if latest is None:
+        raise StoreError(f"job {job!r} has no champion in {store.url}; run a night of it first")
+    if version is None:
+        return latest.version
+    known = list(dict.fromkeys(entry.version for entry in history(store, job)))
+    if version not in known:
+        raise StoreError(f"job {job} never promoted a version {version!r}; known are {', '.join(known)}")
+    return version
+
+
+def pull_version(store: Store, job: str, version: str, folder: Path) -> Manifest:
+    """Download a version's files into a new folder, verified; the folder appears complete or not at all.
+
+    Raises StoreError: the folder exists, or the version is damaged.
+    """
+    if folder.exists():
+        raise StoreError(f"{folder} exists already; name a folder that does not")
+    manifest = read_manifest(store, job, version)
+    check_names(store, manifest, version)
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        for name, expected in manifest.files.items():
+            path = partial / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                store.download(_version_key(job, version, name), path)
+            except NotFound as error:
+                raise damaged(store, job, version, f"{name} is missing") from error
+            if describe_file(path) != expected:
+                raise damaged(store, job, version, f"{name} was altered")
+        (partial / MANIFEST).write_bytes(manifest.to_bytes())
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return manifest
+
+
+def read_file(store: Store, manifest: Manifest, version: str, name: str) -> bytes:
+    """One of a version's files, verified. Raises DamagedVersion."""
+    if name not in manifest.files:
+        raise damaged(store, manifest.job, version, f"{MANIFEST} names no {name}")
+    try:
+        content = store.read(_version_key(manifest.job, version, name))
+    except NotFound as error:
+        raise damaged(store, manifest.job, version, f"{name} is missing") from error
+    if File(sha256=hashlib.sha256(content).hexdigest(), bytes=len(content)) != manifest.files[name]:
+        raise damaged(store, manifest.job, version, f"{name} was altered")
+    return content
+
+
+def verify_version(store: Store, job: str, version: str) -> Manifest:
+    """The manifest of a version whose every file is as it was published. Raises StoreError."""
+    manifest = read_manifest(store, job, version)
+    check_names(store, manifest, version)
+    for name in manifest.files:
+        read_file(store, manifest, version, name)
+    return manifest
+
+
+def publish_version(store: Store, manifest: Manifest, folder: Path) -> str:
+    """Write a version's files from a folder, each seen to be whole in the store, then the manifest; returns the
+    version's name.
 
     Repeating it is harmless: the same content has the same name. Raises StoreError.
     """
     version = manifest.version
-    for name, content in (*files.items(), (MANIFEST, manifest.to_bytes())):
-        key = _version_key(manifest.job, version, name)
-        try:
-            store.create(key, content)
-        except AlreadyExists as error:
-            raise _damaged(store, manifest.job, version, f"{name} holds other content") from error
-        if store.read(key) != content:
-            raise _damaged(store, manifest.job, version, f"{name} came back altered")
+    progress = _Progress(version, sum(file.bytes for file in manifest.files.values()))
+    try:
+        for name in manifest.files:
+            store.upload(_version_key(manifest.job, version, name), folder / name, progress)
+        key = _version_key(manifest.job, version, MANIFEST)
+        store.create(key, manifest.to_bytes())
+    except AlreadyExists as error:
+        raise damaged(store, manifest.job, version, f"it holds other content ({error})") from error
+    if store.read(key) != manifest.to_bytes():
+        raise damaged(store, manifest.job, version, f"{MANIFEST} came back altered")
     return version
 
 
-def append_promotion(
-    store: Store, job: str, *, version: str, judged: int, run: str, reason: str, now: datetime
-) -> Promotion:
-    """Make a version champion by one more entry, whose number is the judged entry's plus one.
+def collect_garbage(store: Store, now: datetime) -> list[str]:
+    """Delete what a killed promotion left behind: versions that no entry of a promotion log names, and unfinished
+    uploads. Returns the keys that are gone.
 
-    A retry finds its own entry and returns it. Raises StaleJudgement where somebody else's stands in its place: of
-    two promoters that judged the same champion exactly one wins.
+    Whatever is younger than a day stays, because a promotion may be on its way to naming it. A job whose log cannot be
+    read keeps everything: raises DamagedLog.
     """
-    entry = Promotion(number=judged + 1, version=version, judged=judged, run=run, reason=reason, promoted_at=now)
-    try:
-        store.create(_promotion_key(job, entry.number), entry.model_dump_json(indent=2).encode())
-    except AlreadyExists:
-        found = _read_promotion(store, job, entry.number)
-        if (found.run, found.version) != (run, version):
-            raise StaleJudgement(
-                f"the champion of {job} changed after it was compared: promotion {found.number} made {found.version} "
-                "champion; run the night again to compare with that one"
-            ) from None
-        return found
-    return entry
+    oldest = now - YOUNG
+    created = store.created("models/")
+    jobs = {key.split("/")[1] for key in created}
+    named = {(job, entry.version) for job in jobs for entry in history(store, job)}
+    versions: dict[tuple[str, str], list[str]] = {}
+    for key in created:
+        _, job, kind, *rest = key.split("/")
+        if kind == "versions" and len(rest) > 1:
+            versions.setdefault((job, rest[0]), []).append(key)
+    gone = []
+    for identity, keys in versions.items():
+        if identity not in named and all(created[key] < oldest for key in keys):
+            # The manifest goes first: without it nobody takes what is left for a version.
+            for key in sorted(keys, key=lambda key: not key.endswith(f"/{MANIFEST}")):
+                store.delete(key)
+                gone.append(key)
+    if dropped := store.drop_unfinished(oldest):
+        _logger.info("%d unfinished uploads were dropped", dropped)
+    return gone
 
 
-def describe_file(content: bytes) -> File:
+def describe_file(path: Path) -> File:
     """What the manifest says of a file."""
-    return File(sha256=hashlib.sha256(content).hexdigest(), bytes=len(content))
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256")
+    return File(sha256=digest.hexdigest(), bytes=path.stat().st_size)
 
 
-def _read_tensors(store: Store, manifest: Manifest, version: str, name: str) -> dict[str, Tensor]:
-    if name not in manifest.files:
-        raise _damaged(store, manifest.job, version, f"{MANIFEST} names no {name}")
-    try:
-        content = store.read(_version_key(manifest.job, version, name))
-    except NotFound as error:
-        raise _damaged(store, manifest.job, version, f"{name} is missing") from error
-    if describe_file(content) != manifest.files[name]:
-        raise _damaged(store, manifest.job, version, f"{name} was altered")
-    try:
-        return load(content)
-    except safetensors.SafetensorError as error:
-        raise _damaged(store, manifest.job, version, f"{name} is no safetensors file") from error
+class _Progress:
+    """A line every few seconds, where an upload takes longer than that."""
+
+    def __init__(self, version: str, total: int) -> None:
+        self._version = version
+        self._total = total
+        self._sent = 0
+        self._said_at = time.monotonic()
+
+    def __call__(self, sent: int) -> None:
+        self._sent += sent
+        if time.monotonic() - self._said_at >= PROGRESS_SECONDS:
+            self._said_at = time.monotonic()
+            _logger.info("version %s: %.0f of %.0f MB uploaded", self._version, self._sent / 1e6, self._total / 1e6)
 
 
-def _read_promotion(store: Store, job: str, number: int) -> Promotion:
-    key = _promotion_key(job, number)
-    try:
-        promotion = Promotion.model_validate_json(store.read(key))
-    except ValidationError as error:
-        raise DamagedVersion(f"{store.url}/{key} is no promotion; restore it from a backup of the store") from error
-    if promotion.number != number:
-        raise DamagedVersion(f"{store.url}/{key} says that it is promotion {promotion.number}; restore it")
-    return promotion
-
-
-def _promotion_numbers(store: Store, job: str) -> list[int]:
-    names = (key.rpartition("/")[2] for key in store.keys(f"models/{job}/promotions/"))
-    return [int(match[1]) for name in names if (match := re.fullmatch(r"(\d{6})\.json", name))]
-
-
-def _promotion_key(job: str, number: int) -> str:
-    return f"models/{job}/promotions/{number:06}.json"
+def check_names(store: Store, manifest: Manifest, version: str) -> None:
+    """What lies beside a version's own files was not published with it."""
+    prefix = _version_key(manifest.job, version, "")
+    added = {key.removeprefix(prefix) for key in store.created(prefix)} - {*manifest.files, MANIFEST}
+    if added:
+        raise damaged(store, manifest.job, version, f"{min(added)} was added to it")
 
 
 def _version_key(job: str, version: str, name: str) -> str:
     return f"models/{job}/versions/{version}/{name}"
 
 
-def _damaged(store: Store, job: str, version: str, what: str) -> DamagedVersion:
+def damaged(store: Store, job: str, version: str, what: str) -> DamagedVersion:
     return DamagedVersion(
         f"version {version} of job {job} in {store.url} is damaged: {what}; "
         "restore the store from a backup, nothing was changed"

@@ -5,34 +5,29 @@ A service that this machine lacks skips its tests with the reason; with NIGHTLY_
 """
 
 import os
-import shutil
-import signal
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NoReturn
 
-import boto3
 import httpx
 import optuna
 import pytest
 import torch
 
 from models.evaluate import MetricName
-from models.families import DataShape, family_named
+from models.families import family_named
+from models.shapes import DataShape
 from models.solo import Epoch, Resumable, Trained, train
 from tasks.job import DataConfig, TuningJob, parse_job
 from tasks.prepare import Snapshot, prepare
 from tasks.tune import Prepared
+from tests.servers import S3Server, ceph_gateway, free_port, has_ceph, ministack_server
 
 CPU = torch.device("cpu")
-ACCESS_KEY, SECRET_KEY = "nightlytests", "a-secret-that-only-these-tests-know"
 
 
 def require(reason: str) -> NoReturn:
@@ -40,38 +35,6 @@ def require(reason: str) -> NoReturn:
     if os.environ.get("NIGHTLY_REQUIRE_ALL") == "1":
         pytest.fail(f"required, but {reason}")
     pytest.skip(reason)
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
-def wait_for(condition: Callable[[], object], seconds: float, what: str) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            pytest.fail(f"waited {seconds} s in vain for {what}")
-        time.sleep(0.2)
-
-
-@contextmanager
-def background(command: list[str], log: Path, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A process for the time of the block: TERM at its end, KILL where that is not enough."""
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            command, env={**os.environ, **environment}, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-        )
-    try:
-        yield process
-    finally:
-        process.terminate()
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
 
 
 # --- a job and its data ---------------------------------------------------------------------------------------------
@@ -142,60 +105,18 @@ def _quiet_optuna() -> None:
 # --- S3 servers -----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class S3Server:
-    """Where an S3 server listens, and how a process is told to use it."""
-
-    endpoint: str
-
-    @property
-    def environment(self) -> dict[str, str]:
-        return {
-            "AWS_ENDPOINT_URL_S3": self.endpoint,
-            "AWS_ACCESS_KEY_ID": ACCESS_KEY,
-            "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
-            "AWS_DEFAULT_REGION": "us-east-1",
-        }
-
-    def make_bucket(self, name: str) -> None:
-        boto3.Session().client(
-            "s3",
-            endpoint_url=self.endpoint,
-            aws_access_key_id=ACCESS_KEY,
-            aws_secret_access_key=SECRET_KEY,
-            region_name="us-east-1",
-        ).create_bucket(Bucket=name)
-
-
 @pytest.fixture(scope="session")
 def ministack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    """A quick S3 emulator. It knows no authentication, and says nothing of durability."""
-    port = free_port()
-    environment = {"BIND_HOST": "127.0.0.1", "GATEWAY_PORT": str(port), "SERVICES": "s3"}
-    log = tmp_path_factory.mktemp("ministack") / "log"
-    with background([sys.executable, "-m", "ministack"], log, **environment):
-        wait_for(lambda: _listens(port), 30, "MiniStack")
-        yield S3Server(f"http://127.0.0.1:{port}")
+    with ministack_server(tmp_path_factory.mktemp("ministack")) as server:
+        yield server
 
 
 @pytest.fixture(scope="session")
 def rgw(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    """Ceph's RADOS gateway: a real S3 server with authentication and durability."""
-    if shutil.which("radosgw") is None:
+    if not has_ceph():
         require("Ceph's gateway is not installed (Debian: ceph-mon ceph-osd radosgw ceph-common)")
-    port = free_port()
-    folder = tmp_path_factory.mktemp("rgw")
-    script = str(Path(__file__).parent / "rgw.sh")
-    command = ["/bin/bash", script, str(folder), str(port), ACCESS_KEY, SECRET_KEY]
-    with background(command, folder / "log") as process:
-        wait_for(lambda: (folder / "ready").exists() or process.poll() is not None, 120, "Ceph's gateway")
-        assert process.poll() is None, (folder / "log").read_text()[-2000:]
-        yield S3Server(f"http://127.0.0.1:{port}")
-
-
-def _listens(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
+    with ceph_gateway(tmp_path_factory.mktemp("rgw")) as server:
+        yield server
 
 
 # --- the local stack ------------------------------------------------------------------------------------------------
@@ -291,13 +212,19 @@ def write_jobs(folder: Path) -> None:
         ("holding", 400, yearly),
         ("overlapping", 400, yearly),
         ("refusing", 400, yearly),
+        ("asked-yes", 2, yearly),
+        ("asked-no", 2, yearly),
+        ("asked-nobody", 2, yearly),
         ("scheduled", 2, f"{minute.minute} {minute.hour} * * *"),
     ):
+        mode = "ask" if name.startswith("asked") else "automatic"
+        minutes = 0.1 if name == "asked-nobody" else 10
         (folder / f"{name}.yaml").write_text(
             f"name: {name}\n"
             "data: {source: 'sklearn://digits'}\n"
             f"{search}\n"
             f"budget: {{trials: {trials}, minutes: 10}}\n"
-            "confirm: {candidates: 2}\n"
+            "confirm: {candidates: 2, seeds: 2}\n"
+            f"promotion: {{mode: {mode}, ask_minutes: {minutes}}}\n"
             f"schedule: {{cron: '{cron}', overlap: {'refuse' if name == 'refusing' else 'wait'}}}\n"
         )

@@ -18,15 +18,15 @@ import typer
 from rich.console import Console
 
 from infra.settings import Settings
-from tests.benchmarks import search
+from tests.benchmarks import publish, search
 
-SUITES = {"search": search}
+SUITES = {"search": search, "publish": publish}
 
 console = Console(highlight=False, soft_wrap=True)
 
 
 def main(
-    only: Annotated[Literal["all", "search"], typer.Option(help="The suite to run.")] = "all",
+    only: Annotated[Literal["all", "search", "publish"], typer.Option(help="The suite to run.")] = "all",
     seeds: Annotated[int, typer.Option(min=1, help="How often whatever depends on luck is repeated.")] = 5,
 ) -> None:
     """Measure, print tables, and write one JSON file a suite into the home's folder bench."""

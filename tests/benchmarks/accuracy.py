@@ -70,7 +70,7 @@ def _tuned(job: TuningJob, snapshot: Snapshot, home: Path) -> dict[str, Any]:
     study = open_study(job, snapshot.fingerprint, home / "studies", datetime.now(UTC))
     recall(study, job, snapshot, None, home / "studies")
     tuned = tune(study, job, prepared, home / "checkpoints")
-    challenger = confirm(study, job, prepared)
+    challenger = confirm(study, job, prepared).challenger
     features, target = snapshot.load(torch.device("cpu"))["test"]
     test = evaluate(nn.Sequential(challenger.preprocessing, challenger.model), features, target)
     trained = train(

@@ -30,7 +30,7 @@ from tests.benchmarks.datasets import DATASETS
 
 HYPEROPT = "hyperopt tpe"
 METHODS = (
-    *product(("tpe", "gp", "cmaes", "qmc", "random", "grid"), ("median", "none")),
+    *product(("auto", "tpe", "gp", "cmaes", "qmc", "random", "grid"), ("median", "none")),
     (HYPEROPT, "none"),
 )
 

@@ -8,7 +8,6 @@ from typing import Any
 
 from rich.table import Table
 
-from tasks.samplers import AUTO
 from tests.benchmarks import accuracy, memory, reach
 from tests.benchmarks.datasets import has_shared_data
 
@@ -54,7 +53,7 @@ def _reached(records: list[Record]) -> Table:
                 if (record["dataset"], record["method"], record["pruner"]) == (dataset, method, pruner)
             ]
             cells.append(_median(runs))
-        table.add_row(f"{method} (auto)" if method == AUTO else method, pruner, *cells)
+        table.add_row(method, pruner, *cells)
     return table
 
 

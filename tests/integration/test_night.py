@@ -6,8 +6,13 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import uuid
 from collections import Counter
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +24,16 @@ import torch
 from mlflow import MlflowClient
 from optuna.trial import TrialState
 
+from infra.store import open_store
 from models.evaluate import evaluate
+from tasks.champion import load_champion
 from tasks.prepare import prepare
+from tasks.promotions import append_promotion, latest_promotion
 from tasks.study import finished_trials, is_interrupted, last_study
 from tasks.tracking import TRIAL_NUMBER, nested_runs
-from tasks.versions import load_champion
-from tests.conftest import CPU, SECRET_KEY, S3Server, Stack, free_port, make_job, wait_for
+from tasks.versions import publish_version, pull_version
+from tests.conftest import CPU, Stack, make_job
+from tests.servers import SECRET_KEY, S3Server, free_port, wait_for
 
 STEPS = ["reconcile", "prepare", "tune", "confirm", "gate", "promote", "report"]
 
@@ -387,6 +396,123 @@ def test_a_night_that_dies_with_its_worker_is_marked_crashed(stack: Stack) -> No
     assert latest_run(stack, "zombie")["state_type"] == "RUNNING"
     wait_for(lambda: latest_run(stack, "zombie")["state_type"] == "CRASHED", 200, "the automation")
     stack.nightly("up")
+
+
+@pytest.mark.parametrize(
+    ("job", "answer", "reason", "state"),
+    [
+        ("asked-yes", {"promote": True, "note": "tried it"}, "a person said yes (tried it): ", "promoted"),
+        ("asked-no", {"promote": False, "note": ""}, "a person said no, though ", "HOLD"),
+        ("asked-nobody", None, "nobody answered within 0.1 minutes, though ", "HOLD"),
+    ],
+)
+def test_a_person_decides_where_the_job_asks(
+    stack: Stack, job: str, answer: dict[str, object] | None, reason: str, state: str
+) -> None:
+    stack.nightly("run", job, "--no-follow")
+    if answer is not None:
+        wait_for(lambda: latest_run(stack, job)["state_type"] == "PAUSED", 90, "the night to pause")
+        run = latest_run(stack, job)["id"]
+        assert not (stack.home / "store/models" / job).exists()
+        url = f"{stack.prefect_api}/flow_runs/{run}"
+        inputs = httpx.post(f"{url}/input/filter", json={"prefix": "paused"}).raise_for_status().json()
+        (described,) = (each["value"] for each in inputs if each["key"].endswith("-description"))
+        assert f"Promote tonight's winner of {job}?" in described
+        assert "| accuracy |" in described
+        taken = httpx.post(f"{url}/resume", json={"run_input": answer}).raise_for_status().json()
+        assert taken["status"] == "ACCEPT", taken
+    wait_for(lambda: latest_run(stack, job)["state_type"] == "COMPLETED", 90, "the night to go on")
+    (report,) = stack.prefect("artifacts/filter", artifacts={"key": {"any_": [f"report-{job}"]}})
+    assert state in str(report["data"]).splitlines()[0]
+    assert reason[:1].upper() + reason[1:] in str(report["data"])
+    promotion = latest_promotion(open_store((stack.home / "store").as_uri()), job)
+    assert (promotion is not None) == (state == "promoted")
+    assert promotion is None or promotion.reason.startswith(reason)
+
+
+def test_a_rollback_from_the_prefect_ui_and_the_alias_follows(stack: Stack, night: str) -> None:
+    """Two versions of `quick` in the log; the second is a copy under another manifest, as a later night would make."""
+    store = open_store((stack.home / "store").as_uri())
+    first = latest_promotion(store, "quick")
+    assert first is not None
+    champion = load_champion("quick", store.url)
+    with tempfile.TemporaryDirectory() as name:
+        pull_version(store, "quick", first.version, Path(name) / "copy")
+        later = champion.manifest.model_copy(update={"gate": {"reason": "a later night"}})
+        second = publish_version(store, later, Path(name) / "copy")
+    append_promotion(
+        store, "quick", version=second, judged=first.number, run="later", reason="later", now=datetime.now(UTC)
+    )
+    deployment = httpx.get(f"{stack.prefect_api}/deployments/name/rollback/rollback").raise_for_status().json()
+    created = httpx.post(
+        f"{stack.prefect_api}/deployments/{deployment['id']}/create_flow_run",
+        json={"parameters": {"job": "quick", "reason": "it disappoints"}},
+    )
+    run = created.raise_for_status().json()["id"]
+
+    def state() -> str:
+        return str(httpx.get(f"{stack.prefect_api}/flow_runs/{run}").json()["state_type"])
+
+    wait_for(lambda: state() in ("COMPLETED", "FAILED"), 60, "the rollback")
+    assert state() == "COMPLETED"
+    assert champion_alias(stack, "quick").tags["store_version"] == first.version
+    rows = json.loads(stack.nightly("history", "quick", "--json").stdout)
+    assert [(row["kind"], row["version"]) for row in rows] == [
+        ("rollback", first.version), ("promotion", second), ("promotion", first.version),
+    ]  # fmt: skip
+    assert rows[0]["reason"] == "it disappoints"
+    back = stack.nightly("rollback", "quick", "--to", second, "--reason", "after all", "--json")
+    assert json.loads(back.stdout)["number"] == 4
+    assert champion_alias(stack, "quick").tags["store_version"] == second
+    assert "disappoints" in stack.nightly("history", "quick").stdout
+    again = json.loads(stack.nightly("reproduce", "quick", first.version, "--json").stdout)
+    assert again["within_tolerance"]
+
+
+@pytest.fixture
+def receiver() -> Iterator[tuple[str, list[dict[str, str]]]]:
+    """An HTTP endpoint that keeps what it is sent; the first message meets an error, which must be tried again."""
+    messages: list[dict[str, str]] = []
+    refused: list[bool] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            content = self.rfile.read(int(self.headers["Content-Length"]))
+            if refused:
+                messages.append(json.loads(content))
+            self.send_response(200 if refused else 503)
+            self.end_headers()
+            refused.append(True)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_address[1]}/hook?token=a-token-of-the-webhook", messages
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_a_webhook_hears_of_promotions_and_failures(
+    stack: Stack, receiver: tuple[str, list[dict[str, str]]], tmp_path: Path
+) -> None:
+    url, messages = receiver
+    environment = {"NIGHTLY_WEBHOOK": url, "NIGHTLY_STORE": tmp_path.as_uri()}
+    kind, message = run_directly(stack, "shadow", **environment)
+    assert kind == "COMPLETED", message
+    kind, _ = run_directly(stack, "no-such-job", **environment)
+    assert kind == "FAILED"
+    promoted, failed = messages
+    assert (promoted["event"], promoted["job"]) == ("promoted", "shadow")
+    assert (tmp_path / "models/shadow/versions" / promoted["version"]).is_dir()
+    assert "/runs/flow-run/" in promoted["night"]
+    assert (failed["event"], failed["job"]) == ("failed", "no-such-job")
+    assert failed["reason"].startswith("no job is named 'no-such-job'")
+    files = [path for path in stack.home.rglob("*") if path.is_file()]
+    assert [path for path in files if b"a-token-of-the-webhook" in path.read_bytes()] == []
 
 
 def engine_of(stack: Stack) -> psutil.Process:

@@ -34,7 +34,7 @@ def test_the_job_of_ones_own_runs_and_its_champion_loads(stack: Stack, monkeypat
     assert "# spirals: version" in shown
     monkeypatch.setenv("NIGHTLY_HOME", str(stack.home))
     names: dict[str, object] = {}
-    exec(block("python", "from tasks.versions").replace("digits-mlp", "spirals"), names)  # noqa: S102 our own listing
+    exec(block("python", "from tasks.champion").replace("digits-mlp", "spirals"), names)  # noqa: S102 our own listing
     champion = names["champion"]
     assert champion.manifest.metrics["test"]["accuracy"] > 0.95  # type: ignore[attr-defined]
     assert champion.predict(torch.tensor([[0.5, 0.0]]))[0] in ("0", "1")  # type: ignore[attr-defined]

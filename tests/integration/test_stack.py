@@ -9,7 +9,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.conftest import Stack, make_stack, wait_for
+from tests.conftest import Stack, make_stack
+from tests.servers import wait_for
 
 
 @pytest.fixture

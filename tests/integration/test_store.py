@@ -9,7 +9,7 @@ import boto3
 import pytest
 
 from infra.store import AlreadyExists, NotFound, Store, StoreError, StoreUnavailable, check_store, open_store
-from tests.conftest import ACCESS_KEY, SECRET_KEY, S3Server, free_port
+from tests.servers import ACCESS_KEY, SECRET_KEY, S3Server, free_port
 
 
 @pytest.fixture(params=["directory", "ministack", "rgw"])
@@ -43,15 +43,15 @@ def test_a_key_is_created_once(store: Store) -> None:
 def test_a_missing_key_is_not_found(store: Store) -> None:
     with pytest.raises(NotFound):
         store.read("models/none")
-    assert store.keys("models/") == []
+    assert list(store.created("models/")) == []
 
 
 def test_keys_are_listed_by_prefix(store: Store) -> None:
     for key in ("models/b/2", "models/a/10", "models/a/9", "models/ab/1"):
         store.create(key, key.encode())
-    assert store.keys("models/a/") == ["models/a/10", "models/a/9"]
-    assert store.keys("models/a") == ["models/a/10", "models/a/9", "models/ab/1"]
-    assert len(store.keys("")) == 4
+    assert list(store.created("models/a/")) == ["models/a/10", "models/a/9"]
+    assert list(store.created("models/a")) == ["models/a/10", "models/a/9", "models/ab/1"]
+    assert len(list(store.created(""))) == 4
 
 
 def test_of_racing_writers_exactly_one_wins(store: Store) -> None:
@@ -73,7 +73,7 @@ def test_of_racing_writers_exactly_one_wins(store: Store) -> None:
 def test_the_check_passes_again_and_again_and_leaves_one_key(store: Store) -> None:
     for _ in range(3):
         check_store(store)
-    assert len(store.keys("")) == 1
+    assert len(list(store.created(""))) == 1
 
 
 def test_a_store_that_ignores_the_condition_is_refused(rgw_environment: S3Server) -> None:
@@ -150,4 +150,4 @@ def test_a_half_written_file_is_never_a_key(tmp_path: Path) -> None:
     store = open_store(tmp_path.as_uri())
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / ".killed.partial").write_bytes(b"half")
-    assert store.keys("") == []
+    assert list(store.created("")) == []

@@ -8,8 +8,17 @@ import pytest
 import torch
 from torch import nn
 
-from models.families import CNN, FAMILIES, MLP, DataShape, Family, ModelError, build_model, family_named
+from models.families import (
+    CNN,
+    FAMILIES,
+    MLP,
+    Family,
+    ModelError,
+    build_model,
+    family_named,
+)
 from models.hyperparameters import CNNHyperparameters, MLPHyperparameters, OwnHyperparameters
+from models.shapes import DataShape
 
 NET = """
 import torch

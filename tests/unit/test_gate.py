@@ -1,21 +1,27 @@
-"""The gate: only what is really better passes."""
+"""The gate: only what is proven better passes, and what is better passes."""
 
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from optuna.trial import FrozenTrial, create_trial
 
-from models.families import DataShape
+from models.comparison import compare
 from models.preprocessing import Standardization
-from tasks.confirm import Challenger
-from tasks.gate import Verdict, gate
+from models.shapes import DataShape
+from tasks.champion import Champion
+from tasks.confirm import Challenger, Confirmed
+from tasks.gate import GuardRail, Verdict, gate, judge
+from tasks.job import TuningJob
 from tasks.prepare import Snapshot
+from tasks.promotions import Promotion
 from tasks.tune import Prepared
-from tasks.versions import Champion, Lineage, Manifest, Promotion
+from tasks.versions import Lineage, Manifest
 from tests.conftest import CPU, make_job, train_on
+from tests.unit.test_comparison import simulated
 
 JOB = make_job()
 
@@ -29,21 +35,24 @@ def make_challenger(prepared: Prepared, epochs: int) -> Challenger:
         preprocessing=prepared.preprocessing,
         hyperparameters=JOB.family.hyperparameters.from_values(values),
         trial=trial,
-        seed=0,
+        objective="accuracy",
+        seeds=(0,),
+        values=(trained.validation["accuracy"],),
+        shipped=(0,),
         validation=trained.validation,
         generalization_gap=0.0,
         sharpness=0.0,
     )
 
 
-def as_champion(challenger: Challenger, snapshot: Snapshot) -> Champion:
+def as_champion(challenger: Challenger, snapshot: Snapshot, **lineage_fields: Any) -> Champion:
     lineage = Lineage(
         snapshot=snapshot.fingerprint, source="", study="", trial=0, seed=0, device="cpu", mlflow_run_id="",
-        prefect_flow_run_id=None, git_commit=None, python="", packages={},
+        prefect_flow_run_id=None, git_commit=None, python="", packages={}, **lineage_fields,
     )  # fmt: skip
     manifest = Manifest(
-        job="small", model="mlp", hyperparameters={}, features=snapshot.shape.features, classes=snapshot.classes,
-        metrics={}, lineage=lineage, files={},
+        job="small", model="mlp", hyperparameters=challenger.hyperparameters.model_dump(mode="json"),
+        features=snapshot.shape.features, classes=snapshot.classes, metrics={}, lineage=lineage, files={},
     )  # fmt: skip
     promotion = Promotion(
         number=7, version="x", judged=6, run="r", reason="", promoted_at=datetime(2026, 1, 1, tzinfo=UTC)
@@ -51,6 +60,16 @@ def as_champion(challenger: Challenger, snapshot: Snapshot) -> Champion:
     return Champion(
         promotion=promotion, manifest=manifest, model=challenger.model, preprocessing=challenger.preprocessing
     )
+
+
+def verdict_of(
+    challenger: Challenger,
+    champion: Champion | None,
+    snapshot: Snapshot,
+    job: TuningJob = JOB,
+    baseline: Challenger | None = None,
+) -> Verdict:
+    return gate(job, Confirmed(challenger=challenger, baseline=baseline), champion, snapshot, CPU)
 
 
 @pytest.fixture(scope="module")
@@ -63,43 +82,179 @@ def strong(prepared: Prepared) -> Challenger:
     return make_challenger(prepared, epochs=12)
 
 
-def test_the_first_challenger_is_promoted(weak: Challenger, snapshot: Snapshot) -> None:
-    verdict = gate(JOB, weak, None, snapshot, CPU)
-    assert (verdict.decision, verdict.judged, verdict.champion_test) == ("PROMOTE", 0, None)
+def test_without_a_baseline_the_first_challenger_is_promoted(weak: Challenger, snapshot: Snapshot) -> None:
+    verdict = verdict_of(weak, None, snapshot)
+    assert (verdict.decision, verdict.judged, verdict.opponent, verdict.opponent_test) == ("PROMOTE", 0, "nobody", None)
+    assert verdict.winner is weak
+
+
+def test_on_the_first_night_the_baseline_stands_in_for_the_champion(
+    weak: Challenger, strong: Challenger, snapshot: Snapshot
+) -> None:
+    better = verdict_of(strong, None, snapshot, baseline=weak)
+    assert (better.decision, better.opponent, better.winner) == ("PROMOTE", "baseline", strong)
+    assert better.reason.startswith("there was no champion yet, and the challenger is better than the baseline: test")
+    equal = verdict_of(strong, None, snapshot, baseline=replace(strong))
+    assert equal.decision == "PROMOTE"
+    assert equal.winner is not strong
+    assert equal.reason.startswith("the baseline is the first champion, because no difference is proven: test")
+    worse = verdict_of(weak, None, snapshot, baseline=strong)
+    assert (worse.decision, worse.winner) == ("PROMOTE", strong)
+    assert worse.winner_test == worse.opponent_test != worse.challenger_test
+
+
+def test_no_first_champion_breaks_a_limit(weak: Challenger, strong: Challenger, snapshot: Snapshot) -> None:
+    small = make_job(promotion={"max_megabytes": 1e-6})
+    for baseline in (None, weak):
+        verdict = verdict_of(strong, None, snapshot, small, baseline)
+        assert verdict.decision == "REJECT"
+        assert "size: 0.009" in verdict.reason
+        assert "of max_megabytes 1e-06" in verdict.reason
 
 
 def test_a_tie_keeps_the_champion(strong: Challenger, snapshot: Snapshot) -> None:
-    verdict = gate(JOB, strong, as_champion(strong, snapshot), snapshot, CPU)
+    verdict = verdict_of(strong, as_champion(strong, snapshot), snapshot)
     assert (verdict.decision, verdict.judged) == ("HOLD", 7)
+    assert verdict.reason.startswith("no difference is proven: test accuracy")
 
 
 def test_the_better_is_promoted_and_the_worse_rejected(
     weak: Challenger, strong: Challenger, snapshot: Snapshot
 ) -> None:
-    assert gate(JOB, strong, as_champion(weak, snapshot), snapshot, CPU).decision == "PROMOTE"
-    assert gate(JOB, weak, as_champion(strong, snapshot), snapshot, CPU).decision == "REJECT"
+    promoted = verdict_of(strong, as_champion(weak, snapshot), snapshot)
+    assert promoted.decision == "PROMOTE"
+    assert promoted.comparison is not None
+    assert promoted.comparison.low > 0
+    assert verdict_of(weak, as_champion(strong, snapshot), snapshot).decision == "REJECT"
 
 
-def test_a_gain_below_the_least_that_matters_holds(weak: Challenger, strong: Challenger, snapshot: Snapshot) -> None:
+def test_a_gain_surely_below_the_least_that_matters_holds(
+    weak: Challenger, strong: Challenger, snapshot: Snapshot
+) -> None:
     picky = make_job(promotion={"min_improvement": 0.9})
-    verdict = gate(picky, strong, as_champion(weak, snapshot), snapshot, CPU)
+    verdict = verdict_of(strong, as_champion(weak, snapshot), snapshot, picky)
     assert verdict.decision == "HOLD"
     assert "promotion.min_improvement (0.9)" in verdict.reason
 
 
+def test_a_class_that_surely_falls_rejects_the_better(strong: Challenger, snapshot: Snapshot) -> None:
+    """The challenger never answers 3, the champion knows nothing else."""
+    last = strong.model[-1]  # type: ignore[index]
+    blind, narrow = (torch.nn.Sequential(strong.model, _Shift(amount)) for amount in (-1e3, 1e3))
+    assert isinstance(last, torch.nn.Linear)
+    verdict = verdict_of(replace(strong, model=blind), as_champion(replace(strong, model=narrow), snapshot), snapshot)
+    assert verdict.decision == "REJECT"
+    assert "a guard rail is broken (worst slice: class 3 falls by 1.0000" in verdict.reason
+    open_job = make_job(promotion={"max_slice_fall": None})
+    champion = as_champion(replace(strong, model=narrow), snapshot)
+    assert verdict_of(replace(strong, model=blind), champion, snapshot, open_job).decision == "PROMOTE"
+
+
+class _Shift(torch.nn.Module):
+    """Adds to the logit of class 3."""
+
+    def __init__(self, amount: float) -> None:
+        super().__init__()
+        self.register_buffer("shift", amount * torch.eye(10)[3])
+
+    def forward(self, outputs: torch.Tensor) -> torch.Tensor:
+        return outputs + self.shift  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    ("limit", "says"),
+    [
+        ({"max_latency_ms": 1e-6}, "latency: "),
+        ({"max_megabytes": 1e-6}, "size: "),
+        ({"max_calibration_error": 1e-6}, "calibration error: "),
+    ],
+)
+def test_a_broken_limit_rejects_the_better(
+    weak: Challenger, strong: Challenger, snapshot: Snapshot, limit: dict[str, float], says: str
+) -> None:
+    verdict = verdict_of(strong, as_champion(weak, snapshot), snapshot, make_job(promotion=limit))
+    assert verdict.decision == "REJECT"
+    assert f"a guard rail is broken ({says}" in verdict.reason
+    (broken,) = (rail for rail in verdict.guard_rails if not rail.holds)
+    assert broken.evidence.endswith(f"of {next(iter(limit))} 1e-06")
+
+
 def test_each_is_measured_behind_its_own_preprocessing(strong: Challenger, snapshot: Snapshot) -> None:
     blind = Standardization(mean=torch.zeros(1, 1, 1), scale=torch.full((1, 1, 1), 1e9))
-    verdict = gate(JOB, strong, as_champion(replace(strong, preprocessing=blind), snapshot), snapshot, CPU)
+    verdict = verdict_of(strong, as_champion(replace(strong, preprocessing=blind), snapshot), snapshot)
     assert verdict.decision == "PROMOTE"
 
 
 def test_a_champion_of_other_rows_is_not_compared(strong: Challenger, snapshot: Snapshot) -> None:
     champion = as_champion(strong, replace(snapshot, shape=DataShape(features=(3,), outputs=10)))
-    verdict = gate(JOB, strong, champion, snapshot, CPU)
+    verdict = verdict_of(strong, champion, snapshot)
     assert verdict.decision == "HOLD"
     assert "give the job a new name" in verdict.reason
 
 
-def test_a_verdict_refuses_nan() -> None:
+def test_rows_that_the_champion_may_know_are_left_out(weak: Challenger, strong: Challenger, snapshot: Snapshot) -> None:
+    rows = snapshot.row_counts["test"]
+    all_rows = verdict_of(strong, as_champion(weak, snapshot, test_fraction=0.2), snapshot)
+    assert (all_rows.rows_left_out, all_rows.comparison and all_rows.comparison.rows) == (0, rows)
+    half = verdict_of(strong, as_champion(weak, snapshot, test_fraction=0.1), snapshot)
+    assert half.comparison is not None
+    assert half.comparison.rows + half.rows_left_out == rows
+    assert 0.35 * rows < half.rows_left_out < 0.65 * rows
+    none = verdict_of(strong, as_champion(weak, snapshot, test_fraction=1e-9), snapshot)
+    assert (none.decision, none.rows_left_out) == ("HOLD", rows)
+
+
+def test_what_was_rolled_back_needs_new_rows_to_win_again(
+    weak: Challenger, strong: Challenger, snapshot: Snapshot
+) -> None:
+    withdrawn = as_champion(strong, snapshot).manifest
+    champion = replace(as_champion(weak, snapshot), taken_back=(withdrawn,))
+    verdict = verdict_of(strong, champion, snapshot)
+    assert verdict.decision == "HOLD"
+    assert "of the same hyperparameters was rolled back, and no row is new since" in verdict.reason
+    assert verdict_of(strong, champion, replace(snapshot, fingerprint="more rows")).decision == "PROMOTE"
+    other = replace(strong, hyperparameters=weak.hyperparameters)
+    assert verdict_of(other, champion, snapshot).decision == "PROMOTE"
+
+
+def test_the_gate_does_not_lock_out_a_better_challenger_for_ever() -> None:
+    """The champion was the luckiest of twenty equal models on these very rows, which do not change. A challenger that
+    is really better comes in all the same, and of more that are equal hardly one."""
+    random, rows, nights = np.random.default_rng(0), 1000, 100
+    target = torch.from_numpy(random.integers(0, 2, rows))
+
+    def outputs(accuracy: float) -> torch.Tensor:
+        right = torch.from_numpy(random.random(rows) < accuracy)
+        return torch.eye(2)[torch.where(right, target, 1 - target)]
+
+    champion = max((outputs(0.9) for _ in range(20)), key=lambda found: (found.argmax(dim=1) == target).sum().item())
+
+    def promoted(accuracy: float) -> float:
+        decisions = [
+            judge(
+                compare(outputs(accuracy), champion, target, "accuracy", confidence=0.95, seed=night, resamples=200),
+                (),
+                JOB.promotion,
+            )[0]
+            for night in range(nights)
+        ]
+        return decisions.count("PROMOTE") / nights
+
+    assert promoted(0.95) > 0.5
+    assert promoted(0.9) <= 0.05
+
+
+def test_a_verdict_refuses_nan(weak: Challenger) -> None:
     with pytest.raises(ValueError, match="found accuracy nan"):
-        Verdict(decision="PROMOTE", reason="", judged=0, challenger_test={"accuracy": float("nan")}, champion_test=None)
+        Verdict(
+            decision="PROMOTE", reason="", judged=0, challenger=weak, winner=weak, winner_intervals={},
+            challenger_test={"accuracy": float("nan")},
+        )  # fmt: skip
+
+
+def test_a_broken_guard_rail_outweighs_any_gain() -> None:
+    random = np.random.default_rng(0)
+    comparison = compare(*simulated(random, 500, 0.1, 0.1), "accuracy", confidence=0.95, seed=0)
+    rail = GuardRail(name="latency", holds=False, evidence="9 of 5")
+    assert judge(comparison, (), JOB.promotion)[0] == "PROMOTE"
+    assert judge(comparison, (rail,), JOB.promotion) == ("REJECT", "a guard rail is broken (latency: 9 of 5)")

@@ -13,9 +13,11 @@ from optuna.trial import FrozenTrial
 
 from models.hyperparameters import MLPHyperparameters
 from models.preprocessing import Standardization
+from tasks.champion import Champion
 from tasks.job import TuningJob, load_job
 from tasks.memory import BASELINE, NIGHTS, recall
 from tasks.prepare import Snapshot, drift, prepare
+from tasks.promotions import Promotion
 from tasks.study import (
     ENDED,
     HYPERPARAMETERS,
@@ -28,7 +30,7 @@ from tasks.study import (
     tonights_trials,
 )
 from tasks.tune import Prepared, tune
-from tasks.versions import Champion, Lineage, Manifest, Promotion
+from tasks.versions import Lineage, Manifest
 from tests.conftest import CPU, make_job
 from tests.unit.test_prepare import write_source
 

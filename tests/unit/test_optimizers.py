@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import nn, optim
 
-from models.families import MLP, DataShape
+from models.families import MLP
 from models.hyperparameters import Hyperparameters, MLPHyperparameters
 from models.optimizers import build_optimizer, l1_norm, learning_rate_at
+from models.shapes import DataShape
 from tasks.tune import Prepared
 from tests.conftest import train_on
 

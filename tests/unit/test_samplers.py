@@ -11,7 +11,7 @@ import pytest
 from optuna.trial import FrozenTrial, TrialState
 
 from tasks.job import PrunerName, SamplerName, TuningJob
-from tasks.samplers import GRID_EXHAUSTED, build_pruner
+from tasks.samplers import GRID_EXHAUSTED, STARTUP_TRIALS, build_pruner
 from tasks.study import FAILURE, ask, finished_trials, open_study
 from tests.conftest import make_job
 
@@ -51,6 +51,17 @@ def test_a_seed_gives_its_trials_and_another_seed_others(sampler: str, tmp_path:
     first = proposals(tmp_path / "1", job_with(sampler), count)
     assert proposals(tmp_path / "2", job_with(sampler), count) == first
     assert proposals(tmp_path / "3", job_with(sampler, seed=1), count) != first
+
+
+def test_auto_begins_near_the_middle_of_each_range_and_then_learns(tmp_path: Path) -> None:
+    study = open_study(job := job_with("auto"), "f", tmp_path, NOW)
+    rates = [pretend(study, job).params["learning_rate"] for _ in range(40)]
+    first = rates[:STARTUP_TRIALS]
+    # Three standard deviations of a sixth of the range each reach from end to end; half of one holds a third of them.
+    assert all(1e-4 <= rate <= 1e-1 for rate in rates)
+    assert len(set(first)) == STARTUP_TRIALS
+    assert sum(1e-3 < rate < 1e-2 for rate in first) >= 5
+    assert statistics.median(abs(rate - 0.01) for rate in rates[-15:]) < 0.005
 
 
 @pytest.mark.parametrize("sampler", get_args(SamplerName))

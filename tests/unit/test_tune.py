@@ -69,8 +69,8 @@ def test_the_same_job_on_the_same_data_gives_the_same_trials(prepared: Prepared,
     for study in studies:
         tune(study, job, prepared, tmp_path)
     assert outcomes(studies[0]) == outcomes(studies[1])
-    one, two = (confirm(study, job, prepared) for study in studies)
-    assert (one.trial.number, one.seed, one.validation) == (two.trial.number, two.seed, two.validation)
+    one, two = (confirm(study, job, prepared).challenger for study in studies)
+    assert (one.trial.number, one.seeds, one.values) == (two.trial.number, two.seeds, two.values)
 
 
 def test_an_interrupted_night_ends_as_one_that_was_not(prepared: Prepared, tmp_path: Path) -> None:
@@ -288,7 +288,7 @@ def test_a_search_with_a_cost_trades_the_objective_against_it(prepared: Prepared
     assert best.values[1] == min(trial.values[1] for trial in study.trials) == 1210
     strict = make_job(search=search | {"cost_tolerance": 0.0})
     assert ranked(study.trials, strict)[0].values[0] == max(trial.values[0] for trial in study.trials)
-    challenger = confirm(study, job, prepared)
+    challenger = confirm(study, job, prepared).challenger
     assert parameter_count(challenger.model) == 1210
 
 
@@ -299,7 +299,7 @@ def test_a_regression_is_tuned_and_confirmed(prepared_regression: Prepared, tmp_
     tuned = tune(study, job, prepared_regression, tmp_path)
     complete = [trial for trial in study.trials if trial.state == TrialState.COMPLETE]
     assert tuned.best.values == min(trial.values for trial in complete)
-    challenger = confirm(study, job, prepared_regression)
+    challenger = confirm(study, job, prepared_regression).challenger
     assert set(challenger.validation) == {"rmse", "mae", "r2"}
     assert challenger.validation["rmse"] < prepared_regression.training.target.std()
 
@@ -349,7 +349,7 @@ def test_confirm_measures_gap_and_sharpness_of_each_candidate(prepared: Prepared
     study = open_for(job, prepared, tmp_path)
     tune(study, job, prepared, tmp_path)
     seen: list[Challenger] = []
-    chosen = confirm(study, job, prepared, on_candidate=seen.append)
+    chosen = confirm(study, job, prepared, on_candidate=seen.append).challenger
     assert len(seen) == 3
     assert chosen in seen
     for candidate in seen:
@@ -365,7 +365,7 @@ def test_confirm_never_sees_a_test_row_and_trains_with_a_fresh_seed(prepared: Pr
     job = make_job()
     study = open_for(job, prepared, tmp_path)
     tune(study, job, prepared, tmp_path)
-    challenger = confirm(study, job, prepared)
+    challenger = confirm(study, job, prepared).challenger
     assert challenger.trial.state == TrialState.COMPLETE
     assert challenger.hyperparameters.model_dump().items() >= challenger.trial.params.items()
     assert set(vars(prepared)) == {"snapshot", "preprocessing", "training", "validation"}

@@ -1,0 +1,238 @@
+"""The commands about what was promoted: champion, history, rollback, pull, reproduce, reconcile, gc.
+
+Each prints a table for people, or JSON for programs. What they do is in tasks; `flows/cli.py` registers them.
+"""
+
+import json
+import logging
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.table import Table
+
+from infra.settings import OUR_LOGGERS, Settings, enter
+
+console = Console(highlight=False, soft_wrap=True)
+
+JobArgument = Annotated[str, typer.Argument(help="Name of a job, as its YAML file is called.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+
+
+def champion(job: JobArgument, as_json: AsJson = False) -> None:
+    """Print a job's champion, every checksum verified."""
+    enter()
+    from tasks.champion import load_champion
+    from tasks.report import in_words
+
+    found = load_champion(job)
+    lineage = found.manifest.lineage
+    _show(
+        {
+            "version": found.promotion.version,
+            "promotion": found.promotion.model_dump(mode="json"),
+            "manifest": found.manifest.model_dump(mode="json"),
+        },
+        [
+            ("version", f"{found.promotion.version}, {found.promotion.kind} {found.promotion.number}"),
+            ("promoted", f"{found.promotion.promoted_at:%Y-%m-%d %H:%M} UTC: {found.promotion.reason}"),
+            ("model", f"{found.manifest.model}: {in_words(found.manifest.hyperparameters)}"),
+            *((split, in_words(metrics)) for split, metrics in found.manifest.metrics.items()),
+            ("from", f"study {lineage.study}, trial {lineage.trial}, snapshot {lineage.snapshot}"),
+        ],
+        as_json,
+    )
+
+
+def history(job: JobArgument, as_json: AsJson = False) -> None:
+    """Print who was champion when, why, and what changed from one to the next."""
+    from tasks.promotions import history as read_history
+    from tasks.report import in_words
+    from tasks.versions import choose_version, read_manifest
+
+    store = _store()
+    choose_version(store, job, None)
+    entries = read_history(store, job)
+    manifests = {version: read_manifest(store, job, version) for version in {entry.version for entry in entries}}
+    rows: list[dict[str, Any]] = []
+    for entry, before in zip(entries, [*entries[1:], None], strict=True):
+        now = manifests[entry.version]
+        then = manifests[before.version].hyperparameters if before else {}
+        changed = {name: value for name, value in now.hyperparameters.items() if then.get(name) != value}
+        rows.append(
+            {**entry.model_dump(mode="json"), "changed": changed if before else {}, "test": now.metrics["test"]}
+        )
+    if as_json:
+        console.print_json(json.dumps(rows))
+        return
+    objectives = {version: manifest.lineage.objective for version, manifest in manifests.items()}
+    table = Table(box=None)
+    for head in ("", "when (UTC)", "", "version"):
+        table.add_column(head, no_wrap=True)
+    for head in ("on its test rows", "why", "changed"):
+        table.add_column(head)
+    for entry, row in zip(entries, rows, strict=True):
+        table.add_row(
+            str(entry.number),
+            f"{entry.promoted_at:%Y-%m-%d %H:%M}",
+            entry.kind,
+            entry.version,
+            in_words({name: value for name, value in row["test"].items() if name == objectives[entry.version]}),
+            # The numbers behind it stand in the version's manifest.
+            entry.reason.partition(": test ")[0],
+            in_words(row["changed"]),
+        )
+    console.print(table)
+
+
+def rollback(
+    job: JobArgument,
+    reason: Annotated[str, typer.Option(help="Why; it is kept in the promotion log.")],
+    to: Annotated[str | None, typer.Option(help="The version; else the one that the champion replaced.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make an earlier version champion again, by one more entry in the promotion log. Nothing is deleted."""
+    settings = enter()
+    from datetime import UTC, datetime
+
+    from infra.store import open_store
+    from tasks.rollback import roll_back
+
+    promotion, manifest = roll_back(open_store(settings.store_url), job, to=to, reason=reason, now=datetime.now(UTC))
+    _show(
+        promotion.model_dump(mode="json"),
+        [("champion", f"version {promotion.version} of {job} again, as promotion {promotion.number}")],
+        as_json,
+    )
+    # After the answer: MLflow takes longer to import than the rollback takes, and follows anyhow.
+    from mlflow import MlflowClient
+
+    from tasks.tracking import mlflow_may_be_away, point_champion
+
+    with mlflow_may_be_away("the champion's alias"):
+        point_champion(MlflowClient(settings.mlflow_url), manifest, promotion.version)
+
+
+def pull(
+    job: JobArgument,
+    to: Annotated[Path, typer.Option(help="A folder that does not exist yet.")],
+    version: Annotated[str | None, typer.Option(help="The version; else the champion.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Download a version, every checksum verified; the folder appears complete or not at all."""
+    from tasks.versions import choose_version, pull_version
+
+    store = _store()
+    chosen = choose_version(store, job, version)
+    with console.status(f"Downloading version {chosen}"):
+        manifest = pull_version(store, job, chosen, to.absolute())
+    size = sum(file.bytes for file in manifest.files.values())
+    _show(
+        {"version": chosen, "folder": str(to.absolute()), "files": sorted(manifest.files), "bytes": size},
+        [("version", chosen), ("folder", f"{to.absolute()} ({len(manifest.files)} files, {size / 1e6:.1f} MB)")],
+        as_json,
+    )
+
+
+def reproduce(
+    job: JobArgument,
+    version: Annotated[str, typer.Argument(help="A version that was champion once (see `nightly history`).")],
+    as_json: AsJson = False,
+) -> None:
+    """Train a version again from its manifest alone. Exit code 1 where not even its metrics come out the same."""
+    settings = enter()
+    _log_to_the_terminal(quiet=as_json)
+    from infra.device import choose_device
+    from infra.store import open_store
+    from tasks.reproduce import reproduce as train_again
+    from tasks.versions import choose_version
+
+    store = open_store(settings.store_url)
+    choose_version(store, job, version)
+    found = train_again(store, job, version, settings.home / "snapshots", choose_device())
+    outcome = (
+        "the weights are equal bit by bit"
+        if found.bit_equal
+        else f"the weights differ, the metrics are {'within' if found.near else 'NOT within'} tolerance"
+    )
+    _show(
+        {
+            "version": version,
+            "bit_equal": found.bit_equal,
+            "within_tolerance": found.near,
+            "published_on": found.published_on,
+            "trained_on": found.trained_on,
+            "metrics": {name: {"published": was, "again": again} for name, (was, again) in found.metrics.items()},
+        },
+        [
+            ("outcome", outcome),
+            ("published on", found.published_on),
+            ("trained on", found.trained_on),
+            *((name, f"{was:.6g} published, {again:.6g} again") for name, (was, again) in found.metrics.items()),
+        ],
+        as_json,
+    )
+    if not found.bit_equal and not found.near:
+        raise typer.Exit(1)
+
+
+def reconcile(
+    job: Annotated[str | None, typer.Argument(help="Name of a job; all of them where none is named.")] = None,
+) -> None:
+    """Settle what interrupted nights left open in Optuna and MLflow, and let MLflow's alias follow the store."""
+    settings = enter()
+    _log_to_the_terminal(quiet=False)
+    import torch
+    from mlflow import MlflowClient
+
+    from infra.store import open_store
+    from tasks.job import load_job, load_jobs
+    from tasks.reconcile import only_night_of
+    from tasks.reconcile import reconcile as settle
+
+    store = open_store(settings.store_url)
+    for each in [load_job(job, settings.jobs)] if job else load_jobs(settings.jobs):
+        with only_night_of(each.name, settings.home):
+            found = settle(
+                each, store, MlflowClient(settings.mlflow_url), settings.home / "studies", torch.device("cpu")
+            )
+        console.print(f"{each.name}: champion {found.promotion.version if found else 'none yet'}")
+
+
+def gc(as_json: AsJson = False) -> None:
+    """Delete what killed promotions left in the store: versions that no promotion names, if older than a day."""
+    from datetime import UTC, datetime
+
+    from tasks.versions import collect_garbage
+
+    gone = collect_garbage(_store(), datetime.now(UTC))
+    _show({"deleted": gone}, [("deleted", f"{len(gone)} files"), *(("", key) for key in gone)], as_json)
+
+
+COMMANDS = (champion, history, rollback, pull, reproduce, reconcile, gc)
+
+
+def _store() -> Any:
+    settings: Settings = enter()
+    from infra.store import open_store
+
+    return open_store(settings.store_url)
+
+
+def _show(content: dict[str, Any], rows: list[tuple[str, str]], as_json: bool) -> None:
+    if as_json:
+        console.print_json(json.dumps(content))
+        return
+    table = Table(show_header=False, box=None)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def _log_to_the_terminal(*, quiet: bool) -> None:
+    for name in OUR_LOGGERS:
+        logger = logging.getLogger(name)
+        logger.setLevel(logging.WARNING if quiet else logging.INFO)
+        logger.addHandler(RichHandler(console=Console(stderr=True), show_path=False, show_level=False))

@@ -1,0 +1,116 @@
+"""The champion, and any other version, as a model that is ready to use.
+
+Knows nothing of how a version was trained or judged.
+"""
+
+from dataclasses import dataclass
+
+import safetensors
+import torch
+from pydantic import ValidationError
+from safetensors.torch import load
+from torch import Tensor, nn
+
+from infra.settings import Settings
+from infra.store import Store, StoreError, open_store
+from models.evaluate import predict_outputs
+from models.families import ModelError, build_model, family_named
+from models.preprocessing import Standardization
+from tasks.promotions import Promotion, latest_promotion, taken_back
+from tasks.versions import (
+    PREPROCESSING,
+    WEIGHTS,
+    Manifest,
+    check_names,
+    damaged,
+    read_file,
+    read_manifest,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Version:
+    """A published model, ready to use: the module in evaluation mode and the preprocessing that belongs to it."""
+
+    manifest: Manifest
+    model: nn.Module
+    preprocessing: Standardization
+
+    def outputs(self, features: Tensor) -> Tensor:
+        """Raw features (rows, ...) to logits (rows, classes), or to a regression's values (rows,)."""
+        return predict_outputs(nn.Sequential(self.preprocessing, self.model), features)
+
+    def predict(self, features: Tensor) -> list[str] | list[float]:
+        """Raw features (rows, ...) to the name of each row's class, or to a regression's values."""
+        outputs = self.outputs(features)
+        if self.manifest.problem == "regression":
+            values: list[float] = outputs.tolist()
+            return values
+        return [self.manifest.classes[index] for index in outputs.argmax(dim=1).tolist()]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Champion(Version):
+    """The promoted version. `taken_back` are the manifests of versions that a rollback replaced by this one."""
+
+    promotion: Promotion
+    taken_back: tuple[Manifest, ...] = ()
+
+
+def load_champion(job: str, store_url: str | None = None) -> Champion:
+    """The job's champion, every checksum verified; the store is the environment's unless one is named.
+
+    Raises StoreError: the job never promoted, the store cannot be read, or the version is damaged (DamagedVersion).
+    """
+    store = open_store(store_url or Settings.read().store_url)
+    champion = read_champion(store, job, torch.device("cpu"))
+    if champion is None:
+        raise StoreError(f"job {job!r} has no champion in {store.url}; run a night of it first")
+    return champion
+
+
+def read_champion(store: Store, job: str, device: torch.device) -> Champion | None:
+    """The champion, verified and on the device; None before the first promotion. Raises StoreError."""
+    promotion = latest_promotion(store, job)
+    if promotion is None:
+        return None
+    found = read_version(store, job, promotion.version, device)
+    return Champion(
+        promotion=promotion,
+        manifest=found.manifest,
+        model=found.model,
+        preprocessing=found.preprocessing,
+        taken_back=tuple(read_manifest(store, job, version) for version in taken_back(store, job, promotion)),
+    )
+
+
+def read_version(store: Store, job: str, version: str, device: torch.device) -> Version:
+    """A version, verified and on the device. Raises StoreError: it is unknown, damaged (DamagedVersion), or needs
+    code that is not there."""
+    manifest = read_manifest(store, job, version)
+    check_names(store, manifest, version)
+    tensors = {name: _read_tensors(store, manifest, version, name) for name in (WEIGHTS, PREPROCESSING)}
+    try:
+        family = family_named(manifest.model)
+    except ModelError as error:
+        raise StoreError(f"version {version} of job {job} needs its model's code, but {error}") from error
+    try:
+        hyperparameters = family.hyperparameters.model_validate(manifest.hyperparameters)
+        model = build_model(family, hyperparameters, manifest.shape, manifest.members)
+        model.load_state_dict(tensors[WEIGHTS])
+        preprocessing = Standardization.from_tensors(tensors[PREPROCESSING])
+    except (ValidationError, KeyError, RuntimeError) as error:
+        if family.code != manifest.lineage.model_code:
+            raise StoreError(
+                f"version {version} of job {job} does not fit {family.name}, whose code has changed since; "
+                "put the earlier code back, or give the job a new name"
+            ) from error
+        raise damaged(store, job, version, f"does not make a {manifest.model}: {error}") from error
+    return Version(manifest=manifest, model=model.to(device).eval(), preprocessing=preprocessing.to(device))
+
+
+def _read_tensors(store: Store, manifest: Manifest, version: str, name: str) -> dict[str, Tensor]:
+    try:
+        return load(read_file(store, manifest, version, name))
+    except safetensors.SafetensorError as error:
+        raise damaged(store, manifest.job, version, f"{name} is no safetensors file") from error

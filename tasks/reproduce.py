@@ -1,0 +1,97 @@
+"""Train a version again from its manifest alone, and say whether the same came out.
+
+The manifest names the data, the split, the hyperparameters and the seeds. Changes nothing in the store.
+"""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from infra.device import describe_device
+from infra.store import Store, StoreError
+from models.evaluate import METRICS, evaluate
+from models.families import ModelError, family_named
+from tasks.champion import read_version
+from tasks.confirm import assemble, train_again
+from tasks.job import DataConfig
+from tasks.prepare import Snapshot, prepare, read_snapshot
+from tasks.tune import Prepared
+from tasks.versions import Manifest
+
+TOLERANCE = 0.01
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reproduction:
+    """What a second training came to. `metrics` are on the test rows, published and again, by name. A metric is near
+    where it moved by at most 0.01, or by one per cent where it is above 1."""
+
+    version: str
+    bit_equal: bool
+    published_on: str
+    trained_on: str
+    metrics: dict[str, tuple[float, float]]
+
+    @property
+    def near(self) -> bool:
+        return all(abs(again - was) <= TOLERANCE * max(1.0, abs(was)) for was, again in self.metrics.values())
+
+
+def reproduce(store: Store, job: str, version: str, snapshots: Path, device: torch.device) -> Reproduction:
+    """Retrain a version of a job on the device.
+
+    The snapshot is the local one of that fingerprint, else the source is read again. Raises StoreError: the version
+    cannot be read, its data is gone or has changed, its code has changed, or it is of an earlier format that did not
+    record enough; DataError where the source cannot be read.
+    """
+    published = read_version(store, job, version, device)
+    manifest, lineage = published.manifest, published.manifest.lineage
+    objective = next((name for name in METRICS if name == lineage.objective), None)
+    if objective is None or lineage.validation_fraction is None or lineage.test_fraction is None:
+        raise StoreError(f"version {version} of job {job} was published before versions could be reproduced")
+    try:
+        family = family_named(manifest.model)
+    except ModelError as error:
+        raise StoreError(f"version {version} of job {job} needs its model's code, but {error}") from error
+    if family.code != lineage.model_code:
+        raise StoreError(f"the code of {manifest.model} has changed since version {version}; put the earlier one back")
+    snapshot = _snapshot(manifest, snapshots)
+    prepared = Prepared.load(snapshot, device)
+    hyperparameters = family.hyperparameters.from_values(manifest.hyperparameters)
+    trained = []
+    for seed in lineage.seeds:
+        trained.append(train_again(family, objective, hyperparameters, prepared, seed).model)
+        _logger.info("trained %d of %d models", len(trained), len(lineage.seeds))
+    model = assemble(trained)
+    features, target = snapshot.load(device)["test"]
+    again = evaluate(nn.Sequential(prepared.preprocessing, model), features, target)
+    was = evaluate(nn.Sequential(published.preprocessing, published.model), features, target)
+    weights, weights_again = published.model.state_dict(), model.state_dict()
+    return Reproduction(
+        version=version,
+        bit_equal=all(torch.equal(weights[name], weights_again[name]) for name in weights),
+        published_on=lineage.device,
+        trained_on=describe_device(device),
+        metrics={name: (was[name], again[name]) for name in was},
+    )
+
+
+def _snapshot(manifest: Manifest, snapshots: Path) -> Snapshot:
+    lineage = manifest.lineage
+    kept = read_snapshot(snapshots, lineage.snapshot)
+    if kept is not None:
+        return kept
+    fractions = {"validation_fraction": lineage.validation_fraction, "test_fraction": lineage.test_fraction}
+    data = DataConfig.model_validate({"source": lineage.source, **fractions})
+    snapshot = prepare(data, manifest.problem, snapshots)
+    if snapshot.fingerprint != lineage.snapshot:
+        raise StoreError(
+            f"snapshot {lineage.snapshot} is not in {snapshots}, and {lineage.source} has changed since (it gives "
+            f"{snapshot.fingerprint} now); copy the snapshot from the machine that made it"
+        )
+    return snapshot

@@ -1,0 +1,95 @@
+"""What makes a version servable without us: an ONNX program from raw rows to outputs, inside an MLflow model.
+
+ONNX and not a torch.export program: it runs without torch and in other languages, and it is data, where torch's archive
+may hold pickles. Preprocessing is part of the program, so whoever serves it cannot forget it. Knows nothing of stores.
+"""
+
+import logging
+import warnings
+from datetime import datetime
+from importlib.metadata import version as package_version
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from mlflow.models import ModelSignature
+from mlflow.types import ColSpec, DataType, Schema, TensorSpec
+from torch import Tensor, nn
+
+SERVABLE = "mlflow"
+CODE = Path(__file__).with_name("onnx_model.py")
+OPSET = 20
+SERVING_PACKAGES = ("mlflow", "numpy", "onnxruntime", "pandas")
+
+_logger = logging.getLogger(__name__)
+
+
+def write_servable(folder: Path, served: nn.Module, example: Tensor, classes: tuple[str, ...], now: datetime) -> bool:
+    """Write `mlflow/` into the folder: MLmodel with the signature, an input example, and the ONNX program.
+
+    `served` maps raw features (rows, ...) to outputs; `example` are a few such rows. The same model gives the same
+    bytes. Returns False, with a warning that says why, where a user's model cannot be exported: such a version is
+    loaded through us only.
+    """
+    program = folder / "model.onnx"
+    try:
+        export_onnx(served, example, program)
+    except Exception as error:  # noqa: BLE001 torch raises whatever the user's model raises
+        _logger.warning("the version holds no ONNX program: %s", str(error).strip().partition("\n")[0])
+        return False
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about type hints, its own and ours, already as it is imported
+        import mlflow.pyfunc
+
+        mlflow.pyfunc.save_model(
+            folder / SERVABLE,
+            python_model=str(CODE),
+            artifacts={"onnx": str(program)},
+            model_config={"classes": list(classes)},
+            signature=signature_of(example, classes),
+            input_example=example.numpy(),
+            pip_requirements=[f"{name}=={package_version(name)}" for name in SERVING_PACKAGES],
+        )
+    program.unlink()
+    _settle(folder / SERVABLE, now)
+    return True
+
+
+def export_onnx(served: nn.Module, example: Tensor, path: Path) -> None:
+    """Write an ONNX program with the input `features` (any number of rows) and the output `outputs`."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            served.eval(),
+            (example,),
+            dynamo=True,
+            verbose=False,
+            opset_version=OPSET,
+            input_names=["features"],
+            output_names=["outputs"],
+            dynamic_shapes=({0: torch.export.Dim("rows")},),
+        )
+    assert program is not None
+    program.save(str(path))
+
+
+def signature_of(example: Tensor, classes: tuple[str, ...]) -> ModelSignature:
+    """Inputs by type and shape; outputs as `onnx_model` returns them."""
+    outputs: list[ColSpec | TensorSpec] = [ColSpec(DataType.string if classes else DataType.double, "prediction")]
+    outputs += [ColSpec(DataType.double, f"probability of {name}") for name in classes]
+    inputs = Schema([TensorSpec(np.dtype(np.float32), (-1, *example.shape[1:]))])
+    return ModelSignature(inputs=inputs, outputs=Schema(outputs))
+
+
+def _settle(folder: Path, now: datetime) -> None:
+    """MLflow writes a new identity, the time and this machine's paths into each model; what is published must be the
+    same when a promotion is repeated."""
+    path = folder / "MLmodel"
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    content["model_uuid"] = None
+    content["utc_time_created"] = f"{now:%Y-%m-%d %H:%M:%S.%f}"
+    flavor = content["flavors"]["python_function"]
+    flavor["model_code_path"] = CODE.name
+    flavor["artifacts"]["onnx"]["uri"] = flavor["artifacts"]["onnx"]["path"]
+    path.write_text(yaml.safe_dump(content), encoding="utf-8")

@@ -1,0 +1,130 @@
+"""Real S3 servers on loopback, on ports that were free a moment before, stopped by the process that started them."""
+
+import contextlib
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import boto3
+
+ACCESS_KEY, SECRET_KEY = "nightlytests", "a-secret-that-only-these-tests-know"
+
+
+@dataclass(frozen=True)
+class S3Server:
+    """Where an S3 server listens, and how a process is told to use it."""
+
+    endpoint: str
+    ceph: Path | None = None
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {
+            "AWS_ENDPOINT_URL_S3": self.endpoint,
+            "AWS_ACCESS_KEY_ID": ACCESS_KEY,
+            "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }
+
+    def make_user(self, name: str) -> dict[str, str]:
+        """Another user of Ceph's gateway; returns the environment with its credentials."""
+        assert self.ceph is not None
+        secret = f"the-secret-of-{name}"
+        command = [
+            shutil.which("radosgw-admin") or "", "user", "create", f"--uid={name}", f"--display-name={name}",
+            f"--access-key={name}", f"--secret={secret}",
+        ]  # fmt: skip
+        environment = {**os.environ, "CEPH_CONF": str(self.ceph / "ceph.conf")}
+        subprocess.run(command, env=environment, check=True, capture_output=True, timeout=60)
+        return self.environment | {"AWS_ACCESS_KEY_ID": name, "AWS_SECRET_ACCESS_KEY": secret}
+
+    def make_bucket(self, name: str) -> None:
+        boto3.Session().client(
+            "s3",
+            endpoint_url=self.endpoint,
+            aws_access_key_id=ACCESS_KEY,
+            aws_secret_access_key=SECRET_KEY,
+            region_name="us-east-1",
+        ).create_bucket(Bucket=name)
+
+
+@contextmanager
+def ministack_server(folder: Path) -> Iterator[S3Server]:
+    """A quick S3 emulator. It knows no authentication, and says nothing of durability."""
+    port = free_port()
+    environment = {"BIND_HOST": "127.0.0.1", "GATEWAY_PORT": str(port), "SERVICES": "s3"}
+    with background([sys.executable, "-m", "ministack"], folder / "log", **environment):
+        wait_for(lambda: _listens(port), 60, "MiniStack")
+        yield S3Server(f"http://127.0.0.1:{port}")
+
+
+def has_ceph() -> bool:
+    return shutil.which("radosgw") is not None
+
+
+@contextmanager
+def ceph_gateway(folder: Path) -> Iterator[S3Server]:
+    """Ceph's RADOS gateway: a real S3 server with authentication and durability."""
+    port = free_pair_of_ports()
+    script = str(Path(__file__).parent / "rgw.sh")
+    command = ["/bin/bash", script, str(folder), str(port), ACCESS_KEY, SECRET_KEY]
+    with background(command, folder / "log") as process:
+        wait_for(lambda: (folder / "ready").exists() or process.poll() is not None, 120, "Ceph's gateway")
+        assert process.poll() is None, (folder / "log").read_text()[-2000:]
+        yield S3Server(f"http://127.0.0.1:{port}", ceph=folder)
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def free_pair_of_ports() -> int:
+    """The first of two free ports in a row, below those that the kernel gives to connections of its own accord."""
+    for port in random.sample(range(20_000, 32_000, 2), 100):
+        with socket.socket() as first, socket.socket() as second, contextlib.suppress(OSError):
+            first.bind(("127.0.0.1", port))
+            second.bind(("127.0.0.1", port + 1))
+            return port
+    raise OSError("no two free ports in a row were found")
+
+
+def wait_for(condition: Callable[[], object], seconds: float, what: str) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"waited {seconds} s in vain for {what}")
+        time.sleep(0.2)
+
+
+@contextmanager
+def background(command: list[str], log: Path, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A process for the time of the block: TERM at its end, KILL where that is not enough."""
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command, env={**os.environ, **environment}, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    try:
+        yield process
+    finally:
+        process.terminate()
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0

@@ -1,0 +1,105 @@
+"""What is confirmed is a configuration, by the mean of fresh seeds; what ships is one model of it."""
+
+import statistics
+from pathlib import Path
+
+import pytest
+import torch
+
+import tasks.confirm
+from models.evaluate import metrics_of, predict_outputs, score
+from models.families import Ensemble
+from models.solo import Diverged, Trained
+from tasks.confirm import Challenger, confirm
+from tasks.job import TuningJob
+from tasks.memory import recall
+from tasks.study import open_study
+from tasks.tune import Prepared, Tuned, TuningFailed, tune
+from tests.conftest import make_job
+from tests.unit.test_tune import NOW
+
+
+def searched(job: TuningJob, prepared: Prepared, folder: Path) -> tuple[object, Tuned]:
+    study = open_study(job, prepared.snapshot.fingerprint, folder, NOW)
+    recall(study, job, prepared.snapshot, None, folder)
+    return study, tune(study, job, prepared, folder)
+
+
+def confirmed(job: TuningJob, prepared: Prepared, folder: Path, *, baseline: bool = False) -> list[Challenger]:
+    """The challenger first, then the baseline where it is asked for."""
+    study, tuned = searched(job, prepared, folder)
+    found = confirm(study, job, prepared, baseline=tuned.baseline if baseline else None)  # type: ignore[arg-type]
+    return [found.challenger] + ([found.baseline] if found.baseline else [])
+
+
+def test_the_model_of_the_median_seed_ships(prepared: Prepared, tmp_path: Path) -> None:
+    (challenger,) = confirmed(make_job(confirm={"candidates": 1, "seeds": 5}), prepared, tmp_path)
+    assert len(set(challenger.seeds)) == 5
+    (shipped,) = challenger.shipped
+    assert challenger.values[challenger.seeds.index(shipped)] == statistics.median(challenger.values)
+    assert challenger.validation["accuracy"] == statistics.median(challenger.values)
+    assert challenger.mean == pytest.approx(statistics.fmean(challenger.values))
+    assert challenger.winners_curse == pytest.approx(challenger.trial.values[0] - challenger.mean)
+
+
+def test_of_an_even_number_of_seeds_the_worse_in_the_middle_ships(prepared: Prepared, tmp_path: Path) -> None:
+    job = make_job(confirm={"candidates": 1, "seeds": 4}, search={"objective": "log_loss", "space": {"epochs": 1}})
+    (challenger,) = confirmed(job, prepared, tmp_path)
+    assert challenger.validation["log_loss"] == sorted(challenger.values)[2]
+
+
+def test_an_ensemble_predicts_with_the_mean_probabilities(prepared: Prepared, tmp_path: Path) -> None:
+    job = make_job(confirm={"candidates": 1, "seeds": 3, "ship": "ensemble"})
+    (challenger,) = confirmed(job, prepared, tmp_path)
+    assert challenger.shipped == challenger.seeds
+    assert isinstance(challenger.model, Ensemble)
+    features = prepared.validation.features
+    mean = torch.stack([member(features).softmax(dim=1) for member in challenger.model.members]).mean(dim=0)
+    torch.testing.assert_close(challenger.model(features).softmax(dim=1), mean)
+    outputs = predict_outputs(challenger.model, features)
+    assert challenger.validation == score(outputs, prepared.validation.target, metrics_of("classification"))
+
+
+def test_an_ensemble_of_a_regression_predicts_the_mean(prepared_regression: Prepared, tmp_path: Path) -> None:
+    search = {"objective": "rmse", "space": {"epochs": 2, "batch_size": 32}}
+    confirm_ = {"candidates": 1, "seeds": 3, "ship": "ensemble"}
+    job = make_job(data={"source": "sklearn://diabetes"}, search=search, confirm=confirm_)
+    (challenger,) = confirmed(job, prepared_regression, tmp_path)
+    assert isinstance(challenger.model, Ensemble)
+    features = prepared_regression.validation.features
+    mean = torch.stack([member(features) for member in challenger.model.members]).mean(dim=0)
+    torch.testing.assert_close(challenger.model(features), mean)
+    assert challenger.sharpness > 0
+
+
+def test_the_baseline_is_trained_with_as_many_seeds(prepared: Prepared, tmp_path: Path) -> None:
+    job = make_job(confirm={"candidates": 1, "seeds": 2}, budget={"trials": 6})
+    challenger, baseline = confirmed(job, prepared, tmp_path, baseline=True)
+    assert baseline.trial.user_attrs["role"] == "baseline"
+    assert len(baseline.seeds) == len(challenger.seeds) == 2
+
+
+def test_a_seed_that_diverges_is_left_out(prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = make_job(confirm={"candidates": 1, "seeds": 3})
+    train_again, calls = tasks.confirm.train_again, []
+
+    def diverge_at_first(*arguments: object) -> Trained:
+        calls.append(arguments)
+        if len(calls) == 1:
+            raise Diverged("diverged at epoch 1: the loss is not finite")
+        return train_again(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(tasks.confirm, "train_again", diverge_at_first)
+    (challenger,) = confirmed(job, prepared, tmp_path)
+    assert len(challenger.seeds) == len(challenger.values) == 2
+
+
+def test_nothing_that_can_be_trained_again_is_one_sentence(
+    prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def diverge(*_: object) -> Trained:
+        raise Diverged("diverged at epoch 1: the loss is not finite")
+
+    monkeypatch.setattr(tasks.confirm, "train_again", diverge)
+    with pytest.raises(TuningFailed, match="no configuration of small could be trained a second time"):
+        confirmed(make_job(), prepared, tmp_path)

@@ -1,0 +1,203 @@
+"""What is published: whole, the same each time, and servable by anybody."""
+
+import os
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import httpx
+import mlflow.pyfunc
+import numpy as np
+import onnxruntime
+import optuna
+import pytest
+import torch
+from torch import nn
+
+from infra.store import open_store
+from models.evaluate import predict_outputs
+from models.families import FAMILIES, build_model
+from models.preprocessing import Standardization
+from models.shapes import DataShape
+from tasks.champion import load_champion, read_version
+from tasks.confirm import confirm
+from tasks.gate import Verdict, gate
+from tasks.job import TuningJob
+from tasks.memory import recall
+from tasks.promote import write_version
+from tasks.promotions import append_promotion
+from tasks.reproduce import reproduce
+from tasks.serving import export_onnx, write_servable
+from tasks.study import FLOW_RUN, MLFLOW_RUN, open_study
+from tasks.tune import Prepared, tune
+from tasks.versions import DamagedVersion, Manifest, publish_version
+from tests.conftest import CPU, make_job
+from tests.servers import background, free_port, wait_for
+from tests.unit.test_families import write_net
+
+NOW = datetime(2026, 11, 23, 2, 0, tzinfo=UTC)
+
+
+def judged(job: TuningJob, prepared: Prepared, folder: Path) -> tuple[optuna.Study, Verdict]:
+    """A whole night's work up to the verdict, without servers."""
+    study = open_study(job, prepared.snapshot.fingerprint, folder, NOW)
+    study.set_user_attr(MLFLOW_RUN, "run")
+    study.set_user_attr(FLOW_RUN, None)
+    recall(study, job, prepared.snapshot, None, folder)
+    tuned = tune(study, job, prepared, folder)
+    confirmed = confirm(study, job, prepared, baseline=tuned.baseline)
+    return study, gate(job, confirmed, None, prepared.snapshot, CPU)
+
+
+def write(job: TuningJob, prepared: Prepared, folder: Path) -> Manifest:
+    study, verdict = judged(job, prepared, folder.with_name(f"{folder.name}-night"))
+    folder.mkdir()
+    return write_version(job, study, prepared.snapshot, verdict, folder, NOW)
+
+
+@pytest.fixture(scope="module")
+def version(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> tuple[Manifest, Path]:
+    folder = tmp_path_factory.mktemp("version") / "version"
+    job = make_job(confirm={"candidates": 1, "seeds": 2, "ship": "ensemble"}, description="Digits <b>& more</b>.")
+    return write(job, prepared, folder), folder
+
+
+@pytest.mark.parametrize(
+    ("family", "values", "shape"),
+    [
+        ("mlp", {"depth": 3, "dropout": 0.3}, DataShape(features=(1, 8, 8), outputs=10)),
+        ("cnn", {"batch_norm": True, "depth": 3}, DataShape(features=(1, 8, 8), outputs=10)),
+        ("mlp", {}, DataShape(features=(5,), outputs=1, problem="regression")),
+    ],
+)
+@pytest.mark.parametrize("members", [1, 3])
+def test_the_onnx_program_gives_what_the_model_gives(
+    family: str, values: dict[str, Any], shape: DataShape, members: int, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    chosen = FAMILIES[family]
+    model = build_model(chosen, chosen.hyperparameters.from_values(values), shape, members)
+    example = torch.randn(2, *shape.features)
+    served = nn.Sequential(Standardization(torch.full(shape.features, 0.5), torch.full(shape.features, 2.0)), model)
+    export_onnx(served, example, tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"))
+    for rows in (1, 7):
+        features = torch.randn(rows, *shape.features)
+        (outputs,) = session.run(None, {"features": features.numpy()})
+        torch.testing.assert_close(torch.from_numpy(outputs), predict_outputs(served, features), rtol=1e-4, atol=1e-5)
+
+
+def test_the_same_night_writes_the_same_files(prepared: Prepared, tmp_path: Path) -> None:
+    job = make_job(confirm={"candidates": 1, "seeds": 1}, budget={"trials": 2})
+    first, second = (write(job, prepared, tmp_path / name) for name in ("first", "second"))
+    assert first.files == second.files
+    assert first.version == second.version
+    text = "".join(path.read_text(errors="replace") for path in (tmp_path / "first").rglob("*") if path.is_file())
+    assert str(tmp_path) not in text, "a path of this machine was published"
+
+
+def test_mlflow_loads_it_and_predicts_raw_rows(version: tuple[Manifest, Path], prepared: Prepared) -> None:
+    manifest, folder = version
+    features = prepared.snapshot.load(CPU)["test"][0]
+    table = mlflow.pyfunc.load_model(str(folder / "mlflow")).predict(features.numpy())
+    assert set(table["prediction"]) <= set(manifest.classes)
+    probabilities = table[[f"probability of {name}" for name in manifest.classes]].to_numpy()
+    np.testing.assert_allclose(probabilities.sum(axis=1), 1, rtol=1e-6)
+    store = open_store((folder.parent / "store").as_uri())
+    name = publish_version(store, manifest, folder)
+    published = read_version(store, manifest.job, name, CPU)
+    assert list(table["prediction"]) == published.predict(features)
+    np.testing.assert_allclose(probabilities, published.outputs(features).softmax(dim=1).numpy(), rtol=1e-3, atol=1e-5)
+
+
+def test_mlflow_serves_it(version: tuple[Manifest, Path], prepared: Prepared, tmp_path: Path) -> None:
+    manifest, folder = version
+    port = free_port()
+    command = [
+        sys.executable, "-m", "mlflow", "models", "serve", "-m", str(folder / "mlflow"), "--env-manager", "local",
+        "--host", "127.0.0.1", "--port", str(port),
+    ]  # fmt: skip
+    url = f"http://127.0.0.1:{port}"
+    features = prepared.snapshot.load(CPU)["test"][0][:3]
+
+    def answers() -> bool:
+        try:
+            return httpx.get(f"{url}/ping").status_code == 200
+        except httpx.HTTPError:
+            return False
+
+    # MLflow starts its server as `uvicorn`, from the PATH.
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    with background(command, tmp_path / "log", MLFLOW_ALLOW_PICKLE_DESERIALIZATION="false", PATH=path):
+        wait_for(answers, 60, "MLflow's scoring server")
+        answer = httpx.post(f"{url}/invocations", json={"inputs": features.tolist()}).raise_for_status().json()
+    assert [row["prediction"] in manifest.classes for row in answer["predictions"]] == [True] * 3
+
+
+def test_the_card_tells_what_a_stranger_needs(version: tuple[Manifest, Path]) -> None:
+    manifest, folder = version
+    card = (folder / "README.md").read_text()
+    assert card.startswith("# small\n\nDigits <b>& more</b>.\n")
+    for text in (
+        manifest.lineage.snapshot,
+        "sklearn://digits",
+        f"| accuracy | {manifest.metrics['test']['accuracy']:.4f} | {manifest.intervals['accuracy'][0]:.4f} to ",
+        "an ensemble of 2 models",
+        "worst slice",
+        "| learning_rate |",
+        'load_champion("small")',
+    ):
+        assert text in card
+
+
+def test_a_model_that_cannot_be_exported_is_published_without(
+    prepared: Prepared, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Branching(nn.Module):
+        def forward(self, features: torch.Tensor) -> torch.Tensor:
+            return features.flatten(1) if features.sum() > 0 else -features.flatten(1)
+
+    assert not write_servable(tmp_path, Branching(), torch.ones(2, 4), ("a", "b", "c", "d"), NOW)
+    assert "the version holds no ONNX program" in caplog.text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_users_own_model_is_exported_too(prepared: Prepared, tmp_path: Path) -> None:
+    path = write_net(tmp_path)
+    job = make_job(model=path, search={"space": {"epochs": 1}}, confirm={"candidates": 1, "seeds": 1})
+    manifest = write(job, prepared, tmp_path / "version")
+    assert "mlflow/artifacts/model.onnx" in manifest.files
+
+
+@pytest.mark.parametrize("ship", ["median", "ensemble"])
+def test_a_version_is_reproduced_bit_by_bit(prepared: Prepared, tmp_path: Path, ship: str) -> None:
+    job = make_job(confirm={"candidates": 2, "seeds": 2, "ship": ship}, budget={"trials": 3})
+    manifest = write(job, prepared, tmp_path / "version")
+    store = open_store((tmp_path / "store").as_uri())
+    name = publish_version(store, manifest, tmp_path / "version")
+    # No snapshot lies there: the source is read again.
+    found = reproduce(store, "small", name, tmp_path / "snapshots", CPU)
+    assert found.bit_equal
+    assert found.near
+    assert found.metrics["accuracy"][0] == manifest.metrics["test"]["accuracy"]
+
+
+def test_the_loader_has_no_way_to_unpickle(version: tuple[Manifest, Path], tmp_path: Path) -> None:
+    """A whole process that loads a champion never imports a module that can run code from a file."""
+    manifest, folder = version
+    store = open_store((tmp_path / "store").as_uri())
+    name = publish_version(store, manifest, folder)
+    append_promotion(store, "small", version=name, judged=0, run="r", reason="", now=NOW)
+    script = (
+        "import sys, pickle, torch\n"
+        "def refuse(*a, **k): raise SystemExit('unpickled')\n"
+        "pickle.load = pickle.loads = torch.load = refuse\n"
+        "from tasks.champion import load_champion\n"
+        f"print(load_champion('small', {store.url!r}).manifest.version)"
+    )
+    printed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    assert printed.strip() == name
+    assert load_champion("small", store.url).promotion.number == 1
+    assert issubclass(DamagedVersion, Exception)
