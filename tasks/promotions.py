@@ -6,6 +6,7 @@ Entry N+1 is created only where none is, so of two promoters exactly one wins, a
 rollback is one more entry that names an earlier version. Knows nothing of what a version holds.
 """
 
+import hashlib
 import re
 from collections.abc import Iterator
 from datetime import datetime
@@ -27,13 +28,15 @@ class StaleJudgement(ExpectedError):
 
 class Promotion(BaseModel):
     """One entry. `judged` is the number of the entry that was champion when the gate compared, or that a rollback
-    took back; `run` is the MLflow run or the command that made the entry, by which a retry finds its own."""
+    took back: the one before. `previous` is that one's SHA-256, which chains the log. `run` is the MLflow run or the
+    command that made the entry, by which a retry finds its own."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     number: int
     version: str = Field(pattern=r"^[a-z0-9]{1,64}$")
     judged: int
+    previous: str | None = None
     run: str
     reason: str
     promoted_at: datetime
@@ -47,14 +50,23 @@ def latest_promotion(store: Store, job: str) -> Promotion | None:
 
 
 def history(store: Store, job: str) -> list[Promotion]:
-    """Every entry, the newest first. Raises DamagedLog where one cannot be read or is missing."""
+    """Every entry, the newest first. Raises DamagedLog where one cannot be read, is missing, or is not the one that the
+    entry after it names."""
     numbers = sorted(_numbers(store, job), reverse=True)
     if numbers and numbers != list(range(len(numbers), 0, -1)):
         raise DamagedLog(
             f"the promotion log of {job} in {store.url} must have every number from 1 to {numbers[0]}, found "
             f"{len(numbers)} entries; restore the missing ones from a backup of the store"
         )
-    return [_read(store, job, number) for number in numbers]
+    contents = [store.read(_key(job, number)) for number in numbers]
+    entries = [_parse(store, job, number, content) for number, content in zip(numbers, contents, strict=True)]
+    for entry, content in zip(entries, contents[1:], strict=False):
+        if entry.previous is not None and entry.previous != hashlib.sha256(content).hexdigest():
+            raise DamagedLog(
+                f"promotion {entry.judged} of {job} in {store.url} was altered after promotion {entry.number} "
+                "was made; restore it from a backup of the store"
+            )
+    return entries
 
 
 def append_promotion(
@@ -74,7 +86,14 @@ def append_promotion(
     two promoters that judged the same champion exactly one wins.
     """
     entry = Promotion(
-        number=judged + 1, version=version, judged=judged, run=run, reason=reason, promoted_at=now, kind=kind
+        number=judged + 1,
+        version=version,
+        judged=judged,
+        previous=hashlib.sha256(store.read(_key(job, judged))).hexdigest() if judged else None,
+        run=run,
+        reason=reason,
+        promoted_at=now,
+        kind=kind,
     )
     try:
         store.create(_key(job, entry.number), entry.model_dump_json(indent=2).encode())
@@ -98,9 +117,13 @@ def taken_back(store: Store, job: str, latest: Promotion) -> Iterator[str]:
 
 
 def _read(store: Store, job: str, number: int) -> Promotion:
+    return _parse(store, job, number, store.read(_key(job, number)))
+
+
+def _parse(store: Store, job: str, number: int, content: bytes) -> Promotion:
     key = _key(job, number)
     try:
-        promotion = Promotion.model_validate_json(store.read(key))
+        promotion = Promotion.model_validate_json(content)
     except ValidationError as error:
         raise DamagedLog(f"{store.url}/{key} is no promotion; restore it from a backup of the store") from error
     if promotion.number != number:

@@ -50,9 +50,13 @@ def faulty_proxy(server: str, choose: Callable[[Request], Fault | None]) -> Iter
                 return
             connection = http.client.HTTPConnection(upstream.hostname or "", upstream.port, timeout=30)
             headers = {name: value for name, value in self.headers.items() if name.lower() != "expect"}
-            connection.request(self.command, self.path, body, headers)
-            answer = connection.getresponse()
-            content = answer.read()
+            try:
+                connection.request(self.command, self.path, body, headers)
+                answer = connection.getresponse()
+                content = answer.read()
+            except OSError:  # the server is away, so the proxy's client gets no answer either
+                self.close_connection = True
+                return
             kept = {name: value for name, value in answer.getheaders() if name.lower() != "transfer-encoding"}
             connection.close()
             if fault == "no answer":

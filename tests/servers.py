@@ -47,6 +47,18 @@ class S3Server:
         subprocess.run(command, env=environment, check=True, capture_output=True, timeout=60)
         return self.environment | {"AWS_ACCESS_KEY_ID": name, "AWS_SECRET_ACCESS_KEY": secret}
 
+    def start_gateway(self, port: int) -> subprocess.Popen[bytes]:
+        """Another gateway before the same Ceph cluster; whoever starts it stops it."""
+        assert self.ceph is not None
+        command = [
+            shutil.which("radosgw") or "", "-f", "-n", "client.rgw",
+            f"--rgw-frontends=beast endpoint=127.0.0.1:{port}",
+        ]  # fmt: skip
+        environment = {**os.environ, "CEPH_CONF": str(self.ceph / "ceph.conf")}
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        wait_for(lambda: _listens(port), 60, "the second gateway")
+        return process
+
     def make_bucket(self, name: str) -> None:
         boto3.Session().client(
             "s3",

@@ -17,7 +17,7 @@ from tasks.tune import Prepared, tune
 from tests.benchmarks.datasets import DATASETS
 
 NIGHTS = (1, 2, 3, 4, 5)
-TARGET = 0.975
+TARGET = 0.965
 TRIALS = 20
 
 

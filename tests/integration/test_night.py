@@ -415,7 +415,8 @@ def test_a_person_decides_where_the_job_asks(
         run = latest_run(stack, job)["id"]
         assert not (stack.home / "store/models" / job).exists()
         url = f"{stack.prefect_api}/flow_runs/{run}"
-        inputs = httpx.post(f"{url}/input/filter", json={"prefix": "paused"}).raise_for_status().json()
+        content = {"prefix": "paused", "limit": 10}
+        inputs = httpx.post(f"{url}/input/filter", json=content).raise_for_status().json()
         (described,) = (each["value"] for each in inputs if each["key"].endswith("-description"))
         assert f"Promote tonight's winner of {job}?" in described
         assert "| accuracy |" in described
@@ -464,7 +465,7 @@ def test_a_rollback_from_the_prefect_ui_and_the_alias_follows(stack: Stack, nigh
     back = stack.nightly("rollback", "quick", "--to", second, "--reason", "after all", "--json")
     assert json.loads(back.stdout)["number"] == 4
     assert champion_alias(stack, "quick").tags["store_version"] == second
-    assert "disappoints" in stack.nightly("history", "quick").stdout
+    assert "it disappoints" in stack.nightly("history", "quick", COLUMNS="200").stdout
     again = json.loads(stack.nightly("reproduce", "quick", first.version, "--json").stdout)
     assert again["within_tolerance"]
 

@@ -26,7 +26,7 @@ from tasks.promotions import StaleJudgement, append_promotion, history, latest_p
 from tasks.versions import DamagedVersion, publish_version, verify_version
 from tests.faulty_proxy import Fault, Request, faulty_proxy
 from tests.promoting import NOW, promote, write_version
-from tests.servers import S3Server
+from tests.servers import S3Server, free_port
 
 WRITES = 4  # two files, the manifest, the entry
 
@@ -321,6 +321,56 @@ def test_a_trainer_may_not_write_the_log(rgw: S3Server, monkeypatch: pytest.Monk
             with pytest.raises(StoreError, match="AccessDenied"):
                 publish_version(store, manifest, tmp_path / user)
     assert verify_version(open_store("s3://shared/prefix"), "job", version).version == version
+
+
+def test_a_gateway_killed_in_a_promotion_leaves_one_entry(
+    rgw: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A second gateway before the same cluster dies with SIGKILL at the n-th write, and comes back."""
+    for name, value in rgw.environment.items():
+        monkeypatch.setenv(name, value)
+    rgw.make_bucket("dying")
+    old = promote(open_store("s3://dying"), tmp_path / "old", 0, judged=0, run="old")
+    port = free_port()
+    for write in range(WRITES):
+        gateway = [rgw.start_gateway(port)]
+        kill_at = killer(gateway, write)
+        judged = write + 1
+        with faulty_proxy(f"http://127.0.0.1:{port}", kill_at) as endpoint:
+            monkeypatch.setenv("AWS_ENDPOINT_URL_S3", endpoint)
+            store = open_store("s3://dying")
+            with pytest.raises(StoreUnavailable):
+                promote(store, tmp_path / "new", judged, judged=judged, run=f"new {write}")
+            assert champion_of(open_other(rgw, monkeypatch)) == old
+            gateway[0] = rgw.start_gateway(port)
+            try:
+                new = promote(store, tmp_path / "new", judged, judged=judged, run=f"new {write}")
+                assert champion_of(store) == new
+            finally:
+                gateway[0].kill()
+                gateway[0].wait()
+        assert len(history(open_other(rgw, monkeypatch), "job")) == judged + 1
+        old = new
+
+
+def killer(gateway: list[subprocess.Popen[bytes]], write: int) -> Callable[[Request], None]:
+    """Chooses no fault, but kills the gateway as the write of that number comes in."""
+    writes: list[str] = []
+
+    def kill_at(request: Request) -> None:
+        if request.method == "PUT":
+            writes.append(request.path)
+            if len(writes) == write + 1:
+                gateway[0].kill()
+                gateway[0].wait()
+
+    return kill_at
+
+
+def open_other(rgw: S3Server, monkeypatch: pytest.MonkeyPatch) -> Store:
+    """The same bucket through the gateway that lives."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", rgw.endpoint)
+    return open_store("s3://dying")
 
 
 def test_a_large_file_goes_up_in_parts_and_is_verified(

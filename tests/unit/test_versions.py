@@ -260,6 +260,16 @@ def test_history_is_newest_first_and_misses_no_entry(store: Store) -> None:
         history(store, "job")
 
 
+def test_an_entry_that_was_rewritten_is_found_out(store: Store) -> None:
+    versions = [publish(store, seed) for seed in range(2)]
+    for number in range(3):
+        promote(store, versions[number % 2], judged=number, run=f"run {number}")
+    path = Path(store.url.removeprefix("file://")) / "models/job/promotions/000002.json"
+    path.write_bytes(path.read_bytes().replace(b"better", b"bettor"))
+    with pytest.raises(DamagedLog, match=r"promotion 2 of job in .* was altered after promotion 3 was made"):
+        history(store, "job")
+
+
 def test_a_pulled_version_is_whole(store: Store, tmp_path: Path) -> None:
     version = publish(store)
     promote(store, version)
