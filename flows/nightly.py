@@ -135,31 +135,21 @@ def _judge_and_promote(
     device: torch.device,
     settings: Settings,
 ) -> tuple[Verdict, Promotion | None]:
-    """Whoever comes second to the promotion log compares with the champion that came first."""
-    for _ in range(JUDGEMENTS - 1):
+    """Whoever comes second to the promotion log compares with the champion that came first, three times at most."""
+    client = MlflowClient(settings.mlflow_url)
+    judgements = 0
+    while True:
+        judgements += 1
+        with hold_device(device, settings.home / "locks"):
+            verdict = gate_step(job, confirmed, champion, snapshot, device)
+        verdict = ask(job, verdict)
         try:
-            return _judge_once(job, study, snapshot, confirmed, champion, store, device, settings)
+            return verdict, promote_step(job, study, snapshot, verdict, store, client, _now())
         except StaleJudgement as error:
+            if judgements == JUDGEMENTS:
+                raise
             _logger.warning("%s", error)
             champion = read_champion(store, job.name, device)
-    return _judge_once(job, study, snapshot, confirmed, champion, store, device, settings)
-
-
-def _judge_once(
-    job: TuningJob,
-    study: optuna.Study,
-    snapshot: Snapshot,
-    confirmed: Confirmed,
-    champion: Champion | None,
-    store: Store,
-    device: torch.device,
-    settings: Settings,
-) -> tuple[Verdict, Promotion | None]:
-    with hold_device(device, settings.home / "locks"):
-        verdict = gate_step(job, confirmed, champion, snapshot, device)
-    verdict = ask(job, verdict)
-    client = MlflowClient(settings.mlflow_url)
-    return verdict, promote_step(job, study, snapshot, verdict, store, client, _now())
 
 
 def _tune(
