@@ -209,7 +209,7 @@ REFUSALS = {
     "SignatureDoesNotMatch": _CREDENTIALS,
     "ExpiredToken": _CREDENTIALS,
     "AccessDenied": _RIGHTS,
-    "403": _RIGHTS,
+    "403": f"{_CREDENTIALS}, and {_RIGHTS}",  # an answer to HEAD does not say more
     "RequestTimeTooSkewed": "set this machine's clock right",
     "NoSuchBucket": "create the bucket or name another with NIGHTLY_STORE",
 }

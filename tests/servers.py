@@ -37,15 +37,24 @@ class S3Server:
 
     def make_user(self, name: str) -> dict[str, str]:
         """Another user of Ceph's gateway; returns the environment with its credentials."""
-        assert self.ceph is not None
         secret = f"the-secret-of-{name}"
-        command = [
-            shutil.which("radosgw-admin") or "", "user", "create", f"--uid={name}", f"--display-name={name}",
-            f"--access-key={name}", f"--secret={secret}",
-        ]  # fmt: skip
-        environment = {**os.environ, "CEPH_CONF": str(self.ceph / "ceph.conf")}
-        subprocess.run(command, env=environment, check=True, capture_output=True, timeout=60)
+        self._administer(
+            "user", "create", f"--uid={name}", f"--display-name={name}", f"--access-key={name}", f"--secret={secret}"
+        )
         return self.environment | {"AWS_ACCESS_KEY_ID": name, "AWS_SECRET_ACCESS_KEY": secret}
+
+    def rotate_key(self, name: str) -> dict[str, str]:
+        """Give a user a new key and take the old one away; returns the environment with the new one."""
+        key, secret = f"{name}-new", f"the-new-secret-of-{name}"
+        self._administer("key", "create", f"--uid={name}", f"--access-key={key}", f"--secret={secret}")
+        self._administer("key", "rm", f"--uid={name}", f"--access-key={name}")
+        return self.environment | {"AWS_ACCESS_KEY_ID": key, "AWS_SECRET_ACCESS_KEY": secret}
+
+    def _administer(self, *arguments: str) -> None:
+        assert self.ceph is not None
+        environment = {**os.environ, "CEPH_CONF": str(self.ceph / "ceph.conf")}
+        command = [shutil.which("radosgw-admin") or "", *arguments]
+        subprocess.run(command, env=environment, check=True, capture_output=True, timeout=60)
 
     def start_gateway(self, port: int) -> subprocess.Popen[bytes]:
         """Another gateway before the same Ceph cluster; whoever starts it stops it."""

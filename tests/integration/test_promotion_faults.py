@@ -323,6 +323,28 @@ def test_a_trainer_may_not_write_the_log(rgw: S3Server, monkeypatch: pytest.Monk
     assert verify_version(open_store("s3://shared/prefix"), "job", version).version == version
 
 
+def test_a_key_that_is_rotated_in_a_promotion_is_one_sentence_and_the_next_try_goes_on(
+    rgw: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def use(environment: dict[str, str]) -> None:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+
+    use(rgw.make_user("rotating"))
+    boto3.Session().client("s3").create_bucket(Bucket="rotating")
+    store = open_store("s3://rotating")
+    old = promote(store, tmp_path / "old", 0, judged=0, run="old")
+    manifest = write_version(tmp_path / "new", 1)
+    version = publish_version(store, manifest, tmp_path / "new")
+    fresh = rgw.rotate_key("rotating")
+    with pytest.raises(StoreError, match=r"refused: .*check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"):
+        append_promotion(store, "job", version=version, judged=1, run="new", reason="", now=NOW)
+    use(fresh)
+    assert champion_of(open_store("s3://rotating")) == old
+    assert promote(open_store("s3://rotating"), tmp_path / "new", 1, judged=1, run="new") == version
+    assert champion_of(open_store("s3://rotating")) == version
+
+
 def test_a_gateway_killed_in_a_promotion_leaves_one_entry(
     rgw: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

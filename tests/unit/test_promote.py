@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import nn
 
+from infra.settings import Settings
 from infra.store import open_store
 from models.evaluate import predict_outputs
 from models.families import FAMILIES, build_model
@@ -182,6 +183,29 @@ def test_a_version_is_reproduced_bit_by_bit(prepared: Prepared, tmp_path: Path, 
     assert found.bit_equal
     assert found.near
     assert found.metrics["accuracy"][0] == manifest.metrics["test"]["accuracy"]
+
+
+def test_a_pickled_mlflow_model_is_refused_in_our_processes(tmp_path: Path) -> None:
+    """The environment that each of our processes gets keeps MLflow from unpickling."""
+    marker = tmp_path / "marker"
+    made = f"""
+import mlflow, pathlib
+class Payload(mlflow.pyfunc.PythonModel):
+    def __reduce__(self): return (pathlib.Path.touch, (pathlib.Path({str(marker)!r}),))
+    def predict(self, context, model_input, params=None): return model_input
+mlflow.pyfunc.save_model({str(tmp_path / "m")!r}, python_model=Payload(), pip_requirements=[])
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", made], check=True, capture_output=True)
+    marker.unlink(missing_ok=True)
+    assert (tmp_path / "m/python_model.pkl").exists()
+    load = f"import mlflow; mlflow.pyfunc.load_model({str(tmp_path / 'm')!r})"
+    environment = {**os.environ, **Settings(home=tmp_path).environment()}
+    refused = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", load], env=environment, check=False, capture_output=True, text=True
+    )
+    assert refused.returncode != 0
+    assert "MLFLOW_ALLOW_PICKLE_DESERIALIZATION" in refused.stderr
+    assert not marker.exists()
 
 
 def test_the_loader_has_no_way_to_unpickle(version: tuple[Manifest, Path], tmp_path: Path) -> None:

@@ -406,7 +406,7 @@ def test_garbage_collection_in_a_loop_never_harms_a_promotion(store: Store) -> N
 
     with ThreadPoolExecutor(1) as thread:
         runs = thread.submit(collect)
-        for number in range(30):
+        for number in range(100):
             promote(store, publish(store, number), judged=number, run=f"run {number}")
             assert read_champion(store, "job", CPU) is not None
         stop.set()
