@@ -7,6 +7,7 @@ A service that this machine lacks skips its tests with the reason; with NIGHTLY_
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -151,8 +152,16 @@ class Stack:
         return finished
 
     def prefect(self, path: str, **body: object) -> list[dict[str, object]]:
-        answer = httpx.post(f"{self.prefect_api}/{path}", json=body, timeout=30).raise_for_status()
-        return list(answer.json())
+        return list(self.ask_prefect("POST", path, body).json())
+
+    def ask_prefect(self, method: str, path: str, body: object = None) -> httpx.Response:
+        """A call that Prefect's own clients would repeat too: its server answers 503 while SQLite is locked."""
+        for _ in range(10):
+            answer = httpx.request(method, f"{self.prefect_api}/{path}", json=body, timeout=30)
+            if answer.status_code != httpx.codes.SERVICE_UNAVAILABLE:
+                break
+            time.sleep(1)
+        return answer.raise_for_status()
 
     def flow_runs(self, job: str) -> list[dict[str, object]]:
         """The job's flow runs, newest first."""

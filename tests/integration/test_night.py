@@ -337,7 +337,7 @@ def test_a_night_goes_on_without_mlflow_and_the_next_one_makes_up_for_it(stack: 
 
 
 def test_a_refused_parameter_starts_nothing(stack: Stack) -> None:
-    deployment = httpx.get(f"{stack.prefect_api}/deployments/name/nightly_tuning/quick").json()
+    deployment = stack.ask_prefect("GET", "deployments/name/nightly_tuning/quick").json()
     for parameters in ({"trials": 0}, {"sampler": "magic"}, {"trails": 5}):
         answer = httpx.post(
             f"{stack.prefect_api}/deployments/{deployment['id']}/create_flow_run",
@@ -347,7 +347,7 @@ def test_a_refused_parameter_starts_nothing(stack: Stack) -> None:
 
 
 def test_the_run_form_is_flat_and_shows_what_the_job_says(stack: Stack) -> None:
-    deployment = httpx.get(f"{stack.prefect_api}/deployments/name/nightly_tuning/quick").json()
+    deployment = stack.ask_prefect("GET", "deployments/name/nightly_tuning/quick").json()
     fields = deployment["parameter_openapi_schema"]["properties"]
     assert {name: field.get("default") for name, field in fields.items()} == {
         "job": None, "trials": 5, "minutes": 10.0, "sampler": "auto", "promotion": "automatic",
@@ -359,14 +359,12 @@ def test_the_run_form_is_flat_and_shows_what_the_job_says(stack: Stack) -> None:
 
 
 def test_a_paused_schedule_stays_paused(stack: Stack) -> None:
-    path = f"{stack.prefect_api}/deployments/name/nightly_tuning/quick"
-    deployment = httpx.get(path).json()
+    path = "deployments/name/nightly_tuning/quick"
+    deployment = stack.ask_prefect("GET", path).json()
     (schedule,) = deployment["schedules"]
-    httpx.patch(
-        f"{stack.prefect_api}/deployments/{deployment['id']}/schedules/{schedule['id']}", json={"active": False}
-    ).raise_for_status()
+    stack.ask_prefect("PATCH", f"deployments/{deployment['id']}/schedules/{schedule['id']}", {"active": False})
     stack.nightly("up")
-    (after,) = httpx.get(path).json()["schedules"]
+    (after,) = stack.ask_prefect("GET", path).json()["schedules"]
     assert after == {**schedule, "active": False, "updated": after["updated"]}
 
 
@@ -414,13 +412,11 @@ def test_a_person_decides_where_the_job_asks(
         wait_for(lambda: latest_run(stack, job)["state_type"] == "PAUSED", 90, "the night to pause")
         run = latest_run(stack, job)["id"]
         assert not (stack.home / "store/models" / job).exists()
-        url = f"{stack.prefect_api}/flow_runs/{run}"
-        content = {"prefix": "paused", "limit": 10}
-        inputs = httpx.post(f"{url}/input/filter", json=content).raise_for_status().json()
-        (described,) = (each["value"] for each in inputs if each["key"].endswith("-description"))
+        inputs = stack.prefect(f"flow_runs/{run}/input/filter", prefix="paused", limit=10)
+        (described,) = (str(each["value"]) for each in inputs if str(each["key"]).endswith("-description"))
         assert f"Promote tonight's winner of {job}?" in described
         assert "| accuracy |" in described
-        taken = httpx.post(f"{url}/resume", json={"run_input": answer}).raise_for_status().json()
+        taken = stack.ask_prefect("POST", f"flow_runs/{run}/resume", {"run_input": answer}).json()
         assert taken["status"] == "ACCEPT", taken
     wait_for(lambda: latest_run(stack, job)["state_type"] == "COMPLETED", 90, "the night to go on")
     (report,) = stack.prefect("artifacts/filter", artifacts={"key": {"any_": [f"report-{job}"]}})
@@ -444,15 +440,13 @@ def test_a_rollback_from_the_prefect_ui_and_the_alias_follows(stack: Stack, nigh
     append_promotion(
         store, "quick", version=second, judged=first.number, run="later", reason="later", now=datetime.now(UTC)
     )
-    deployment = httpx.get(f"{stack.prefect_api}/deployments/name/rollback/rollback").raise_for_status().json()
-    created = httpx.post(
-        f"{stack.prefect_api}/deployments/{deployment['id']}/create_flow_run",
-        json={"parameters": {"job": "quick", "reason": "it disappoints"}},
-    )
-    run = created.raise_for_status().json()["id"]
+    deployment = stack.ask_prefect("GET", "deployments/name/rollback/rollback").json()
+    parameters = {"job": "quick", "reason": "it disappoints"}
+    created = stack.ask_prefect("POST", f"deployments/{deployment['id']}/create_flow_run", {"parameters": parameters})
+    run = created.json()["id"]
 
     def state() -> str:
-        return str(httpx.get(f"{stack.prefect_api}/flow_runs/{run}").json()["state_type"])
+        return str(stack.ask_prefect("GET", f"flow_runs/{run}").json()["state_type"])
 
     wait_for(lambda: state() in ("COMPLETED", "FAILED"), 60, "the rollback")
     assert state() == "COMPLETED"
@@ -528,9 +522,7 @@ def engine_of(stack: Stack) -> psutil.Process:
 def cancel(stack: Stack, run: dict[str, object]) -> None:
     """What the Prefect UI's Cancel does."""
     kind = "CANCELLING" if run["state_type"] == "RUNNING" else "CANCELLED"
-    httpx.post(
-        f"{stack.prefect_api}/flow_runs/{run['id']}/set_state", json={"state": {"type": kind}, "force": True}
-    ).raise_for_status()
+    stack.ask_prefect("POST", f"flow_runs/{run['id']}/set_state", {"state": {"type": kind}, "force": True})
 
 
 def unfinished(stack: Stack, job: str) -> list[dict[str, object]]:
