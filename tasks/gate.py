@@ -191,7 +191,7 @@ def _first_night(confirmed: Confirmed, rows: "_TestRows") -> Verdict:
     comparison = rows.compare(ours, theirs, judged=0)
     rails = (*rows.slice_rail(ours, theirs), *limits)
     decision, outcome = judge(comparison, rails, rows.job.promotion)
-    winner = challenger
+    winner = None
     if decision == "PROMOTE":
         outcome = "there was no champion yet, and the challenger is better than the baseline"
     elif broken := _broken(rows.limits(baseline, theirs)):
@@ -228,12 +228,12 @@ class _TestRows:
         return score(outputs, self.target, metrics_of(self.job.objective.problem))
 
     def verdict(self, challenger: Challenger, winner: Challenger | None = None, **found: Any) -> Verdict:
-        winner = winner or challenger
-        outputs = self.outputs(winner)
+        ours = self.outputs(challenger)
+        outputs = ours if winner is None else self.outputs(winner)
         return Verdict(
             challenger=challenger,
-            challenger_test=self.metrics(self.outputs(challenger)),
-            winner=winner,
+            challenger_test=self.metrics(ours),
+            winner=winner or challenger,
             winner_intervals={
                 name: interval(outputs, self.target, name, seed=derived_seed(self.job.seed, "interval", 0))
                 for name in metrics_of(self.job.objective.problem)

@@ -46,18 +46,6 @@ def bucket(server: S3Server) -> str:
     return name
 
 
-@pytest.fixture(params=["directory", "ministack", "rgw"])
-def store(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
-    if request.param == "directory":
-        return open_store((tmp_path / "store").as_uri())
-    found: S3Server = request.getfixturevalue(request.param)
-    for name, value in found.environment.items():
-        monkeypatch.setenv(name, value)
-    name = f"bucket-{uuid.uuid4().hex[:8]}"
-    found.make_bucket(name)
-    return open_store(f"s3://{name}/prefix")
-
-
 @pytest.fixture
 def through(server: S3Server, bucket: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Store]]:
     """Opens the store behind a proxy whose faults a function chooses."""

@@ -1,7 +1,5 @@
 """One contract for every artifact store: a key is created once, and of two racing writers exactly one wins."""
 
-import uuid
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -10,19 +8,6 @@ import pytest
 
 from infra.store import AlreadyExists, NotFound, Store, StoreError, StoreUnavailable, check_store, open_store
 from tests.servers import ACCESS_KEY, SECRET_KEY, S3Server, free_port
-
-
-@pytest.fixture(params=["directory", "ministack", "rgw"])
-def store(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
-    if request.param == "directory":
-        yield open_store((tmp_path / "a store").as_uri())
-        return
-    server: S3Server = request.getfixturevalue(request.param)
-    bucket = f"bucket-{uuid.uuid4().hex[:8]}"
-    server.make_bucket(bucket)
-    for name, value in server.environment.items():
-        monkeypatch.setenv(name, value)
-    yield open_store(f"s3://{bucket}/some/prefix")
 
 
 @pytest.fixture
