@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from flows.cli_versions import COMMANDS, JobArgument
+from flows.cli_versions import COMMANDS, JobArgument, point_champion
 from infra.settings import Settings, enter
 from infra.stack import find, one_at_a_time, servers, start, stop, worker
 
@@ -134,6 +134,7 @@ def run(
 
 for command in COMMANDS:
     app.command()(command)
+app.command(point_champion.__name__, hidden=True)(point_champion)
 
 
 def main() -> None:

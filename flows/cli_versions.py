@@ -5,6 +5,8 @@ Each prints a table for people, or JSON for programs. What they do is in tasks; 
 
 import json
 import logging
+import subprocess
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -100,19 +102,33 @@ def rollback(
     from infra.store import open_store
     from tasks.rollback import roll_back
 
-    promotion, manifest = roll_back(open_store(settings.store_url), job, to=to, reason=reason, now=datetime.now(UTC))
+    promotion, _ = roll_back(open_store(settings.store_url), job, to=to, reason=reason, now=datetime.now(UTC))
     _show(
         promotion.model_dump(mode="json"),
         [("champion", f"version {promotion.version} of {job} again, as promotion {promotion.number}")],
         as_json,
     )
-    # After the answer: MLflow takes longer to import than the rollback takes, and follows anyhow.
+    # In a process of its own: MLflow takes longer to import than the rollback takes, and follows anyhow.
+    arguments = [sys.executable, "-c", "from flows.cli import main; main()", point_champion.__name__, job]
+    logs = settings.home / "logs"
+    logs.mkdir(exist_ok=True)
+    with (logs / "champion.log").open("ab") as log:
+        subprocess.Popen(arguments, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+
+
+def point_champion(job: JobArgument) -> None:
+    """Let MLflow's alias `champion` name the champion of the store."""
+    settings = enter()
     from mlflow import MlflowClient
 
-    from tasks.tracking import mlflow_may_be_away, point_champion
+    from infra.store import open_store
+    from tasks import tracking
+    from tasks.versions import choose_version, read_manifest
 
-    with mlflow_may_be_away("the champion's alias"):
-        point_champion(MlflowClient(settings.mlflow_url), manifest, promotion.version)
+    store = open_store(settings.store_url)
+    version = choose_version(store, job, None)
+    with tracking.mlflow_may_be_away("the champion's alias"):
+        tracking.point_champion(MlflowClient(settings.mlflow_url), read_manifest(store, job, version), version)
 
 
 def pull(
