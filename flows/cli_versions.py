@@ -113,7 +113,9 @@ def rollback(
     logs = settings.home / "logs"
     logs.mkdir(exist_ok=True)
     with (logs / "champion.log").open("ab") as log:
-        subprocess.Popen(arguments, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+        subprocess.Popen(  # noqa: S603 ourselves
+            arguments, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+        )
 
 
 def point_champion(job: JobArgument) -> None:

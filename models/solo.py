@@ -5,7 +5,7 @@ Knows nothing of studies: it reports each epoch to a callback, and an exception 
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from models.checkpoints import (
     random_states,
     set_random_states,
 )
+from models.dropout import SeededDropout, dropout_keys, seed_dropout
 from models.evaluate import METRICS, MetricName, metrics_of, predict_outputs, score
 from models.families import Family, Unscale, build_model
 from models.hyperparameters import Hyperparameters
@@ -68,27 +69,40 @@ class Resumable:
     clock: Callable[[], float] = time.monotonic
 
 
-def train(
-    family: Family,
-    hyperparameters: Hyperparameters,
-    shape: DataShape,
-    training: Split,
-    validation: Split,
-    *,
-    objective: MetricName,
-    seed: int,
-    report: Callable[[Epoch], None] = lambda _: None,
-    resumable: Resumable | None = None,
-) -> Trained:
-    """Train one model from scratch; initial weights, dropout and the order of rows all come from the seed.
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What several trainings have in common: the family of their models, the rows, and the metric they are judged by
+    on the validation rows."""
+
+    family: Family
+    shape: DataShape
+    training: Split
+    validation: Split
+    objective: MetricName
+
+    @property
+    def device(self) -> torch.device:
+        return self.training.target.device
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """One training from scratch: initial weights, dropout and the order of rows all come from the seed."""
+
+    hyperparameters: Hyperparameters
+    seed: int
+    resumable: Resumable | None = None
+
+
+def train(setting: Setting, training: Training, report: Callable[[Epoch], None] = lambda _: None) -> Trained:
+    """Train one model.
 
     With `resumable` a training that was stopped goes on after its last checkpoint exactly as it would have; the epochs
     before are reported again. Raises Diverged where something is not finite, ModelError where the model cannot be
     built for data of this shape, and whatever `report` or a user's model raises.
     """
-    device = training.target.device
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), _deterministic():
-        run = _Run(family, hyperparameters, shape, training, validation, objective, seed, resumable)
+    with forked_random_state(setting.device), deterministic():
+        run = _Run(setting, training)
         for epoch in run.epochs:
             report(epoch)
         while not run.is_over:
@@ -113,42 +127,29 @@ def mean_loss(model: nn.Module, split: Split) -> Tensor:
 class _Run:
     """One training from its first epoch, or from its checkpoint, to its last."""
 
-    def __init__(
-        self,
-        family: Family,
-        hyperparameters: Hyperparameters,
-        shape: DataShape,
-        training: Split,
-        validation: Split,
-        objective: MetricName,
-        seed: int,
-        resumable: Resumable | None,
-    ) -> None:
-        self._chosen = hyperparameters
-        self._training = training
-        self._validation = validation
-        self._objective = objective
-        self._resumable = resumable
-        self._device = training.target.device
-        self._order = torch.Generator().manual_seed(seed)
-        torch.manual_seed(seed)
-        self._model = build_model(family, hyperparameters, shape).to(self._device)
-        if (unscale := _unscale_of(self._model)) is not None:
-            unscale.fit(training.target)
+    def __init__(self, setting: Setting, training: Training) -> None:
+        self._chosen = training.hyperparameters
+        self._seed = training.seed
+        self._training = setting.training
+        self._validation = setting.validation
+        self._objective = setting.objective
+        self._resumable = training.resumable
+        self._device = setting.device
+        self._order = torch.Generator().manual_seed(training.seed)
+        self._model = new_model(setting, training)
+        self._dropouts = [module for module in self._model.modules() if isinstance(module, SeededDropout)]
         self._loss = _loss_of(self._model)
-        self._optimizer = build_optimizer(self._model.parameters(), hyperparameters)
+        self._optimizer = build_optimizer(self._model.parameters(), training.hyperparameters)
         self._mixed_precision = gains_from_mixed_precision(self._model, self._device)
         self.epochs: list[Epoch] = []
         self._best: dict[str, Tensor] = {}
-        if resumable is not None:
-            self._written_at = resumable.clock()
-            self._resume(resumable)
+        if training.resumable is not None:
+            self._written_at = training.resumable.clock()
+            self._resume(training.resumable)
 
     @property
     def is_over(self) -> bool:
-        patience = self._chosen.early_stopping_patience
-        stopped = patience > 0 and bool(self.epochs) and self.epochs[-1].number - self._kept().number >= patience
-        return stopped or len(self.epochs) >= self._chosen.epochs
+        return is_over(self.epochs, self._chosen, self._objective)
 
     def train_epoch(self) -> Epoch:
         number = len(self.epochs) + 1
@@ -158,9 +159,12 @@ class _Run:
         batch_size = self._chosen.batch_size
         steps = math.ceil(len(self._training) / batch_size)
         losses = [epoch.validation_loss for epoch in self.epochs]
+        keys = dropout_keys([self._seed], len(self._dropouts), (number - 1) * steps, steps).to(self._device)
         for step, (features, target) in enumerate(self._training.batches(batch_size, self._order)):
             progress = (number - 1 + step / steps) / self._chosen.epochs
             rate = learning_rate_at(self._chosen, progress, losses, steps)
+            for dropout, key in zip(self._dropouts, keys[step, :, 0], strict=True):
+                dropout.key = key
             total += self._step(features, target, rate) * len(target)
         epoch = self._evaluate(number, (total / len(self._training)).item())
         self.epochs.append(epoch)
@@ -201,17 +205,10 @@ class _Run:
         """A gradient that is not finite makes weights that are not, and they make outputs that are not."""
         outputs = predict_outputs(self._model, self._validation.features)
         validation_loss = self._loss(outputs, self._validation.target, 0.0).item()
-        if not (math.isfinite(train_loss) and math.isfinite(validation_loss) and bool(torch.isfinite(outputs).all())):
-            raise Diverged(f"diverged at epoch {number}: the loss is not finite")
-        value = score(outputs, self._validation.target, (self._objective,))[self._objective]
-        return Epoch(number=number, train_loss=train_loss, validation_loss=validation_loss, objective=value)
+        return judged_epoch(number, train_loss, validation_loss, outputs, self._validation.target, self._objective)
 
     def _kept(self) -> Epoch:
-        """The epoch whose weights count: the last, or with early stopping the first of the best."""
-        if not self._chosen.early_stopping_patience:
-            return self.epochs[-1]
-        sign = 1 if METRICS[self._objective].direction == "maximize" else -1
-        return max(self.epochs, key=lambda epoch: sign * epoch.objective)
+        return kept_epoch(self.epochs, self._chosen, self._objective)
 
     def _checkpoint(self, resumable: Resumable) -> None:
         if resumable.clock() - self._written_at < resumable.interval_seconds:
@@ -237,6 +234,43 @@ class _Run:
         self.epochs = [Epoch(**epoch) for epoch in checkpoint.curve]
 
 
+def new_model(setting: Setting, training: Training) -> nn.Module:
+    """A training's model as it begins, on the device. Seeds the global random state: for use inside a fork of it."""
+    torch.manual_seed(training.seed)
+    model = build_model(setting.family, training.hyperparameters, setting.shape)
+    seed_dropout(model)
+    model.to(setting.device)
+    if (unscale := unscale_of(model)) is not None:
+        unscale.fit(setting.training.target)
+    return model
+
+
+def is_over(epochs: Sequence[Epoch], chosen: Hyperparameters, objective: MetricName) -> bool:
+    """Whether a training with such a curve has had its epochs, or the patience of early stopping is used up."""
+    patience = chosen.early_stopping_patience
+    if patience > 0 and epochs and epochs[-1].number - kept_epoch(epochs, chosen, objective).number >= patience:
+        return True
+    return len(epochs) >= chosen.epochs
+
+
+def judged_epoch(
+    number: int, train_loss: float, validation_loss: float, outputs: Tensor, target: Tensor, objective: MetricName
+) -> Epoch:
+    """The epoch by its outputs for the validation rows. Raises Diverged where anything is not finite."""
+    if not (math.isfinite(train_loss) and math.isfinite(validation_loss) and bool(torch.isfinite(outputs).all())):
+        raise Diverged(f"diverged at epoch {number}: the loss is not finite")
+    value = score(outputs, target, (objective,))[objective]
+    return Epoch(number=number, train_loss=train_loss, validation_loss=validation_loss, objective=value)
+
+
+def kept_epoch(epochs: Sequence[Epoch], chosen: Hyperparameters, objective: MetricName) -> Epoch:
+    """The epoch whose weights count: the last, or with early stopping the first of the best."""
+    if not chosen.early_stopping_patience:
+        return epochs[-1]
+    sign = 1 if METRICS[objective].direction == "maximize" else -1
+    return max(epochs, key=lambda epoch: sign * epoch.objective)
+
+
 def gains_from_mixed_precision(model: nn.Module, device: torch.device) -> bool:
     """bfloat16 autocast pays where the device multiplies it natively and the model is large enough for its matrix
     products to outweigh the casts: a small model's step is bound by kernel launches, and casts are more of them."""
@@ -245,22 +279,32 @@ def gains_from_mixed_precision(model: nn.Module, device: torch.device) -> bool:
     return sum(parameter.numel() for parameter in model.parameters()) >= MIXED_PRECISION_PARAMETERS
 
 
-def _deterministic() -> AbstractContextManager[None]:
+def full_precision(outputs: Tensor) -> Tensor:
+    """What mixed precision made small again; a loss needs the digits."""
+    return outputs.float() if outputs.dtype == torch.bfloat16 else outputs
+
+
+def forked_random_state(device: torch.device) -> AbstractContextManager[None]:
+    """What is drawn inside leaves no trace in the global random state."""
+    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+
+
+def deterministic() -> AbstractContextManager[None]:
     """cuDNN would otherwise choose algorithms by timing them, and another choice is another rounding."""
     flags: AbstractContextManager[None] = torch.backends.cudnn.flags(deterministic=True, benchmark=False)
     return flags
 
 
-def _unscale_of(model: nn.Module) -> Unscale | None:
+def unscale_of(model: nn.Module) -> Unscale | None:
     """The first of a regression's; an ensemble's are all the same. None in a classification."""
     return next((module for module in model.modules() if isinstance(module, Unscale)), None)
 
 
 def _loss_of(model: nn.Module) -> Callable[[Tensor, Tensor, float], Tensor]:
     """From outputs, target and label smoothing to the mean loss a row."""
-    if (unscale := _unscale_of(model)) is not None:
+    if (unscale := unscale_of(model)) is not None:
         variance = unscale.scale**2
-        return lambda outputs, target, _: nn.functional.mse_loss(outputs.float(), target) / variance
+        return lambda outputs, target, _: nn.functional.mse_loss(full_precision(outputs), target) / variance
     return lambda outputs, target, smoothing: nn.functional.cross_entropy(
-        outputs.float(), target, label_smoothing=smoothing
+        full_precision(outputs), target, label_smoothing=smoothing
     )

@@ -19,7 +19,7 @@ from models.evaluate import METRICS, MetricName, metrics_of, predict_outputs, sc
 from models.families import Ensemble, Family
 from models.hyperparameters import Hyperparameters
 from models.preprocessing import Standardization
-from models.solo import Diverged, Trained, mean_loss, train
+from models.solo import Diverged, Trained, Training, mean_loss, train
 from tasks.job import TuningJob
 from tasks.samplers import ORDINAL
 from tasks.study import HYPERPARAMETERS, derived_seed, number_of, ranked, tonights_trials
@@ -167,15 +167,7 @@ def train_again(
     family: Family, objective: MetricName, hyperparameters: Hyperparameters, prepared: Prepared, seed: int
 ) -> Trained:
     """One training of a known configuration, as confirm does it and as a version can be reproduced."""
-    return train(
-        family,
-        hyperparameters,
-        prepared.snapshot.shape,
-        prepared.training,
-        prepared.validation,
-        objective=objective,
-        seed=seed,
-    )
+    return train(prepared.setting(family, objective), Training(hyperparameters=hyperparameters, seed=seed))
 
 
 def assemble(models: list[nn.Module]) -> nn.Module:

@@ -24,11 +24,11 @@ from infra.device import describe_device
 from infra.errors import ExpectedError
 from models.batches import Split
 from models.diagnosis import Diagnosis, diagnose
-from models.evaluate import latency_ms, parameter_count
-from models.families import build_model
+from models.evaluate import MetricName, latency_ms, parameter_count
+from models.families import Family, build_model
 from models.hyperparameters import Hyperparameters
 from models.preprocessing import Standardization
-from models.solo import Diverged, Epoch, Resumable, Trained, train
+from models.solo import Diverged, Epoch, Resumable, Setting, Trained, Training, train
 from tasks.job import TuningJob
 from tasks.memory import BASELINE
 from tasks.prepare import Snapshot
@@ -78,6 +78,16 @@ class Prepared:
             return 1.0
         shares = torch.bincount(self.training.target, minlength=self.snapshot.shape.outputs) / len(self.training)
         return float(torch.special.entr(shares).sum())
+
+    def setting(self, family: Family, objective: MetricName) -> Setting:
+        """For trainings of a family on these rows."""
+        return Setting(
+            family=family,
+            shape=self.snapshot.shape,
+            training=self.training,
+            validation=self.validation,
+            objective=objective,
+        )
 
     @classmethod
     def load(cls, snapshot: Snapshot, device: torch.device) -> "Prepared":
@@ -256,19 +266,11 @@ def _train(
     report: Callable[[Epoch], None],
 ) -> Trained:
     seed = derived_seed(job.seed, "trial", trial.user_attrs[ORDINAL])
-    return train(
-        job.family,
-        hyperparameters,
-        prepared.snapshot.shape,
-        prepared.training,
-        prepared.validation,
-        objective=job.search.objective,
-        seed=seed,
-        report=report,
-        resumable=Resumable(
-            path=checkpoint, key=f"{seed} {hyperparameters.model_dump_json()}", interval_seconds=CHECKPOINT_SECONDS
-        ),
+    resumable = Resumable(
+        path=checkpoint, key=f"{seed} {hyperparameters.model_dump_json()}", interval_seconds=CHECKPOINT_SECONDS
     )
+    training = Training(hyperparameters=hyperparameters, seed=seed, resumable=resumable)
+    return train(prepared.setting(job.family, job.search.objective), training, report)
 
 
 class ProgressArtifact:

@@ -22,7 +22,7 @@ import torch
 from models.evaluate import MetricName
 from models.families import family_named
 from models.shapes import DataShape
-from models.solo import Epoch, Resumable, Trained, train
+from models.solo import Epoch, Resumable, Trained, Training, train
 from tasks.job import DataConfig, TuningJob, parse_job
 from tasks.prepare import Snapshot, prepare
 from tasks.tune import Prepared
@@ -80,17 +80,9 @@ def train_on(
 ) -> Trained:
     """Train three epochs unless told otherwise, with the textbook's hyperparameters but for those given."""
     family = family_named(model)
-    return train(
-        family,
-        family.hyperparameters.from_values({"epochs": 3, **hyperparameters}),
-        prepared.snapshot.shape,
-        prepared.training,
-        prepared.validation,
-        objective=objective,
-        seed=seed,
-        report=report,
-        resumable=resumable,
-    )
+    chosen = family.hyperparameters.from_values({"epochs": 3, **hyperparameters})
+    training = Training(hyperparameters=chosen, seed=seed, resumable=resumable)
+    return train(prepared.setting(family, objective), training, report)
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from sklearn.svm import SVC, SVR
 from torch import nn
 
 from models.evaluate import METRICS, evaluate
-from models.solo import train
+from models.solo import Training, train
 from tasks.confirm import confirm
 from tasks.job import TuningJob, parse_job
 from tasks.memory import recall
@@ -73,15 +73,8 @@ def _tuned(job: TuningJob, snapshot: Snapshot, home: Path) -> dict[str, Any]:
     challenger = confirm(study, job, prepared).challenger
     features, target = snapshot.load(torch.device("cpu"))["test"]
     test = evaluate(nn.Sequential(challenger.preprocessing, challenger.model), features, target)
-    trained = train(
-        job.family,
-        job.family.hyperparameters(),
-        snapshot.shape,
-        prepared.training,
-        prepared.validation,
-        objective=job.search.objective,
-        seed=job.seed,
-    )
+    textbook_training = Training(hyperparameters=job.family.hyperparameters(), seed=job.seed)
+    trained = train(prepared.setting(job.family, job.search.objective), textbook_training)
     textbook = evaluate(nn.Sequential(prepared.preprocessing, trained.model), features, target)
     return {
         "test": test[job.search.objective],

@@ -19,7 +19,7 @@ import torch
 from hyperopt import hp
 from optuna.trial import FrozenTrial
 
-from models.solo import Diverged, train
+from models.solo import Diverged, Training, train
 from models.space import Domain, Range
 from tasks.job import TuningJob, parse_job
 from tasks.memory import recall
@@ -131,6 +131,7 @@ def _hyperopt(job: TuningJob, prepared: Prepared, target: float) -> Reached:
     # What depends on a parent is drawn always: where it does not matter the model ignores it.
     space = {name: _hyperopt_domain(name, domain, declared) for name, domain in job.space.items()}
     trials = hyperopt.Trials()
+    setting = prepared.setting(job.family, job.search.objective)
 
     def objective(values: dict[str, Any]) -> float:
         for name, domain in job.space.items():
@@ -139,10 +140,7 @@ def _hyperopt(job: TuningJob, prepared: Prepared, target: float) -> Reached:
         chosen = declared.from_values(values)
         seed = derived_seed(job.seed, "trial", len(trials.trials) - 1)
         try:
-            trained = train(
-                job.family, chosen, prepared.snapshot.shape, prepared.training, prepared.validation,
-                objective=job.search.objective, seed=seed,
-            )  # fmt: skip
+            trained = train(setting, Training(hyperparameters=chosen, seed=seed))
         except Diverged:
             return float("inf")
         return -trained.kept.objective

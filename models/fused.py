@@ -1,0 +1,489 @@
+"""Several trainings as one computation: their weights are stacked, and one vmapped model reads all their batches.
+
+A small model leaves a device idle: what a step costs is launching its operations, not doing them (HFTA, Wang et al.,
+MLSys 2021, arXiv 2102.02344). Trainings whose models have one structure and whose batches have one size share every
+launch; learning rate and schedule, optimizer, penalties, dropout, loss and seed are each one's own. What comes out is
+what `solo.py` makes of each, within the rounding of another order of sums. Knows nothing of studies.
+"""
+
+import copy
+import logging
+import math
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+from torch.utils.flop_counter import FlopCounterMode
+
+from models.checkpoints import Checkpoint, random_states
+from models.dropout import SeededDropout, dropout_keys
+from models.evaluate import EVALUATION_BATCH, metrics_of, predict_outputs, score
+from models.optimizers import learning_rate_at
+from models.solo import (
+    Diverged,
+    Epoch,
+    Setting,
+    Trained,
+    Training,
+    deterministic,
+    forked_random_state,
+    full_precision,
+    gains_from_mixed_precision,
+    is_over,
+    judged_epoch,
+    kept_epoch,
+    new_model,
+    unscale_of,
+)
+from models.stacked_optimizers import UPDATES, StackedOptimizer
+
+MEMORY_SHARE = 0.5
+# Floating-point operations of one training's forward step above which arithmetic, not launching, is what it costs.
+WORTHWHILE_FLOPS = {"cpu": 2e7, "cuda": 2e9}
+
+_logger = logging.getLogger(__name__)
+
+Outcome = Trained | Exception
+OnEpoch = Callable[[Mapping[int, Epoch]], Collection[int]]
+
+
+class NotFusable(Exception):
+    """Several trainings cannot be one computation; the message says why."""
+
+
+class Stopped(Exception):
+    """Whoever follows the training had seen enough of it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fusion:
+    """How many trainings like this one fit on the device as one computation; 1, and why, where it must be alone."""
+
+    members: int
+    reason: str = ""
+
+
+def fusion_signature(model: nn.Module, training: Training) -> Hashable:
+    """Equal where two trainings can be one computation: modules with equal attributes, tensors of equal shapes,
+    batches of one size, and as many epochs behind them. Buffers and weights may differ, an attribute may not."""
+    modules = tuple((name, type(module), _attributes(module)) for name, module in model.named_modules())
+    tensors = tuple((name, tensor.shape, tensor.dtype) for name, tensor in _tensors(model).items())
+    trained = 0
+    if (resumable := training.resumable) is not None:
+        checkpoint = Checkpoint.read(resumable.path, resumable.key)
+        trained = len(checkpoint.curve) if checkpoint else 0
+    return modules, tensors, training.hyperparameters.batch_size, trained
+
+
+def fusion_of(setting: Setting, model: nn.Module, training: Training) -> Fusion:
+    """Whether and how far a training can be fused, by trying: a vmapped pass over two rows must give what the model
+    gives alone; the operations and the memory of a whole batch are counted."""
+    first = setting.training.first(training.hyperparameters.batch_size)
+    if (obstacle := _obstacle(model, first.features[:2])) is not None:
+        return Fusion(members=1, reason=obstacle)
+    trial = copy.deepcopy(model).train()
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with (
+        FlopCounterMode(display=False) as counter,
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+    ):
+        trial(first.features)
+    worthwhile = WORTHWHILE_FLOPS[setting.device.type]
+    if (flops := counter.get_total_flops()) > worthwhile:
+        reason = f"a step takes {flops:.1e} operations, and above {worthwhile:.0e} the device is busy with one training"
+        return Fusion(members=1, reason=reason)
+    # Weights, gradients twice (as they come and stacked) and two moments, and what the backward pass needs.
+    weights = sum(tensor.nbytes for tensor in _tensors(model).values())
+    each = 5 * weights + sum(kept.values()) + first.features.nbytes
+    return Fusion(members=max(1, int(MEMORY_SHARE * _free_bytes(setting.device) / each)), reason="memory")
+
+
+def train_fused(
+    setting: Setting, trainings: Mapping[int, Training], on_epoch: OnEpoch
+) -> Iterator[tuple[int, Outcome]]:
+    """Train all of them as one, by their keys; each outcome is yielded as soon as it is there.
+
+    Where memory does not suffice, the group is halved and each half begins again. Raises NotFusable, with the rest
+    still untrained, and whatever `on_epoch` raises.
+    """
+    waiting = [dict(trainings)]
+    while waiting:
+        members = waiting.pop(0)
+        try:
+            for key, outcome in _outcomes(setting, members, on_epoch):
+                del members[key]
+                yield key, outcome
+        except torch.OutOfMemoryError as error:
+            keys = list(members)
+            if len(keys) == 1:
+                yield keys[0], error
+                continue
+            half = len(keys) // 2
+            waiting[:0] = [{key: members[key] for key in some} for some in (keys[:half], keys[half:])]
+            _logger.warning("%d trainings as one do not fit into memory; going on with halves", len(keys))
+
+
+def _outcomes(setting: Setting, members: Mapping[int, Training], on_epoch: OnEpoch) -> Iterator[tuple[int, Outcome]]:
+    with _only_not_fusable():
+        group = _Group(setting, members)
+    for number in range(group.epochs_done):
+        group.leave(on_epoch({member.key: member.epochs[number] for member in group.members}))
+    while True:
+        finished = [member for member in group.members if is_over(member.epochs, member.chosen, setting.objective)]
+        for member in finished:
+            yield member.key, group.result(member)
+        group.leave([member.key for member in finished])
+        if not group.members:
+            return
+        with _only_not_fusable():
+            diverged = group.train_epoch()
+        yield from diverged.items()
+        group.leave(diverged)
+        stopped = on_epoch({member.key: member.epochs[-1] for member in group.members})
+        for key in stopped:
+            yield key, Stopped()
+        group.leave(stopped)
+        group.checkpoint()
+
+
+@contextmanager
+def _only_not_fusable() -> Iterator[None]:
+    """A user's forward, and vmap itself, may raise anything."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise NotFusable(_in_a_line(error)) from error
+
+
+@dataclass(kw_only=True)
+class _Member:
+    """One training of a group; its row is its place among the group's members."""
+
+    key: int
+    training: Training
+    order: torch.Generator
+    epochs: list[Epoch] = field(default_factory=list)
+    best: dict[str, Tensor] = field(default_factory=dict)
+    written_at: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.chosen = self.training.hyperparameters
+
+
+class _Group:
+    """The trainings of a group from their first epoch, or from their checkpoints, on."""
+
+    def __init__(self, setting: Setting, trainings: Mapping[int, Training]) -> None:
+        self._setting = setting
+        by_update = sorted(trainings.items(), key=lambda item: UPDATES[item[1].hyperparameters.optimizer])
+        self.members = [
+            _Member(key=key, training=training, order=torch.Generator().manual_seed(training.seed))
+            for key, training in by_update
+        ]
+        models = []
+        for member in self.members:
+            with forked_random_state(setting.device):
+                models.append(new_model(setting, member.training))
+        self._template = models[0].train()
+        self._layout = _Layout(self._template)
+        self._dropouts = [name for name, module in self._template.named_modules() if isinstance(module, SeededDropout)]
+        weights = torch.stack([self._layout.flat(_tensors(model)) for model in models])
+        others = {
+            name: torch.stack([_tensors(model)[name].detach() for model in models]) for name in self._layout.others
+        }
+        self._optimizer = StackedOptimizer([member.chosen for member in self.members], weights, by_row=self._by_row)
+        self._mixed_precision = gains_from_mixed_precision(self._template, setting.device)
+        unscale = unscale_of(self._template)
+        self._variance = None if unscale is None else unscale.scale**2
+        self._arrange(weights, others)
+        self._resume()
+
+    @property
+    def _by_row(self) -> bool:
+        return self._setting.device.type == "cpu"
+
+    @property
+    def epochs_done(self) -> int:
+        return len(self.members[0].epochs)
+
+    def leave(self, keys: Collection[int]) -> None:
+        """Go on without some of the members, whose memory is given back."""
+        if not keys:
+            return
+        rows = [row for row, member in enumerate(self.members) if member.key not in keys]
+        self.members = [self.members[row] for row in rows]
+        if not rows:
+            return
+        weights = self._weights[rows]
+        optimizer = StackedOptimizer(
+            [member.chosen for member in self.members], weights, by_row=self._by_row, steps=self._optimizer.steps
+        )
+        for name, tensor in optimizer.state.items():
+            tensor.copy_(self._optimizer.state[name][rows])
+        self._optimizer = optimizer
+        self._arrange(weights, {name: tensor[rows] for name, tensor in self._others.items()})
+
+    def train_epoch(self) -> dict[int, Diverged]:
+        """One pass of each member over its own order of the rows; returns those that are not finite after it."""
+        number = self.epochs_done + 1
+        training, device = self._setting.training, self._setting.device
+        batch_size = self.members[0].chosen.batch_size
+        steps = math.ceil(len(training) / batch_size)
+        orders = torch.stack([torch.randperm(len(training), generator=member.order) for member in self.members])
+        orders = orders.to(device)
+        rates = self._rates(number, steps)
+        seeds = [member.training.seed for member in self.members]
+        keys = dropout_keys(seeds, len(self._dropouts), (number - 1) * steps, steps).to(device)
+        total = torch.zeros(len(self.members), device=device)
+        with deterministic():
+            for step in range(steps):
+                rows = orders[:, step * batch_size : (step + 1) * batch_size]
+                for layer, name in enumerate(self._dropouts):
+                    self._others[f"{name}.key"] = keys[step, layer]
+                total += self._step(training.features[rows], training.target[rows], rates[step]) * rows.shape[1]
+            return self._evaluate(number, (total / len(training)).tolist())
+
+    def result(self, member: _Member) -> Trained:
+        row = self.members.index(member)
+        tensors = member.best or self._tensors_of(row)
+        model = copy.deepcopy(self._template)
+        with torch.no_grad():
+            for name, tensor in _tensors(model).items():
+                tensor.copy_(tensors[name])
+        outputs = predict_outputs(model, self._setting.validation.features)
+        return Trained(
+            model=model.eval(),
+            epochs=tuple(member.epochs),
+            kept=kept_epoch(member.epochs, member.chosen, self._setting.objective),
+            validation=score(outputs, self._setting.validation.target, metrics_of(self._setting.shape.problem)),
+        )
+
+    def checkpoint(self) -> None:
+        for row, member in enumerate(self.members):
+            resumable = member.training.resumable
+            if resumable is None or resumable.clock() - member.written_at < resumable.interval_seconds:
+                continue
+            persistent = self._template.state_dict().keys()
+            Checkpoint(
+                key=resumable.key,
+                curve=[asdict(epoch) for epoch in member.epochs],
+                weights={name: tensor for name, tensor in self._tensors_of(row).items() if name in persistent},
+                best={name: tensor for name, tensor in member.best.items() if name in persistent},
+                optimizer=self._optimizer_state(row),
+                generators=random_states(member.order, self._setting.device),
+            ).write(resumable.path)
+            member.written_at = resumable.clock()
+
+    def _arrange(self, weights: Tensor, others: dict[str, Tensor]) -> None:
+        self._weights = weights
+        self._others = others
+        self._parameters = {name: view.detach().requires_grad_() for name, view in self._layout.views(weights).items()}
+        chosen = [member.chosen for member in self.members]
+        self._smoothing = self._column([one.label_smoothing for one in chosen])
+        self._l1 = self._column([one.l1 for one in chosen])
+        self._clip = self._column([one.gradient_clip_norm for one in chosen])
+
+    def _column(self, values: Sequence[float]) -> Tensor | None:
+        """(members, 1); None where all are zero."""
+        return torch.tensor(values, device=self._setting.device).unsqueeze(1) if any(values) else None
+
+    def _rates(self, number: int, steps: int) -> Tensor:
+        """Learning rates (steps, members) of an epoch, on the CPU in float64."""
+        rates = []
+        for member in self.members:
+            losses = [epoch.validation_loss for epoch in member.epochs]
+            progress = [(number - 1 + step / steps) / member.chosen.epochs for step in range(steps)]
+            rates.append([learning_rate_at(member.chosen, share, losses, steps) for share in progress])
+        return torch.tensor(rates, dtype=torch.float64).T
+
+    def _step(self, features: Tensor, target: Tensor, rates: Tensor) -> Tensor:
+        """One step of every member on its own batch; returns the loss (members,) that each minimised."""
+        with torch.autocast(self._setting.device.type, torch.bfloat16, enabled=self._mixed_precision):
+            outputs = self._forward(features)
+        losses = self._losses(outputs, target, self._smoothing)
+        found = torch.autograd.grad(losses.sum(), list(self._parameters.values()))
+        gradients = torch.cat([gradient.flatten(1) for gradient in found], dim=1)
+        losses = losses.detach()
+        with torch.no_grad():
+            if self._l1 is not None:
+                penalised = self._weights * self._layout.penalised
+                losses = losses + self._l1.squeeze(1) * penalised.abs().sum(dim=1)
+                gradients.addcmul_(penalised.sign(), self._l1)
+            if self._clip is not None:
+                share = (self._clip / (gradients.norm(dim=1, keepdim=True) + 1e-6)).clamp(max=1.0)
+                gradients *= torch.where(self._clip > 0, share, 1.0)
+            self._optimizer.step(gradients, rates)
+        return losses
+
+    def _forward(self, features: Tensor, in_dims: int | None = 0) -> Tensor:
+        """Outputs (members, rows, ...) for rows of their own, or for the same rows with `in_dims` None."""
+
+        def call(parameters: dict[str, Tensor], others: dict[str, Tensor], rows: Tensor) -> Any:
+            return functional_call(self._template, (parameters, others), (rows,))
+
+        outputs = vmap(call, in_dims=(0, 0, in_dims), randomness="error")(self._parameters, self._others, features)
+        return full_precision(outputs)
+
+    def _losses(self, outputs: Tensor, target: Tensor, smoothing: Tensor | None) -> Tensor:
+        """The mean loss a row (members,), as `solo` has it."""
+        if self._variance is not None:
+            return (outputs - target).square().mean(dim=1) / self._variance
+        logs = outputs.log_softmax(dim=-1)
+        losses = -logs.gather(-1, target.unsqueeze(-1)).squeeze(-1).mean(dim=1)
+        if smoothing is None:
+            return losses
+        share = smoothing.squeeze(1)
+        return (1 - share) * losses - share * logs.mean(dim=(1, 2))
+
+    @torch.no_grad()
+    def _evaluate(self, number: int, train_losses: list[float]) -> dict[int, Diverged]:
+        validation = self._setting.validation
+        self._template.eval()
+        rows = max(1, 4 * EVALUATION_BATCH // len(self.members))
+        outputs = torch.cat([self._forward(some, None) for some in torch.split(validation.features, rows)], dim=1)
+        self._template.train()
+        target = validation.target.expand(len(self.members), -1)
+        losses = self._losses(outputs, target, None).tolist()
+        diverged = {}
+        for member, train_loss, loss, own in zip(self.members, train_losses, losses, outputs, strict=True):
+            try:
+                epoch = judged_epoch(number, train_loss, loss, own, validation.target, self._setting.objective)
+            except Diverged as error:
+                diverged[member.key] = error
+                continue
+            member.epochs.append(epoch)
+            patience = member.chosen.early_stopping_patience
+            if patience and kept_epoch(member.epochs, member.chosen, self._setting.objective) is epoch:
+                own = self._tensors_of(self.members.index(member))
+                member.best = {name: tensor.clone() for name, tensor in own.items()}
+        return diverged
+
+    def _tensors_of(self, row: int) -> dict[str, Tensor]:
+        """A member's own parameters and buffers, by the names of its model."""
+        return {name: tensor[row].detach() for name, tensor in (self._parameters | self._others).items()}
+
+    def _optimizer_state(self, row: int) -> dict[str, Tensor]:
+        """As torch.optim keeps it: by the parameter's number and the name."""
+        state = {}
+        for name, tensor in self._optimizer.state.items():
+            for number, view in enumerate(self._layout.views(tensor).values()):
+                state[f"{number}.{name}"] = view[row]
+        for number in range(len(self._layout.shapes)):
+            state[f"{number}.step"] = torch.tensor(float(self._optimizer.steps))
+        return state
+
+    def _resume(self) -> None:
+        for row, member in enumerate(self.members):
+            resumable = member.training.resumable
+            if resumable is None:
+                continue
+            member.written_at = resumable.clock()
+            checkpoint = Checkpoint.read(resumable.path, resumable.key)
+            if checkpoint is None:
+                continue
+            member.epochs = [Epoch(**epoch) for epoch in checkpoint.curve]
+            member.order.set_state(checkpoint.generators["order"])
+            own = self._tensors_of(row)
+            for name, tensor in checkpoint.weights.items():
+                own[name].copy_(tensor)
+            if checkpoint.best:
+                member.best = own | {name: tensor.to(self._setting.device) for name, tensor in checkpoint.best.items()}
+            for name, tensor in self._optimizer.state.items():
+                for number, view in enumerate(self._layout.views(tensor).values()):
+                    if (kept := checkpoint.optimizer.get(f"{number}.{name}")) is not None:
+                        view[row].copy_(kept)
+            steps = math.ceil(len(self._setting.training) / member.chosen.batch_size)
+            self._optimizer.steps = len(member.epochs) * steps
+
+
+class _Layout:
+    """Where each trained parameter lies in a row of stacked weights, and which other tensors a model has."""
+
+    def __init__(self, model: nn.Module) -> None:
+        trained = {name: one for name, one in model.named_parameters() if one.requires_grad}
+        self.shapes = {name: one.shape for name, one in trained.items()}
+        self.others = [name for name in _tensors(model) if name not in trained]
+        # As `l1_norm` has it: not biases, nor the scales of a normalisation.
+        self.penalised = torch.cat(
+            [torch.full((one.numel(),), float(one.ndim > 1), device=one.device) for one in trained.values()]
+        )
+
+    def flat(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        return torch.cat([tensors[name].detach().flatten() for name in self.shapes])
+
+    def views(self, rows: Tensor) -> dict[str, Tensor]:
+        """Of rows (members, parameters) each parameter's own (members, ...)."""
+        parts = torch.split(rows, [shape.numel() for shape in self.shapes.values()], dim=1)
+        named = zip(self.shapes.items(), parts, strict=True)
+        return {name: part.view(len(rows), *shape) for (name, shape), part in named}
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    return dict(model.named_parameters()) | dict(model.named_buffers())
+
+
+def _obstacle(model: nn.Module, features: Tensor) -> str | None:
+    """Why two of a model cannot be one computation; None where they can."""
+    if any(name not in _tensors(model) for name in model.state_dict()):
+        return "its modules share tensors, or keep a state that is not a tensor"
+    alone = copy.deepcopy(model).train()
+    tensors = {name: tensor.detach().clone() for name, tensor in _tensors(model).items()}
+    trained = {name: tensors[name].requires_grad_() for name, one in model.named_parameters() if one.requires_grad}
+    stacked = {name: torch.stack([tensor, tensor]) for name, tensor in tensors.items()}
+
+    def call(stacked: dict[str, Tensor], rows: Tensor) -> Any:
+        return functional_call(alone, stacked, (rows,))
+
+    try:
+        with forked_random_state(features.device):
+            outputs = vmap(call, randomness="error")(stacked, torch.stack([features, features]))
+            expected = alone(features)
+    except Exception as error:  # noqa: BLE001 a user's forward, and vmap itself, may raise anything
+        return _in_a_line(error)
+    if outputs.shape != (2, *expected.shape) or not torch.allclose(outputs, expected.expand_as(outputs), 1e-3, 1e-4):
+        return "several as one do not give what each gives alone"
+    gradients = torch.autograd.grad(outputs.sum(), list(trained.values()), allow_unused=True)
+    unused = [name for name, gradient in zip(trained, gradients, strict=True) if gradient is None]
+    return f"its parameter {unused[0]} takes no part in the outputs" if unused else None
+
+
+def _in_a_line(error: Exception) -> str:
+    return " ".join([f"{type(error).__name__}:", *str(error).splitlines()[:1]])
+
+
+_INTERNAL = frozenset(vars(nn.Module()))
+
+
+def _attributes(module: nn.Module) -> Hashable:
+    own = {name: value for name, value in vars(module).items() if name not in _INTERNAL}
+    return _hashable(own)
+
+
+def _hashable(value: Any) -> Hashable:
+    """The value itself, or where it is a container its items; an object that is equal to itself alone otherwise."""
+    if isinstance(value, Mapping):
+        return tuple((key, _hashable(item)) for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return tuple(_hashable(item) for item in value)
+    if isinstance(value, Hashable):
+        return value
+    return id(value)
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    return psutil.virtual_memory().available

@@ -1,0 +1,105 @@
+"""The one entry to training: what can be fused is, the rest goes one by one; who asks need not know which."""
+
+import logging
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import cache
+
+from torch import nn
+
+from models.fused import (
+    Fusion,
+    NotFusable,
+    OnEpoch,
+    Outcome,
+    Stopped,
+    fusion_of,
+    fusion_signature,
+    train_fused,
+)
+from models.solo import Epoch, Setting, Training, forked_random_state, new_model, train
+
+_logger = logging.getLogger(__name__)
+
+
+def train_all(
+    setting: Setting, trainings: Sequence[Training], on_epoch: OnEpoch = lambda _: ()
+) -> Iterator[tuple[int, Outcome]]:
+    """Train each; yields its place in the sequence and what became of it, in the order in which they end.
+
+    An outcome is what was trained, or the exception that ended it: Diverged, ModelError, Stopped, or whatever the
+    user's model raised. `on_epoch` gets the epochs, by place, that several trainings finished at the same time, and
+    returns which of them to stop. Raises what `on_epoch` raises.
+    """
+    groups: dict[object, list[int]] = {}
+    for place, training in enumerate(trainings):
+        try:
+            groups.setdefault(fusion_signature(_begin(setting, training), training), []).append(place)
+        except Exception as error:  # noqa: BLE001 a user's model may raise anything; it costs that training only
+            yield place, error
+    for places in groups.values():
+        members = fusion_for(setting, trainings[places[0]]).members if len(places) > 1 else 1
+        for begin in range(0, len(places), members):
+            some = {place: trainings[place] for place in places[begin : begin + members]}
+            yield from _train_group(setting, some, on_epoch)
+
+
+def fusion_for(setting: Setting, training: Training) -> Fusion:
+    """How many trainings of this structure can be fused. Raises ModelError where the model cannot be built."""
+    fusion = fusion_of(setting, _begin(setting, training), training)
+    if fusion.members == 1:
+        _say_once(f"models of {setting.family.name} are trained one by one: {fusion.reason}")
+    return fusion
+
+
+def _train_group(
+    setting: Setting, trainings: Mapping[int, Training], on_epoch: OnEpoch
+) -> Iterator[tuple[int, Outcome]]:
+    """Fused, and should the model refuse that for some batch after all, from the beginning one by one; epochs that
+    were reported are not reported again."""
+    reported = dict.fromkeys(trainings, 0)
+    waiting = dict(trainings)
+
+    def once(epochs: Mapping[int, Epoch]) -> Collection[int]:
+        new = {place: epoch for place, epoch in epochs.items() if epoch.number > reported[place]}
+        reported.update({place: epoch.number for place, epoch in new.items()})
+        return on_epoch(new) if new else ()
+
+    if len(trainings) > 1:
+        try:
+            for place, outcome in train_fused(setting, trainings, once):
+                del waiting[place]
+                yield place, outcome
+        except NotFusable as error:
+            _say_once(f"models of {setting.family.name} are trained one by one: {error}")
+    for place, training in waiting.items():
+        yield place, _train_alone(setting, place, training, once)
+
+
+def _train_alone(setting: Setting, place: int, training: Training, on_epoch: OnEpoch) -> Outcome:
+    raised: list[Exception] = []
+
+    def report(epoch: Epoch) -> None:
+        try:
+            stopped = on_epoch({place: epoch})
+        except Exception as error:
+            raised.append(error)
+            raise
+        if place in stopped:
+            raise Stopped
+
+    try:
+        return train(setting, training, report)
+    except Exception as error:
+        if raised:
+            raise
+        return error
+
+
+def _begin(setting: Setting, training: Training) -> nn.Module:
+    with forked_random_state(setting.device):
+        return new_model(setting, training)
+
+
+@cache
+def _say_once(line: str) -> None:
+    _logger.info(line)

@@ -1,0 +1,381 @@
+"""Fused training: each member ends as it would alone, whatever becomes of the others."""
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import models.fused
+from models.batches import Split
+from models.families import family_named
+from models.fused import NotFusable, Stopped, fusion_signature, train_fused
+from models.hyperparameters import OptimizerName
+from models.optimizers import build_optimizer
+from models.solo import Diverged, Epoch, Resumable, Setting, Trained, Training, new_model, train
+from models.stacked_optimizers import UPDATES, StackedOptimizer
+from models.training import fusion_for, train_all
+from tasks.tune import Prepared
+from tests.unit.test_solo import assert_equal
+
+EVERYTHING = {
+    "dropout": 0.3,
+    "l1": 1e-4,
+    "weight_decay": 1e-3,
+    "label_smoothing": 0.1,
+    "gradient_clip_norm": 0.5,
+    "schedule": "cosine",
+}
+
+
+@pytest.fixture
+def in_float64() -> Iterator[None]:
+    """Adam and its kin divide by the root of tiny numbers, which lets float32's rounding grow; here nothing hides."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def setting_of(prepared: Prepared, model: str = "mlp", rows: int = 300) -> Setting:
+    def doubled(split: Split) -> Split:
+        floats = torch.get_default_dtype()
+        target = split.target.to(floats) if split.target.is_floating_point() else split.target
+        return Split(features=split.features.to(floats), target=target).first(rows)
+
+    regression = prepared.snapshot.shape.problem == "regression"
+    setting = prepared.setting(family_named(model), "rmse" if regression else "accuracy")
+    return replace(setting, training=doubled(setting.training), validation=doubled(setting.validation))
+
+
+def trainings(setting: Setting, *chosen: Mapping[str, Any], **common: Any) -> list[Training]:
+    read = setting.family.hyperparameters.from_values
+    return [
+        Training(hyperparameters=read({"epochs": 3, "batch_size": 64, **common, **one}), seed=seed)
+        for seed, one in enumerate(chosen)
+    ]
+
+
+def fused(setting: Setting, some: list[Training]) -> list[Trained]:
+    """All as one computation; a member that is not trained fails the test."""
+    outcomes = dict(train_fused(setting, dict(enumerate(some)), lambda _: ()))
+    return [outcomes[place] for place in range(len(some))]  # type: ignore[misc]
+
+
+def assert_as_alone(setting: Setting, some: list[Training], tolerance: float) -> None:
+    for found, training in zip(fused(setting, some), some, strict=True):
+        alone = train(setting, training)
+        assert len(found.epochs) == len(alone.epochs)
+        for one, other in zip(found.epochs, alone.epochs, strict=True):
+            assert one.train_loss == pytest.approx(other.train_loss, rel=tolerance)
+            assert one.validation_loss == pytest.approx(other.validation_loss, rel=tolerance)
+            assert one.objective == pytest.approx(other.objective, rel=tolerance)
+        assert found.kept.number == alone.kept.number
+        assert found.validation == pytest.approx(alone.validation, rel=tolerance)
+        weights = alone.model.state_dict()
+        for name, tensor in found.model.state_dict().items():
+            torch.testing.assert_close(tensor, weights[name], rtol=tolerance, atol=tolerance)
+
+
+OPTIMIZERS: tuple[OptimizerName, ...] = ("sgd", "momentum", "nesterov", "adam", "adamw", "rmsprop", "adagrad")
+SCHEDULES = ("constant", "step", "exponential", "cosine", "one_cycle", "plateau")
+
+
+@pytest.mark.usefixtures("in_float64")
+def test_every_optimizer_and_schedule_in_one_group_trains_as_alone(prepared: Prepared) -> None:
+    setting = setting_of(prepared)
+    by_optimizer = [{"optimizer": name, "learning_rate": 0.01 + 0.01 * i} for i, name in enumerate(OPTIMIZERS)]
+    by_schedule = [{"schedule": name, "optimizer": "adam", "warmup": 0.2} for name in SCHEDULES]
+    some = trainings(setting, *({**EVERYTHING, **one} for one in by_optimizer + by_schedule))
+    assert_as_alone(setting, some, 1e-9)
+
+
+@pytest.mark.usefixtures("in_float64")
+def test_what_only_some_members_have_is_each_ones_own(prepared: Prepared) -> None:
+    """Penalties, dropout and clipping in one and not in another, other epochs, early stopping."""
+    setting = setting_of(prepared)
+    some = trainings(
+        setting, {}, {"dropout": 0.5}, {"l1": 1e-3}, {"weight_decay": 0.01}, {"gradient_clip_norm": 0.1},
+        {"label_smoothing": 0.2}, {"epochs": 5}, {"early_stopping_patience": 1, "learning_rate": 0.3, "epochs": 6},
+        {"initialisation": "orthogonal"}, {"learning_rate_scaling": "linear"},
+        optimizer="momentum", depth=2, width=30, taper=0.5,
+    )  # fmt: skip
+    assert_as_alone(setting, some, 1e-9)
+
+
+@pytest.mark.usefixtures("in_float64")
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_a_cnn_trains_as_alone(prepared: Prepared, batch_norm: bool) -> None:
+    setting = setting_of(prepared, "cnn", rows=200)
+    some = trainings(
+        setting, EVERYTHING, {"optimizer": "sgd"}, {"optimizer": "rmsprop"}, channels=4, batch_norm=batch_norm
+    )
+    assert_as_alone(setting, some, 1e-8)
+
+
+@pytest.mark.usefixtures("in_float64")
+def test_a_regression_trains_as_alone(prepared_regression: Prepared) -> None:
+    setting = setting_of(prepared_regression)
+    assert_as_alone(setting, trainings(setting, EVERYTHING, {"optimizer": "adagrad"}, {"l1": 0.01}), 1e-9)
+
+
+def test_in_float32_the_curves_of_momentum_agree(prepared: Prepared) -> None:
+    setting = setting_of(prepared)
+    assert_as_alone(setting, trainings(setting, {"dropout": 0.2}, {"learning_rate": 0.1}, optimizer="momentum"), 1e-4)
+
+
+@pytest.mark.usefixtures("in_float64")
+@pytest.mark.parametrize("by_row", [True, False])
+def test_stacked_optimizers_step_as_pytorchs_own(by_row: bool) -> None:
+    """Row by row as on a CPU, and all rows at once as on a GPU."""
+    read = family_named("mlp").hyperparameters.from_values
+    chosen = [
+        read({"optimizer": name, "weight_decay": decay, "momentum": 0.8, "beta1": 0.8, "eps": 1e-6})
+        for name in sorted(OPTIMIZERS, key=lambda name: UPDATES[name])
+        for decay in (0.0, 0.1)
+    ]
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randn(len(chosen), 12, generator=generator)
+    alone = [nn.Parameter(row.clone()) for row in weights]
+    optimizers = [build_optimizer([row], one) for row, one in zip(alone, chosen, strict=True)]
+    stacked = StackedOptimizer(chosen, weights, by_row=by_row)
+    for _ in range(10):
+        gradients = torch.randn(len(chosen), 12, generator=generator)
+        rates = torch.rand(len(chosen), generator=generator) / 10
+        stacked.step(gradients, rates)
+        for row, optimizer, gradient, rate in zip(alone, optimizers, gradients, rates.tolist(), strict=True):
+            row.grad = gradient.clone()
+            optimizer.param_groups[0]["lr"] = rate
+            optimizer.step()
+    torch.testing.assert_close(weights, torch.stack([row.detach() for row in alone]), rtol=1e-12, atol=1e-12)
+
+
+def stop(*places: int) -> Any:
+    return lambda epochs: [place for place in places if place in epochs and epochs[place].number == 2]
+
+
+def test_a_member_that_is_stopped_or_diverges_leaves_the_others_as_they_were(prepared: Prepared) -> None:
+    """Bit for bit: neither NaN nor the smaller group that goes on touches another row."""
+    setting = setting_of(prepared)
+    some = trainings(
+        setting, {}, {"learning_rate": 1e30, "optimizer": "sgd"}, {"dropout": 0.3}, {"optimizer": "rmsprop"}
+    )
+    outcomes = dict(train_fused(setting, dict(enumerate(some)), stop(2)))
+    assert isinstance(outcomes[1], Diverged)
+    assert str(outcomes[1]) == "diverged at epoch 1: the loss is not finite"
+    assert isinstance(outcomes[2], Stopped)
+    undisturbed = trainings(setting, {}, {"optimizer": "sgd"}, {"dropout": 0.3}, {"optimizer": "rmsprop"})
+    expected = fused(setting, undisturbed)
+    for place in (0, 3):
+        assert_equal(outcomes[place], expected[place])  # type: ignore[arg-type]
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("resumed", ["fused", "alone"])
+def test_a_group_that_was_killed_goes_on_from_its_members_checkpoints(
+    prepared: Prepared, tmp_path: Path, resumed: str
+) -> None:
+    """As a group it ends bit for bit as if it had never stopped; a member can also go on alone."""
+    setting = setting_of(prepared)
+    chosen = [
+        {**EVERYTHING, "optimizer": name, "early_stopping_patience": 9} for name in ("adamw", "momentum", "adagrad")
+    ]
+    some = trainings(setting, *chosen, epochs=6)
+    expected = fused(setting, some)
+    kept = [
+        replace(one, resumable=Resumable(path=tmp_path / f"{place}.safetensors", key="k", interval_seconds=0))
+        for place, one in enumerate(some)
+    ]
+
+    def kill(epochs: Mapping[int, Epoch]) -> Collection[int]:
+        if epochs[0].number == 4:
+            raise Killed
+        return ()
+
+    with pytest.raises(Killed):
+        list(train_fused(setting, dict(enumerate(kept)), kill))
+    seen: list[int] = []
+
+    def see(epochs: Mapping[int, Epoch]) -> Collection[int]:
+        seen.extend(epoch.number for epoch in epochs.values())
+        return ()
+
+    if resumed == "fused":
+        outcomes = dict(train_fused(setting, dict(enumerate(kept)), see))
+        assert seen == [number for number in range(1, 7) for _ in kept]
+        for place, one in enumerate(expected):
+            assert_equal(outcomes[place], one)  # type: ignore[arg-type]
+    else:
+        for training, one in zip(kept, expected, strict=True):
+            alone = train(setting, training)
+            assert [epoch.train_loss for epoch in alone.epochs] == pytest.approx(
+                [epoch.train_loss for epoch in one.epochs], rel=1e-3
+            )
+
+
+def test_a_group_too_large_for_memory_is_halved_and_reports_each_epoch_once(
+    prepared: Prepared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No CPU raises OutOfMemoryError, so the second epoch of a group of more than two does in its place."""
+    setting = setting_of(prepared)
+    some = trainings(setting, {}, {"dropout": 0.2}, {"optimizer": "sgd"}, {"l1": 0.01}, {"weight_decay": 0.1})
+    expected = fused(setting, some)
+    train_epoch = models.fused._Group.train_epoch
+
+    def short_of_memory(group: models.fused._Group) -> dict[int, Diverged]:
+        if len(group.members) > 2 and group.epochs_done == 1:
+            raise torch.OutOfMemoryError
+        return train_epoch(group)
+
+    monkeypatch.setattr(models.fused._Group, "train_epoch", short_of_memory)
+    seen: list[tuple[int, int]] = []
+
+    def see(epochs: Mapping[int, Epoch]) -> Collection[int]:
+        seen.extend((place, epoch.number) for place, epoch in epochs.items())
+        return ()
+
+    outcomes = dict(train_all(setting, some, see))
+    assert sorted(seen) == [(place, number) for place in range(5) for number in (1, 2, 3)]
+    for place, one in enumerate(expected):
+        found = outcomes[place]
+        assert isinstance(found, Trained)
+        assert [epoch.objective for epoch in found.epochs] == pytest.approx(
+            [epoch.objective for epoch in one.epochs], abs=0.02
+        )
+
+
+NETS = """
+import torch
+from torch import nn
+
+class Plain(nn.Module):
+    def __init__(self, hyperparameters, shape):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Flatten(), nn.LayerNorm(64), nn.Linear(64, shape.outputs))
+    def forward(self, features):
+        return self.layers(features)
+
+class Branching(Plain):
+    def forward(self, features):
+        return super().forward(features if features.sum() > 0 else -features)
+
+class Noisy(Plain):
+    def forward(self, features):
+        return super().forward(features + torch.randn_like(features))
+
+class Unused(Plain):
+    def __init__(self, hyperparameters, shape):
+        super().__init__(hyperparameters, shape)
+        self.spare = nn.Linear(2, 2)
+
+class Tied(Plain):
+    def __init__(self, hyperparameters, shape):
+        super().__init__(hyperparameters, shape)
+        self.again = self.layers[2]
+
+class Late(Plain):
+    def forward(self, features):
+        if len(features) == 300 % 64:
+            features = features if features.sum() > 0 else -features
+        return super().forward(features)
+"""
+
+SOME = """
+class Some(Plain):
+    def __init__(self, hyperparameters, shape):
+        super().__init__(hyperparameters, shape)
+        assert torch.rand(()) > 0.5
+"""
+
+
+@pytest.fixture
+def nets(tmp_path: Path) -> Path:
+    path = tmp_path / "nets.py"
+    path.write_text(NETS)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "obstacle"),
+    [
+        ("Branching", "data-dependent control flow"),
+        ("Noisy", "random operation"),
+        ("Unused", "its parameter model.spare.weight takes no part in the outputs"),
+        ("Tied", "its modules share tensors"),
+        ("Late", None),
+    ],
+)
+def test_a_model_that_cannot_be_fused_says_why_and_is_trained_alone(
+    prepared: Prepared, nets: Path, caplog: pytest.LogCaptureFixture, name: str, obstacle: str | None
+) -> None:
+    setting = setting_of(prepared, f"{nets}:{name}")
+    some = trainings(setting, {}, {"optimizer": "sgd"})
+    with caplog.at_level("INFO"):
+        fusion = fusion_for(setting, some[0])
+        outcomes = dict(train_all(setting, some))
+    if obstacle is None:  # what stands in the way shows in a batch that was not tried
+        assert fusion.members > 1
+        with pytest.raises(NotFusable):
+            fused(setting, some)
+    else:
+        assert fusion.members == 1
+        assert obstacle in fusion.reason
+    assert f"nets.py:{name} are trained one by one: " in caplog.text
+    for place, training in enumerate(some):
+        assert_equal(outcomes[place], train(setting, training))  # type: ignore[arg-type]
+
+
+def test_a_users_model_is_fused_and_exact(prepared: Prepared, nets: Path) -> None:
+    setting = setting_of(prepared, f"{nets}:Plain")
+    some = trainings(setting, {}, {"learning_rate": 0.1}, optimizer="momentum")
+    assert fusion_for(setting, some[0]).members > 100
+    assert_as_alone(setting, some, 1e-4)
+
+
+def test_a_large_model_is_trained_alone_because_the_device_is_busy_with_one(prepared: Prepared) -> None:
+    setting = setting_of(prepared)
+    small, large = (trainings(setting, {"width": width, "depth": 2})[0] for width in (64, 2048))
+    assert fusion_for(setting, small).members > 100
+    assert "the device is busy with one training" in fusion_for(setting, large).reason
+
+
+@pytest.mark.parametrize(
+    ("change", "together"),
+    [
+        ({"learning_rate": 0.5, "optimizer": "sgd", "schedule": "step", "dropout": 0.4, "epochs": 9}, True),
+        ({"initialisation": "kaiming", "l1": 0.1, "label_smoothing": 0.1}, True),
+        ({"width": 51}, False),
+        ({"depth": 2}, False),
+        ({"activation": "tanh"}, False),
+        ({"batch_size": 32}, False),
+    ],
+)
+def test_what_may_differ_within_a_group(prepared: Prepared, change: dict[str, Any], together: bool) -> None:
+    setting = setting_of(prepared)
+    one, other = trainings(setting, {}, change)
+    signatures = [fusion_signature(new_model(setting, training), training) for training in (one, other)]
+    assert (signatures[0] == signatures[1]) == together
+
+
+def test_a_model_that_cannot_be_built_costs_its_own_training_only(prepared: Prepared, tmp_path: Path) -> None:
+    path = tmp_path / "net.py"
+    path.write_text(f"{NETS}{SOME}")
+    setting = setting_of(prepared, f"{path}:Some")
+    outcomes = dict(train_all(setting, trainings(setting, *[{}] * 6)))
+    kinds = {type(outcome) for outcome in outcomes.values()}
+    assert kinds == {Trained, AssertionError}
+
+
+def test_what_the_follower_raises_ends_the_training(prepared: Prepared, nets: Path) -> None:
+    def fail(_: Mapping[int, Epoch]) -> Collection[int]:
+        raise OSError("the disk is full")
+
+    for model in ("mlp", f"{nets}:Noisy"):
+        setting = setting_of(prepared, model)
+        with pytest.raises(OSError, match="the disk is full"):
+            list(train_all(setting, trainings(setting, {}, {}), fail))
