@@ -64,6 +64,11 @@ class Family:
     own_names: tuple[str, ...] = ()
     code: str | None = None
 
+    @property
+    def structure(self) -> tuple[str, ...]:
+        """The names whose values trainings must share to be fused; of a user's class, all that it draws."""
+        return self.hyperparameters.structure + self.own_names
+
     def search_space(self, overrides: Mapping[str, Any]) -> dict[str, Domain]:
         """Domains by name: the defaults with a job's overrides; of the own hyperparameters only what is overridden.
 

@@ -51,6 +51,9 @@ class Hyperparameters(Searchable):
     gradient_clip_norm: float = Field(default=0.0, ge=0)
     early_stopping_patience: int = Field(default=0, ge=0)
 
+    # What a model's shape, a batch's size and the number of steps depend on: trainings that are equal in it can be
+    # fused. Epochs need not be equal for that, but those that end early leave the others a device half used.
+    structure: ClassVar[tuple[str, ...]] = ("epochs", "batch_size")
     default_space: ClassVar[Space] = {
         "epochs": 20,
         "batch_size": (16, 32, 64, 128, 256),
@@ -106,6 +109,7 @@ class MLPHyperparameters(Hyperparameters):
     initialisation: InitialisationName = "pytorch"
     dropout: float = Field(default=0.0, ge=0, lt=1)
 
+    structure: ClassVar[tuple[str, ...]] = (*Hyperparameters.structure, "depth", "width", "taper", "activation")
     default_space: ClassVar[Space] = {
         **Hyperparameters.default_space,
         "depth": Range(low=1, high=3, points=3),
@@ -131,6 +135,7 @@ class CNNHyperparameters(Hyperparameters):
     initialisation: InitialisationName = "pytorch"
     dropout: float = Field(default=0.0, ge=0, lt=1)
 
+    structure: ClassVar[tuple[str, ...]] = (*Hyperparameters.structure, "depth", "channels", "batch_norm", "activation")
     default_space: ClassVar[Space] = {
         **Hyperparameters.default_space,
         "depth": Range(low=1, high=3, points=3),

@@ -4,7 +4,7 @@ A sampler is made anew for each trial, with a seed of its own, so whatever it mu
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, assert_never
 
@@ -17,6 +17,7 @@ from optuna.samplers import (
     BruteForceSampler,
     CmaEsSampler,
     GPSampler,
+    PartialFixedSampler,
     QMCSampler,
     RandomSampler,
     TPESampler,
@@ -101,16 +102,19 @@ class HyperbandPruner(optuna.pruners.HyperbandPruner):
         return super()._get_bracket_id(by_ordinal, by_ordinal)  # type: ignore[arg-type]
 
 
-def build_sampler(name: SamplerName, *, seed: int, study_seed: int) -> BaseSampler:
+def build_sampler(
+    name: SamplerName, *, seed: int, study_seed: int, fixed: Mapping[str, Any] | None = None
+) -> BaseSampler:
     """The sampler for one trial. `seed` is the trial's; `study_seed` stays the same all night, for a sequence that
-    all trials share.
+    all trials share; what is `fixed` is not drawn.
 
     Trials that run side by side do not get the same point: TPE by the constant liar, GP by conditioning on what runs,
     the others by drawing at random, or by a position in the sequence or grid that each takes for itself.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
-        return _sampler(name, seed, study_seed)
+        sampler = _sampler(name, seed, study_seed)
+        return PartialFixedSampler(dict(fixed), sampler) if fixed else sampler
 
 
 def build_pruner(name: PrunerName, epochs: int) -> optuna.pruners.BasePruner:

@@ -38,6 +38,7 @@ ROLE = "role"
 FIXED = "fixed"
 HYPERPARAMETERS = "hyperparameters"
 IMPORTED_FROM = "imported_from"
+WAVE = "wave"
 
 _logger = logging.getLogger(__name__)
 
@@ -94,30 +95,54 @@ def settle_running_trials(study: optuna.Study) -> list[FrozenTrial]:
 
 def ask(study: optuna.Study, job: TuningJob) -> optuna.Trial:
     """Ask for the next trial: what is queued comes first, then a sampler seeded by the trial's ordinal, the first that
-    no finished and no running trial has.
+    no finished and no running trial has. Within a wave (`widen_wave`) the structure is that of its first trial.
 
-    An interrupted night thus goes on exactly as it would have without the interruption: the history is the same and so
-    is the seed. (A sampler made once a process would propose the study's first trials again.) A grid, which takes
-    each point once, is given the interrupted one again. Only qmc goes on with other points, by as many as were
-    interrupted.
+    An interrupted night thus goes on exactly as it would have without the interruption: an interrupted trial is asked
+    for again as it was, and for others the history is the same and so is the seed. (A sampler made once a process
+    would propose the study's first trials again.)
     """
-    claimed = [*finished_trials(study), *tonights_trials(study, TrialState.RUNNING)]
-    taken = {trial.user_attrs.get(ORDINAL) for trial in claimed}
-    ordinal = next(number for number in count() if number not in taken)
+    claimed = {trial.user_attrs.get(ORDINAL): trial for trial in _claimed(study)}
+    ordinal = next(number for number in count() if number not in claimed)
     queue: list[dict[str, Any]] = study.user_attrs.get(QUEUE, [])
+    interrupted = _interrupted_with(study, ordinal)
     if ordinal < len(queue):
         study.enqueue_trial(queue[ordinal]["params"], user_attrs=queue[ordinal]["attributes"])
-    elif job.search.sampler == "grid" and (again := _interrupted_with(study, ordinal)):
-        study.enqueue_trial(again.params)
+    elif interrupted:
+        study.enqueue_trial(interrupted.params)
+    first, size = _wave_of(ordinal, interrupted, claimed.get(ordinal - 1))
+    params = claimed[first].params if first != ordinal else {}
     study.sampler = build_sampler(
         job.search.sampler,
         seed=derived_seed(job.seed, "sampler", ordinal),
         study_seed=derived_seed(job.seed, "sequence", 0),
+        fixed={name: params[name] for name in job.family.structure if name in params},
     )
     trial = study.ask()
     trial.set_user_attr(ORDINAL, ordinal)
+    trial.set_user_attr(WAVE, [first, size])
     trial.set_user_attr(NUMBER, trial.number - len(_imported(study)))
     return trial
+
+
+def may_widen_wave(trial: optuna.Trial, study: optuna.Study, job: TuningJob) -> bool:
+    """Whether other trials may share this one's structure. Not what is queued, whose structure nobody chose for a
+    whole wave; not CMA-ES, whose covariance is of all numbers; not a grid or a sequence, whose points are given."""
+    searched = job.search.sampler in ("auto", "tpe", "gp", "random")
+    return searched and trial.user_attrs[ORDINAL] >= len(study.user_attrs.get(QUEUE, []))
+
+
+def widen_wave(trial: optuna.Trial, size: int) -> None:
+    """Let so many trials, from this one on, share its structure, whether they are asked for tonight or after an
+    interruption."""
+    trial.set_user_attr(WAVE, [trial.user_attrs[ORDINAL], size])
+
+
+def is_wave_full(study: optuna.Study, job: TuningJob, trial: optuna.Trial) -> bool:
+    """Whether the trial is the last of its wave, or the last that the budget has room for."""
+    claimed = _claimed(study)
+    taken = {other.user_attrs.get(ORDINAL) for other in claimed}
+    first, size = trial.user_attrs[WAVE]
+    return len(claimed) >= job.budget.trials or taken.issuperset(range(first, first + size))
 
 
 def finished_trials(study: optuna.Study) -> list[FrozenTrial]:
@@ -177,6 +202,20 @@ def _with_pruner(study: optuna.Study, job: TuningJob) -> optuna.Study:
 
 def _imported(study: optuna.Study) -> list[FrozenTrial]:
     return [trial for trial in study.get_trials(deepcopy=False) if IMPORTED_FROM in trial.user_attrs]
+
+
+def _claimed(study: optuna.Study) -> list[FrozenTrial]:
+    return [*finished_trials(study), *tonights_trials(study, TrialState.RUNNING)]
+
+
+def _wave_of(ordinal: int, interrupted: FrozenTrial | None, before: FrozenTrial | None) -> tuple[int, int]:
+    """The first ordinal of the wave that an ordinal belongs to, and the wave's size."""
+    for known in (interrupted, before):
+        if known is not None and WAVE in known.user_attrs:
+            first, size = known.user_attrs[WAVE]
+            if first <= ordinal < first + size:
+                return first, size
+    return ordinal, 1
 
 
 def _interrupted_with(study: optuna.Study, ordinal: int) -> FrozenTrial | None:

@@ -1,4 +1,7 @@
-"""tune: ask the study for a trial, train it, tell what it was worth, until the budget is used up.
+"""tune: ask the study for trials, train them, tell what they were worth, until the budget is used up.
+
+Trials are asked for in waves: the sampler draws one freely, and the rest of its wave with that one's structure, so that
+they are trained as one computation (models/fused.py).
 
 A trial that diverges or cannot be built fails by itself and the night goes on. Knows nothing of MLflow: whoever
 wants to know of finished trials passes a callback.
@@ -8,7 +11,7 @@ import logging
 import math
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -26,9 +29,11 @@ from models.batches import Split
 from models.diagnosis import Diagnosis, diagnose
 from models.evaluate import MetricName, latency_ms, parameter_count
 from models.families import Family, build_model
+from models.fused import Outcome, Stopped
 from models.hyperparameters import Hyperparameters
 from models.preprocessing import Standardization
-from models.solo import Diverged, Epoch, Resumable, Setting, Trained, Training, train
+from models.solo import Diverged, Epoch, Resumable, Setting, Trained, Training
+from models.training import fusion_for, train_all
 from tasks.job import TuningJob
 from tasks.memory import BASELINE
 from tasks.prepare import Snapshot
@@ -43,13 +48,18 @@ from tasks.study import (
     ask,
     derived_seed,
     finished_trials,
+    is_wave_full,
+    may_widen_wave,
     ranked,
     tonights_trials,
+    widen_wave,
 )
 from tasks.tracking import CURVE, DEVICE, DIAGNOSIS, SECONDS, TRACEBACK, VALIDATION, curve_of
 
 FUTILE_FAILURES = 3
 CHECKPOINT_SECONDS = 10
+WAVE_TRIALS = {"cpu": 16, "cuda": 64}
+LEAST_WAVES = 8
 
 _logger = logging.getLogger(__name__)
 
@@ -141,7 +151,7 @@ def tune(
         if GRID_EXHAUSTED in study.user_attrs:
             ended_by = "the end of the grid"
             break
-        on_trial(_run_trial(study, job, prepared, checkpoints))
+        _run_wave(study, job, prepared, checkpoints, on_trial)
         _stop_if_futile(study, job)
     trials = finished_trials(study)
     complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
@@ -171,57 +181,138 @@ def _failures(trials: list[FrozenTrial]) -> list[str]:
 def _stop_if_futile(study: optuna.Study, job: TuningJob) -> None:
     trials = finished_trials(study)
     failures = _failures(trials)
-    if len(trials) == len(failures) == FUTILE_FAILURES:
+    if len(trials) == len(failures) >= FUTILE_FAILURES:
         raise TuningFailed(
-            f"the first {FUTILE_FAILURES} trials of {job.name} all failed, so the night stops: {failures[0]}"
+            f"the first {len(trials)} trials of {job.name} all failed, so the night stops: {failures[0]}"
         )
 
 
-def _run_trial(study: optuna.Study, job: TuningJob, prepared: Prepared, checkpoints: Path) -> FrozenTrial:
-    """One trial from ask to tell. An interruption (Ctrl-C, a cancelled night) leaves it FAIL without a reason,
-    which is how the next night knows to train it again."""
-    trial = ask(study, job)
-    began = time.perf_counter()
-    epochs: list[Epoch] = []
-    checkpoint = checkpoints / study.study_name / f"{trial.user_attrs[ORDINAL]}.safetensors"
+class _Candidate:
+    """One trial of a wave, from ask to tell."""
 
-    def report(epoch: Epoch) -> None:
-        epochs.append(epoch)
-        if job.search.cost == "none":  # Optuna takes reports of a single objective only
-            trial.report(epoch.objective, epoch.number)
-            if trial.should_prune():
-                raise optuna.TrialPruned
+    def __init__(self, study: optuna.Study, job: TuningJob, prepared: Prepared, checkpoints: Path) -> None:
+        self.trial = ask(study, job)
+        self._study = study
+        self._job = job
+        self._prepared = prepared
+        self._checkpoint = checkpoints / study.study_name / f"{self.trial.user_attrs[ORDINAL]}.safetensors"
+        self._epochs: list[Epoch] = []
+        self._seconds = 0.0
+        self._cost: list[float] = []
 
-    state, values, failure = TrialState.FAIL, None, None
-    diagnosis: Diagnosis | None = None
-    try:
-        hyperparameters = _draw(trial, job)
-        cost = _check_limits(trial, job, hyperparameters, prepared)
-        trained = _train(trial, job, hyperparameters, prepared, checkpoint, report)
-        trial.set_user_attr(VALIDATION, trained.validation)
-        diagnosis = diagnose(epochs, prepared.prior_loss)
-        state, values = TrialState.COMPLETE, [trained.kept.objective, *cost]
-    except optuna.TrialPruned:
-        state, diagnosis = TrialState.PRUNED, "unfinished"
-    except Infeasible as error:
-        state, failure = TrialState.PRUNED, str(error)
-    except Diverged as error:
-        failure, diagnosis = str(error), "diverged"
-    except Exception as error:  # a broken configuration costs its trial, not the night
-        _logger.warning("trial %d failed", trial.user_attrs[NUMBER], exc_info=True)
-        failure = f"{type(error).__name__}: {error}"
-        trial.set_user_attr(TRACEBACK, traceback.format_exc())
-    finally:
-        trial.set_user_attr(CURVE, curve_of(epochs))
-        trial.set_user_attr(SECONDS, round(time.perf_counter() - began, 3))
-        trial.set_user_attr(DEVICE, describe_device(prepared.training.target.device))
+    def draw(self) -> Training:
+        """What the study proposes. Raises Infeasible, and what is wrong with the proposal or a user's code."""
+        hyperparameters = _draw(self.trial, self._job)
+        self._cost = _check_limits(self.trial, self._job, hyperparameters, self._prepared)
+        seed = derived_seed(self._job.seed, "trial", self.trial.user_attrs[ORDINAL])
+        resumable = Resumable(
+            path=self._checkpoint,
+            key=f"{seed} {hyperparameters.model_dump_json()}",
+            interval_seconds=CHECKPOINT_SECONDS,
+        )
+        return Training(hyperparameters=hyperparameters, seed=seed, resumable=resumable)
+
+    def report(self, epoch: Epoch, seconds: float) -> None:
+        self._epochs.append(epoch)
+        self._seconds += seconds
+        if self._job.search.cost == "none":  # Optuna takes reports of a single objective only
+            self.trial.report(epoch.objective, epoch.number)
+
+    def is_hopeless(self) -> bool:
+        return self._job.search.cost == "none" and self.trial.should_prune()
+
+    def tell(self, outcome: Outcome) -> FrozenTrial:
+        """How the trial ended and what it was worth."""
+        match outcome:
+            case Trained():
+                self.trial.set_user_attr(VALIDATION, outcome.validation)
+                values = [outcome.kept.objective, *self._cost]
+                return self._tell(TrialState.COMPLETE, values, diagnose(self._epochs, self._prepared.prior_loss))
+            case Stopped():
+                return self._tell(TrialState.PRUNED, diagnosis="unfinished")
+            case Infeasible():
+                return self._tell(TrialState.PRUNED, failure=str(outcome))
+            case Diverged():
+                return self._tell(TrialState.FAIL, diagnosis="diverged", failure=str(outcome))
+            case _:  # a broken configuration costs its trial, not the night
+                _logger.warning("trial %d failed", self.trial.user_attrs[NUMBER], exc_info=outcome)
+                self.trial.set_user_attr(TRACEBACK, "".join(traceback.format_exception(outcome)))
+                return self._tell(TrialState.FAIL, failure=f"{type(outcome).__name__}: {outcome}")
+
+    def tell_interrupted(self) -> None:
+        self._tell(TrialState.FAIL, keep_checkpoint=True)
+
+    def _tell(
+        self,
+        state: TrialState,
+        values: list[float] | None = None,
+        diagnosis: Diagnosis | None = None,
+        *,
+        failure: str | None = None,
+        keep_checkpoint: bool = False,
+    ) -> FrozenTrial:
+        self.trial.set_user_attr(CURVE, curve_of(self._epochs))
+        self.trial.set_user_attr(SECONDS, round(self._seconds, 3))
+        self.trial.set_user_attr(DEVICE, describe_device(self._prepared.training.target.device))
         if failure is not None:
-            trial.set_user_attr(FAILURE, failure)
+            self.trial.set_user_attr(FAILURE, failure)
         if diagnosis is not None:
-            trial.set_user_attr(DIAGNOSIS, diagnosis)
-        finished = study.tell(trial, values, state)
-    checkpoint.unlink(missing_ok=True)
-    return finished
+            self.trial.set_user_attr(DIAGNOSIS, diagnosis)
+        finished = self._study.tell(self.trial, values, state)
+        if not keep_checkpoint:
+            self._checkpoint.unlink(missing_ok=True)
+        return finished
+
+
+def _run_wave(
+    study: optuna.Study, job: TuningJob, prepared: Prepared, checkpoints: Path, on_trial: Callable[[FrozenTrial], None]
+) -> None:
+    """A trial whose structure the sampler drew, and as many more of that structure as make one computation with it.
+
+    An interruption (Ctrl-C, a cancelled night) leaves them FAIL without a reason, which is how the next night knows
+    to train them again.
+    """
+    setting = prepared.setting(job.family, job.search.objective)
+    untold: list[_Candidate] = []
+    drawn: list[tuple[_Candidate, Training]] = []
+    counted_to = time.perf_counter()
+
+    def on_epoch(epochs: Mapping[int, Epoch]) -> list[int]:
+        nonlocal counted_to
+        seconds = (time.perf_counter() - counted_to) / len(epochs)
+        counted_to += seconds * len(epochs)
+        for place, epoch in epochs.items():
+            drawn[place][0].report(epoch, seconds)
+        return [place for place in epochs if drawn[place][0].is_hopeless()]
+
+    try:
+        candidate = None
+        while candidate is None or not is_wave_full(study, job, candidate.trial):
+            first = candidate is None
+            candidate = _Candidate(study, job, prepared, checkpoints)
+            untold.append(candidate)
+            try:
+                training = candidate.draw()
+                if first and may_widen_wave(candidate.trial, study, job):
+                    widen_wave(candidate.trial, min(_wave_size(job, setting), fusion_for(setting, training).members))
+            except Exception as error:  # noqa: BLE001 told with its traceback
+                untold.remove(candidate)
+                on_trial(candidate.tell(error))
+            else:
+                drawn.append((candidate, training))
+        counted_to = time.perf_counter()
+        for place, outcome in train_all(setting, [training for _, training in drawn], on_epoch):
+            candidate = drawn[place][0]
+            untold.remove(candidate)
+            on_trial(candidate.tell(outcome))
+    finally:
+        for candidate in untold:
+            candidate.tell_interrupted()
+
+
+def _wave_size(job: TuningJob, setting: Setting) -> int:
+    """Not more than the device gains from, and few enough that the sampler learns several times a night."""
+    return max(1, min(WAVE_TRIALS[setting.device.type], job.budget.trials // LEAST_WAVES))
 
 
 def _draw(trial: optuna.Trial, job: TuningJob) -> Hyperparameters:
@@ -255,22 +346,6 @@ def _check_limits(
     if broken:
         raise Infeasible("; ".join(broken))
     return [] if job.search.cost == "none" else [costs[job.search.cost]]
-
-
-def _train(
-    trial: optuna.Trial,
-    job: TuningJob,
-    hyperparameters: Hyperparameters,
-    prepared: Prepared,
-    checkpoint: Path,
-    report: Callable[[Epoch], None],
-) -> Trained:
-    seed = derived_seed(job.seed, "trial", trial.user_attrs[ORDINAL])
-    resumable = Resumable(
-        path=checkpoint, key=f"{seed} {hyperparameters.model_dump_json()}", interval_seconds=CHECKPOINT_SECONDS
-    )
-    training = Training(hyperparameters=hyperparameters, seed=seed, resumable=resumable)
-    return train(prepared.setting(job.family, job.search.objective), training, report)
 
 
 class ProgressArtifact:

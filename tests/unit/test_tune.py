@@ -11,6 +11,7 @@ import torch
 from optuna.trial import FrozenTrial, TrialState
 
 import models.solo
+import models.training
 import tasks.tune
 from models.evaluate import parameter_count
 from models.solo import Epoch, train
@@ -57,10 +58,11 @@ def test_the_budget_of_trials_is_kept(prepared: Prepared, tmp_path: Path) -> Non
 
 
 def test_the_budget_of_minutes_is_kept(prepared: Prepared, tmp_path: Path) -> None:
+    """After the second wave of six trials."""
     job = make_job(budget={"trials": 50, "minutes": 1})
     clock = itertools.count(0, 25.0)
     tuned = tune(open_for(job, prepared, tmp_path), job, prepared, tmp_path, clock=lambda: next(clock))
-    assert (tuned.complete + tuned.pruned, tuned.ended_by) == (2, "minutes")
+    assert (tuned.complete + tuned.pruned, tuned.ended_by) == (12, "minutes")
 
 
 def test_the_same_job_on_the_same_data_gives_the_same_trials(prepared: Prepared, tmp_path: Path) -> None:
@@ -112,7 +114,7 @@ def test_an_interruption_in_the_middle_of_a_trial_is_told(
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(tasks.tune, "train", interrupted)
+    monkeypatch.setattr(tasks.tune, "train_all", interrupted)
     with pytest.raises(KeyboardInterrupt):
         tune(study, job, prepared, tmp_path)
     assert [trial.state for trial in study.trials] == [TrialState.FAIL]
@@ -182,7 +184,7 @@ def test_a_broken_model_costs_its_trial_and_not_the_night(
             raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
         return honest(*args, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(tasks.tune, "train", broken_once)
+    monkeypatch.setattr(models.training, "train", broken_once)
     study = open_for(job, prepared, tmp_path)
     assert tune(study, job, prepared, tmp_path).failed == 1
     assert study.trials[0].user_attrs[FAILURE] == "RuntimeError: mat1 and mat2 shapes cannot be multiplied"
