@@ -36,10 +36,16 @@ class SeededDropout(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         if not self.training:
             return features
-        hashed = _positions(features[0].numel() * len(features), features.device).view(features.shape) ^ self.key
-        hashed = hashed * 0x2C1B3C6D
-        hashed = (hashed ^ (hashed >> 12)) * 0x297A2D39
-        return torch.where(hashed >= self.threshold, features * self.scale, 0.0)
+        return drop(features, self.key, self.threshold, self.scale, features.shape)
+
+
+def drop(features: Tensor, key: Tensor, threshold: Tensor, scale: Tensor, shape: torch.Size) -> Tensor:
+    """Features (..., *shape) with a SeededDropout's mask; its buffers broadcast over what comes before `shape`."""
+    hashed = _positions(shape.numel(), features.device).view(shape) ^ key
+    hashed *= 0x2C1B3C6D
+    hashed ^= hashed >> 12
+    hashed *= 0x297A2D39
+    return features * torch.where(hashed >= threshold, scale, 0.0)
 
 
 def seed_dropout(model: nn.Module) -> list[SeededDropout]:

@@ -1,6 +1,7 @@
 """What a trained model is worth: outputs for every row, metrics by name, and how flat the minimum is that it found.
 
-Metrics are scikit-learn's. Knows nothing of who asks.
+Metrics are by scikit-learn's definitions, and tested against it; its own functions check their arguments for longer
+than a small model trains for an epoch. Knows nothing of who asks.
 """
 
 import statistics
@@ -11,7 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-import sklearn.metrics
+import scipy.stats
 import torch
 from torch import Tensor, nn
 
@@ -39,60 +40,74 @@ class Metric:
         return challenger - champion if self.direction == "maximize" else champion - challenger
 
 
+def _accuracy(probabilities: _Array, target: _Array) -> float:
+    return float(np.mean(probabilities.argmax(axis=1) == target))
+
+
+def _balanced_accuracy(probabilities: _Array, target: _Array) -> float:
+    """The mean recall of the classes that occur."""
+    right, _, rows = _counts(probabilities, target)
+    return float(np.mean(right[rows > 0] / rows[rows > 0]))
+
+
+def _f1_macro(probabilities: _Array, target: _Array) -> float:
+    """The mean over the classes that occur of the harmonic mean of precision and recall."""
+    right, predicted, rows = _counts(probabilities, target)
+    return float(np.mean(2 * right[rows > 0] / (predicted + rows)[rows > 0]))
+
+
+def _counts(probabilities: _Array, target: _Array) -> tuple[_Array, _Array, _Array]:
+    """For each class, how many rows are rightly predicted to be in it, are predicted to be, and are."""
+    classes = probabilities.shape[1]
+    predicted = probabilities.argmax(axis=1)
+    right = np.bincount(target[predicted == target], minlength=classes)
+    return right, np.bincount(predicted, minlength=classes), np.bincount(target, minlength=classes)
+
+
 def _roc_auc(probabilities: _Array, target: _Array) -> float:
-    """The mean over classes of one class against the rest (Provost and Domingos' unweighted form). A class that no
-    row has, or every row, has no curve and is left out; 0.5, the value of guessing, where none has one."""
-    areas = [
-        float(sklearn.metrics.roc_auc_score(target == label, probabilities[:, label]))
-        for label in range(probabilities.shape[1])
-        if 0 < np.count_nonzero(target == label) < len(target)
-    ]
-    return sum(areas) / len(areas) if areas else 0.5
+    """The mean over classes of one class against the rest (Provost and Domingos' unweighted form), each by the ranks
+    of its rows (Mann and Whitney). A class that no row has, or every row, has no curve and is left out; 0.5, the value
+    of guessing, where none has one."""
+    member = target[:, None] == np.arange(probabilities.shape[1])
+    inside = member.sum(axis=0)
+    outside = len(target) - inside
+    curved = (inside > 0) & (outside > 0)
+    if not curved.any():
+        return 0.5
+    ranks = (scipy.stats.rankdata(probabilities, axis=0) * member).sum(axis=0)
+    areas = (ranks - inside * (inside + 1) / 2)[curved] / (inside * outside)[curved]
+    return float(areas.mean())
+
+
+def _log_loss(probabilities: _Array, target: _Array) -> float:
+    own = probabilities[np.arange(len(target)), target]
+    return float(-np.log(np.maximum(own, np.finfo(own.dtype).eps)).mean())
+
+
+def _r2(values: _Array, target: _Array) -> float:
+    """Of a constant target 1 where every value is right, else 0."""
+    missed = float(np.square(target - values).sum())
+    spread = float(np.square(target - target.mean()).sum())
+    return 1 - missed / spread if spread else float(missed == 0)
 
 
 METRICS: Mapping[MetricName, Metric] = {
-    "accuracy": Metric(
-        compute=lambda p, target: float(sklearn.metrics.accuracy_score(target, p.argmax(axis=1))),
-        direction="maximize",
-    ),
-    "balanced_accuracy": Metric(
-        compute=lambda p, target: float(
-            # Recall over the classes that occur, as balanced_accuracy_score has it, which warns of a class that does
-            # not occur in the target but is predicted.
-            sklearn.metrics.recall_score(
-                target, p.argmax(axis=1), labels=np.unique(target), average="macro", zero_division=0
-            )
-        ),
-        direction="maximize",
-    ),
-    "f1_macro": Metric(
-        compute=lambda p, target: float(
-            sklearn.metrics.f1_score(
-                target, p.argmax(axis=1), labels=np.unique(target), average="macro", zero_division=0
-            )
-        ),
-        direction="maximize",
-    ),
+    "accuracy": Metric(compute=_accuracy, direction="maximize"),
+    "balanced_accuracy": Metric(compute=_balanced_accuracy, direction="maximize"),
+    "f1_macro": Metric(compute=_f1_macro, direction="maximize"),
     "roc_auc": Metric(compute=_roc_auc, direction="maximize"),
-    "log_loss": Metric(
-        compute=lambda p, target: float(sklearn.metrics.log_loss(target, p, labels=np.arange(p.shape[1]))),
-        direction="minimize",
-    ),
+    "log_loss": Metric(compute=_log_loss, direction="minimize"),
     "rmse": Metric(
-        compute=lambda values, target: float(sklearn.metrics.root_mean_squared_error(target, values)),
+        compute=lambda values, target: float(np.sqrt(np.square(target - values).mean())),
         direction="minimize",
         problem="regression",
     ),
     "mae": Metric(
-        compute=lambda values, target: float(sklearn.metrics.mean_absolute_error(target, values)),
+        compute=lambda values, target: float(np.abs(target - values).mean()),
         direction="minimize",
         problem="regression",
     ),
-    "r2": Metric(
-        compute=lambda values, target: float(sklearn.metrics.r2_score(target, values)),
-        direction="maximize",
-        problem="regression",
-    ),
+    "r2": Metric(compute=_r2, direction="maximize", problem="regression"),
 }
 
 

@@ -11,8 +11,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.optim.adam import adam
-from torch.optim.sgd import sgd
 
 from models.hyperparameters import Hyperparameters, OptimizerName
 
@@ -92,18 +90,18 @@ class _Part:
 def _sgd(part: _Part, gradients: Tensor, rates: Tensor, _steps: int) -> None:
     buffers = part.state["momentum_buffer"]
     if part.by_row:
-        for row, chosen in enumerate(part.chosen):
-            sgd(
+        for row, (chosen, rate) in enumerate(zip(part.chosen, rates.tolist(), strict=True)):
+            torch._fused_sgd_(
                 [part.weights[row]],
                 [gradients[row]],
-                [buffers[row]],
-                fused=True,
+                [buffers[row]] if chosen.optimizer != "sgd" else [],
                 weight_decay=chosen.weight_decay,
                 momentum=_momentum(chosen),
-                lr=rates[row].item(),
-                dampening=0,
+                lr=rate,
+                dampening=0.0,
                 nesterov=chosen.optimizer == "nesterov",
                 maximize=False,
+                is_first_step=False,  # from a buffer of zeros it is the same
             )
         return
     gradients = part.with_l2(gradients)
@@ -120,22 +118,22 @@ def _sgd(part: _Part, gradients: Tensor, rates: Tensor, _steps: int) -> None:
 def _adam(part: _Part, gradients: Tensor, rates: Tensor, steps: int) -> None:
     means, squares = part.state["exp_avg"], part.state["exp_avg_sq"]
     if part.by_row:
-        for row, chosen in enumerate(part.chosen):
-            adam(
+        step = torch.tensor(float(steps))
+        for row, (chosen, rate) in enumerate(zip(part.chosen, rates.tolist(), strict=True)):
+            kernel = torch._fused_adamw_ if chosen.optimizer == "adamw" else torch._fused_adam_
+            kernel(
                 [part.weights[row]],
                 [gradients[row]],
                 [means[row]],
                 [squares[row]],
                 [],
-                [torch.tensor(steps - 1.0)],
-                fused=True,
-                decoupled_weight_decay=chosen.optimizer == "adamw",
-                amsgrad=False,
+                [step],
+                lr=rate,
                 beta1=chosen.beta1,
                 beta2=chosen.beta2,
-                lr=rates[row].item(),
                 weight_decay=chosen.weight_decay,
                 eps=chosen.eps,
+                amsgrad=False,
                 maximize=False,
             )
         return

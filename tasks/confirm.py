@@ -7,7 +7,7 @@ validation rows choose; the test rows stay unseen until the gate. Knows nothing 
 import logging
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import optuna
@@ -17,9 +17,11 @@ from torch import nn
 
 from models.evaluate import METRICS, MetricName, metrics_of, predict_outputs, score, sharpness
 from models.families import Ensemble, Family
+from models.fused import Outcome
 from models.hyperparameters import Hyperparameters
 from models.preprocessing import Standardization
-from models.solo import Diverged, Trained, Training, mean_loss, train
+from models.solo import Diverged, Trained, Training, mean_loss
+from models.training import train_all
 from tasks.job import TuningJob
 from tasks.samplers import ORDINAL
 from tasks.study import HYPERPARAMETERS, derived_seed, number_of, ranked, tonights_trials
@@ -34,8 +36,9 @@ _logger = logging.getLogger(__name__)
 class Challenger:
     """A configuration of tonight's trained again with fresh seeds, and the one model of those that would ship.
 
-    `values` is the objective on validation rows of each seed's model, in the order of `seeds`; `shipped` are the seeds
-    that the model is made of: the median's, or all of them for an ensemble, whose metrics are `validation`.
+    `values` is the objective on validation rows of each seed's model, in the order of `seeds`; `trained_with` are the
+    seeds that were trained together, those that diverged too; `shipped` are the seeds that the model is made of: the
+    median's, or all of them for an ensemble, whose metrics are `validation`.
     `generalization_gap` is how much the shipped model's mean loss is higher on validation rows than on training rows;
     `sharpness` how much its training loss rises close by (models.evaluate). Both are of 4,096 rows at most.
     """
@@ -47,6 +50,7 @@ class Challenger:
     objective: MetricName
     seeds: tuple[int, ...]
     values: tuple[float, ...]
+    trained_with: tuple[int, ...]
     shipped: tuple[int, ...]
     validation: dict[MetricName, float]
     generalization_gap: float
@@ -131,13 +135,18 @@ def _top_trials(study: optuna.Study, job: TuningJob) -> list[FrozenTrial]:
 def _retrain(trial: FrozenTrial, job: TuningJob, prepared: Prepared) -> Challenger | None:
     """None where each seed diverged."""
     hyperparameters = job.family.hyperparameters.from_values(trial.user_attrs[HYPERPARAMETERS])
+    seeds = [
+        derived_seed(job.seed, f"confirm {number}", trial.user_attrs[ORDINAL]) for number in range(job.confirm.seeds)
+    ]
     trained: dict[int, Trained] = {}
-    for number in range(job.confirm.seeds):
-        seed = derived_seed(job.seed, f"confirm {number}", trial.user_attrs[ORDINAL])
-        try:
-            trained[seed] = train_again(job.family, job.search.objective, hyperparameters, prepared, seed)
-        except Diverged as error:
-            _logger.warning("trial %d did not confirm with seed %d: %s", number_of(trial), seed, error)
+    outcomes = train_seeds(job.family, job.search.objective, hyperparameters, prepared, seeds)
+    for seed, outcome in zip(seeds, outcomes, strict=True):
+        if isinstance(outcome, Diverged):
+            _logger.warning("trial %d did not confirm with seed %d: %s", number_of(trial), seed, outcome)
+        elif isinstance(outcome, Exception):
+            raise outcome
+        else:
+            trained[seed] = outcome
     if not trained:
         return None
     values = {seed: found.validation[job.search.objective] for seed, found in trained.items()}
@@ -156,6 +165,7 @@ def _retrain(trial: FrozenTrial, job: TuningJob, prepared: Prepared) -> Challeng
         objective=job.search.objective,
         seeds=tuple(trained),
         values=tuple(values.values()),
+        trained_with=tuple(seeds),
         shipped=shipped,
         validation=validation,
         generalization_gap=gap,
@@ -163,11 +173,14 @@ def _retrain(trial: FrozenTrial, job: TuningJob, prepared: Prepared) -> Challeng
     )
 
 
-def train_again(
-    family: Family, objective: MetricName, hyperparameters: Hyperparameters, prepared: Prepared, seed: int
-) -> Trained:
-    """One training of a known configuration, as confirm does it and as a version can be reproduced."""
-    return train(prepared.setting(family, objective), Training(hyperparameters=hyperparameters, seed=seed))
+def train_seeds(
+    family: Family, objective: MetricName, hyperparameters: Hyperparameters, prepared: Prepared, seeds: Sequence[int]
+) -> list[Outcome]:
+    """Trainings of one configuration, an outcome for each seed; what comes out bit for bit depends on which seeds are
+    trained together."""
+    trainings = [Training(hyperparameters=hyperparameters, seed=seed) for seed in seeds]
+    outcomes = dict(train_all(prepared.setting(family, objective), trainings))
+    return [outcomes[place] for place in range(len(seeds))]
 
 
 def assemble(models: list[nn.Module]) -> nn.Module:

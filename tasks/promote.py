@@ -138,6 +138,7 @@ def _manifest(job: TuningJob, study: optuna.Study, snapshot: Snapshot, verdict: 
             trial=number_of(winner.trial),
             seed=winner.shipped[0],
             seeds=winner.shipped,
+            trained_with=winner.trained_with,
             device=device,
             mlflow_run_id=study.user_attrs[MLFLOW_RUN],
             prefect_flow_run_id=study.user_attrs[FLOW_RUN],

@@ -3,7 +3,6 @@
 The manifest names the data, the split, the hyperparameters and the seeds. Changes nothing in the store.
 """
 
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,15 +14,13 @@ from infra.store import Store, StoreError
 from models.evaluate import METRICS, evaluate
 from models.families import ModelError, family_named
 from tasks.champion import read_version
-from tasks.confirm import assemble, train_again
+from tasks.confirm import assemble, train_seeds
 from tasks.job import DataConfig
 from tasks.prepare import Snapshot, prepare, read_snapshot
 from tasks.tune import Prepared
 from tasks.versions import Manifest
 
 TOLERANCE = 0.01
-
-_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,11 +60,18 @@ def reproduce(store: Store, job: str, version: str, snapshots: Path, device: tor
     snapshot = _snapshot(manifest, snapshots)
     prepared = Prepared.load(snapshot, device)
     hyperparameters = family.hyperparameters.from_values(manifest.hyperparameters)
-    trained = []
-    for seed in lineage.seeds:
-        trained.append(train_again(family, objective, hyperparameters, prepared, seed).model)
-        _logger.info("trained %d of %d models", len(trained), len(lineage.seeds))
-    model = assemble(trained)
+    together = [lineage.trained_with] if lineage.trained_with else [(seed,) for seed in lineage.seeds]
+    trained = {
+        seed: outcome
+        for seeds in together
+        for seed, outcome in zip(seeds, train_seeds(family, objective, hyperparameters, prepared, seeds), strict=True)
+    }
+    models = []
+    for outcome in (trained[seed] for seed in lineage.seeds):
+        if isinstance(outcome, Exception):
+            raise StoreError(f"version {version} of job {job} cannot be trained here: {outcome}") from outcome
+        models.append(outcome.model)
+    model = assemble(models)
     features, target = snapshot.load(device)["test"]
     again = evaluate(nn.Sequential(prepared.preprocessing, model), features, target)
     was = evaluate(nn.Sequential(published.preprocessing, published.model), features, target)

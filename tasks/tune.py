@@ -215,11 +215,16 @@ class _Candidate:
     def report(self, epoch: Epoch, seconds: float) -> None:
         self._epochs.append(epoch)
         self._seconds += seconds
-        if self._job.search.cost == "none":  # Optuna takes reports of a single objective only
+        if self._may_be_pruned:
             self.trial.report(epoch.objective, epoch.number)
 
     def is_hopeless(self) -> bool:
-        return self._job.search.cost == "none" and self.trial.should_prune()
+        return self._may_be_pruned and self.trial.should_prune()
+
+    @property
+    def _may_be_pruned(self) -> bool:
+        """Optuna takes reports of a single objective only; without a pruner nobody reads them, the curve is kept."""
+        return self._job.search.cost == "none" and self._job.search.pruner != "none"
 
     def tell(self, outcome: Outcome) -> FrozenTrial:
         """How the trial ended and what it was worth."""

@@ -24,7 +24,7 @@ from tasks.promotions import history, latest_promotion
 MANIFEST = "manifest.json"
 WEIGHTS = "model.safetensors"
 PREPROCESSING = "preprocessing.safetensors"
-FORMAT = 2
+FORMAT = 3
 YOUNG = timedelta(days=1)
 PROGRESS_SECONDS = 5.0
 
@@ -55,7 +55,8 @@ class File(_Record):
 class Lineage(_Record):
     """Where a version comes from: enough to find its data, its study and its run, and to train it again.
 
-    `seed` is that of the first model in it, `seeds` are those of all. `model_code` is the SHA-256 of the file of a
+    `seed` is that of the first model in it, `seeds` are those of all; `trained_with` are the seeds that were trained as
+    one computation with these, empty where each was trained by itself. `model_code` is the SHA-256 of the file of a
     user's own model: code is named, not shipped.
     """
 
@@ -68,6 +69,7 @@ class Lineage(_Record):
     trial: int
     seed: int
     seeds: tuple[int, ...] = ()
+    trained_with: tuple[int, ...] = ()
     device: str
     mlflow_run_id: str
     prefect_flow_run_id: str | None

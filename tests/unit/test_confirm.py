@@ -9,7 +9,8 @@ import torch
 import tasks.confirm
 from models.evaluate import metrics_of, predict_outputs, score
 from models.families import Ensemble
-from models.solo import Diverged, Trained
+from models.fused import Outcome
+from models.solo import Diverged
 from tasks.confirm import Challenger, confirm
 from tasks.job import TuningJob
 from tasks.memory import recall
@@ -17,6 +18,8 @@ from tasks.study import open_study
 from tasks.tune import Prepared, Tuned, TuningFailed, tune
 from tests.conftest import make_job
 from tests.unit.test_tune import NOW
+
+DIVERGED = Diverged("diverged at epoch 1: the loss is not finite")
 
 
 def searched(job: TuningJob, prepared: Prepared, folder: Path) -> tuple[object, Tuned]:
@@ -81,25 +84,20 @@ def test_the_baseline_is_trained_with_as_many_seeds(prepared: Prepared, tmp_path
 
 def test_a_seed_that_diverges_is_left_out(prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job = make_job(confirm={"candidates": 1, "seeds": 3})
-    train_again, calls = tasks.confirm.train_again, []
+    train_seeds = tasks.confirm.train_seeds
 
-    def diverge_at_first(*arguments: object) -> Trained:
-        calls.append(arguments)
-        if len(calls) == 1:
-            raise Diverged("diverged at epoch 1: the loss is not finite")
-        return train_again(*arguments)  # type: ignore[arg-type]
+    def diverge_at_first(*arguments: object) -> list[Outcome]:
+        return [DIVERGED, *train_seeds(*arguments)[1:]]  # type: ignore[arg-type]
 
-    monkeypatch.setattr(tasks.confirm, "train_again", diverge_at_first)
+    monkeypatch.setattr(tasks.confirm, "train_seeds", diverge_at_first)
     (challenger,) = confirmed(job, prepared, tmp_path)
     assert len(challenger.seeds) == len(challenger.values) == 2
+    assert len(challenger.trained_with) == 3
 
 
 def test_nothing_that_can_be_trained_again_is_one_sentence(
     prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def diverge(*_: object) -> Trained:
-        raise Diverged("diverged at epoch 1: the loss is not finite")
-
-    monkeypatch.setattr(tasks.confirm, "train_again", diverge)
+    monkeypatch.setattr(tasks.confirm, "train_seeds", lambda *arguments: [DIVERGED] * len(arguments[-1]))
     with pytest.raises(TuningFailed, match="no configuration of small could be trained a second time"):
         confirmed(make_job(), prepared, tmp_path)

@@ -341,7 +341,7 @@ def test_a_large_model_is_trained_alone_because_the_device_is_busy_with_one(prep
     setting = setting_of(prepared)
     small, large = (trainings(setting, {"width": width, "depth": 2})[0] for width in (64, 2048))
     assert fusion_for(setting, small).members > 100
-    assert "the device is busy with one training" in fusion_for(setting, large).reason
+    assert "keeps the device busy on its own" in fusion_for(setting, large).reason
 
 
 @pytest.mark.parametrize(

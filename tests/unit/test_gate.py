@@ -38,6 +38,7 @@ def make_challenger(prepared: Prepared, epochs: int) -> Challenger:
         objective="accuracy",
         seeds=(0,),
         values=(trained.validation["accuracy"],),
+        trained_with=(0,),
         shipped=(0,),
         validation=trained.validation,
         generalization_gap=0.0,
