@@ -6,6 +6,7 @@ training.
 """
 
 import logging
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from datetime import datetime
 from itertools import count
@@ -39,6 +40,8 @@ FIXED = "fixed"
 HYPERPARAMETERS = "hyperparameters"
 IMPORTED_FROM = "imported_from"
 WAVE = "wave"
+
+MOST_INTERRUPTIONS = 3
 
 _logger = logging.getLogger(__name__)
 
@@ -138,23 +141,27 @@ def widen_wave(trial: optuna.Trial, size: int) -> None:
 
 
 def is_wave_full(study: optuna.Study, job: TuningJob, trial: optuna.Trial) -> bool:
-    """Whether the trial is the last of its wave, or the last that the budget has room for."""
+    """Whether the trial is the last of its wave, or the last that the budget has room for. One that was interrupted
+    once less than is tolerated goes alone: if it is what kills the process, it takes no other with it."""
     claimed = _claimed(study)
-    taken = {other.user_attrs.get(ORDINAL) for other in claimed}
     first, size = trial.user_attrs[WAVE]
-    return len(claimed) >= job.budget.trials or taken.issuperset(range(first, first + size))
+    left = set(range(first, first + size)).difference(other.user_attrs.get(ORDINAL) for other in claimed)
+    if not left or len(claimed) >= job.budget.trials:
+        return True
+    interruptions = Counter(other.user_attrs.get(ORDINAL) for other in tonights_trials(study) if is_interrupted(other))
+    return max(interruptions[trial.user_attrs[ORDINAL]], interruptions[min(left)]) >= MOST_INTERRUPTIONS - 1
 
 
 def finished_trials(study: optuna.Study) -> list[FrozenTrial]:
     """The trials that count against the budget: COMPLETE, PRUNED, FAIL by their own fault, and those that were
-    interrupted at the second attempt too: their hyperparameters may be what kills the process."""
-    finished, interrupted = [], set()
+    interrupted three times: their hyperparameters may be what kills the process."""
+    finished = []
+    interruptions: Counter[object] = Counter()
     for trial in tonights_trials(study):
         if is_interrupted(trial):
-            ordinal = trial.user_attrs.get(ORDINAL)
-            if ordinal in interrupted:
+            interruptions[trial.user_attrs.get(ORDINAL)] += 1
+            if interruptions[trial.user_attrs.get(ORDINAL)] == MOST_INTERRUPTIONS:
                 finished.append(trial)
-            interrupted.add(ordinal)
         elif trial.state.is_finished():
             finished.append(trial)
     return finished

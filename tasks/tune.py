@@ -174,7 +174,9 @@ def tune(
 
 def _failures(trials: list[FrozenTrial]) -> list[str]:
     return [
-        trial.user_attrs.get(FAILURE, "its process died twice") for trial in trials if trial.state == TrialState.FAIL
+        trial.user_attrs.get(FAILURE, "its process died three times")
+        for trial in trials
+        if trial.state == TrialState.FAIL
     ]
 
 

@@ -1,7 +1,8 @@
 """`make bench`: every measurement, printed as tables and written as JSON; `make bench ONLY=search` for one suite.
 
 Measurements run side by side, each on one thread of a process; what is timed is CPU seconds, which mean the same on a
-machine that has other work. The JSON is written anew after each of them, so that a run cut short is not lost.
+machine that has other work. Those of a suite that times the machine as a whole run one after the other. The JSON is
+written anew after each of them, so that a run cut short is not lost.
 """
 
 import json
@@ -18,15 +19,15 @@ import typer
 from rich.console import Console
 
 from infra.settings import Settings
-from tests.benchmarks import publish, search
+from tests.benchmarks import publish, search, throughput
 
-SUITES = {"search": search, "publish": publish}
+SUITES = {"search": search, "publish": publish, "throughput": throughput}
 
 console = Console(highlight=False, soft_wrap=True)
 
 
 def main(
-    only: Annotated[Literal["all", "search", "publish"], typer.Option(help="The suite to run.")] = "all",
+    only: Annotated[Literal["all", "search", "publish", "throughput"], typer.Option(help="The suite to run.")] = "all",
     seeds: Annotated[int, typer.Option(min=1, help="How often whatever depends on luck is repeated.")] = 5,
 ) -> None:
     """Measure, print tables, and write one JSON file a suite into the home's folder bench."""
@@ -34,19 +35,23 @@ def main(
     folder.mkdir(parents=True, exist_ok=True)
     for name, suite in SUITES.items():
         if only in ("all", name):
-            records = _measure(suite.measurements(seeds), folder / f"{name}.json")
+            records = _measure(suite, seeds, folder / f"{name}.json")
             for table in suite.tables(records):
                 console.print(table)
 
 
-def _measure(measurements: list[search.Measurement], file: Path) -> list[dict[str, Any]]:
+def _measure(suite: Any, seeds: int, file: Path) -> list[dict[str, Any]]:
+    measurements = suite.measurements(seeds)
     records: list[dict[str, Any]] = []
-    workers = os.cpu_count() or 1
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+    cores = os.cpu_count() or 1
+    workers, threads = (1, cores) if hasattr(suite, "ALONE") else (cores, 1)
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, spawn, torch.set_num_threads, (threads,), max_tasks_per_child=1) as pool:
         running = {pool.submit(function, *arguments): arguments for function, arguments in measurements}
         for done in as_completed(running):
             records.append(done.result())
-            content = {"machine": _machine(), "records": records}
+            ratios = suite.summary(records) if hasattr(suite, "summary") else {}
+            content = {**ratios, "machine": _machine(), "records": records}
             file.write_text(json.dumps(content, indent=1))
             console.print(f"{len(records)} of {len(measurements)}: {' '.join(str(part) for part in running[done])}")
     return records

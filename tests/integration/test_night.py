@@ -30,7 +30,7 @@ from tasks.champion import load_champion
 from tasks.prepare import prepare
 from tasks.promotions import append_promotion, latest_promotion
 from tasks.study import finished_trials, is_interrupted, last_study
-from tasks.tracking import TRIAL_NUMBER, nested_runs
+from tasks.tracking import CURVE, TRIAL_NUMBER, nested_runs
 from tasks.versions import publish_version, pull_version
 from tests.conftest import CPU, Stack, make_job
 from tests.servers import SECRET_KEY, S3Server, free_port, wait_for
@@ -126,7 +126,7 @@ def test_prefect_shows_the_night(stack: Stack, night: str) -> None:
 def test_optuna_holds_every_trial(stack: Stack, night: str) -> None:
     study = study_of(stack, "quick")
     assert len(study.trials) == len(finished_trials(study)) == 5
-    assert all(len(trial.intermediate_values) == 2 for trial in study.trials)
+    assert all(len(trial.user_attrs[CURVE]) == 2 for trial in study.trials)
 
 
 def test_mlflow_holds_every_trial_with_its_curve(stack: Stack, night: str) -> None:
@@ -148,7 +148,8 @@ def test_mlflow_holds_every_trial_with_its_curve(stack: Stack, night: str) -> No
         assert run.info.end_time - run.info.start_time == pytest.approx(trial.duration.total_seconds() * 1000, abs=2)
         assert run.data.params == {name: str(value) for name, value in trial.params.items()}
         curve = client.get_metric_history(run.info.run_id, "val_accuracy")
-        assert {point.step: point.value for point in curve} == trial.intermediate_values
+        kept = {number: objective for number, _, _, objective in trial.user_attrs[CURVE]}
+        assert {point.step: point.value for point in curve} == kept
         assert run.data.tags["prefect_flow_run_id"] == flow_run_id
         assert run.data.tags["trial_state"] == trial.state.name
         assert run.data.tags["device"].startswith("cpu")

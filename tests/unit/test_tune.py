@@ -2,28 +2,30 @@
 
 import itertools
 import math
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
 import optuna
 import pytest
 import torch
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 
 import models.solo
 import models.training
 import tasks.tune
 from models.evaluate import parameter_count
-from models.solo import Epoch, train
+from models.fused import OnEpoch, Outcome
+from models.solo import Epoch, Setting, Training, train
 from tasks.confirm import Challenger, confirm
 from tasks.job import TuningJob
+from tasks.samplers import ORDINAL
 from tasks.study import (
     COSTS,
     ENDED,
     FAILURE,
     QUEUE,
-    ask,
-    finished_trials,
+    WAVE,
     is_interrupted,
     last_study,
     open_study,
@@ -75,33 +77,66 @@ def test_the_same_job_on_the_same_data_gives_the_same_trials(prepared: Prepared,
     assert (one.trial.number, one.seeds, one.values) == (two.trial.number, two.seeds, two.values)
 
 
-def test_an_interrupted_night_ends_as_one_that_was_not(prepared: Prepared, tmp_path: Path) -> None:
-    job = make_job(budget={"trials": 14})
+def test_a_wave_shares_a_structure_and_nothing_else(prepared: Prepared, tmp_path: Path) -> None:
+    space = {"epochs": 1, "depth": {"low": 1, "high": 3}, "width": {"low": 8, "high": 64}}
+    job = make_job(search={"space": space, "sampler": "random", "pruner": "none"}, budget={"trials": 26})
+    study = open_for(job, prepared, tmp_path)
+    study.set_user_attr(QUEUE, [{"params": {"depth": 2}, "attributes": {}}])
+    tune(study, job, prepared, tmp_path)
+    waves = [trial.user_attrs[WAVE] for trial in study.trials]
+    assert waves == [[0, 1]] + [[first, 3] for first in range(1, 25, 3) for _ in range(3)] + [[25, 3]]
+    structures = {
+        first: {tuple(trial.params.get(name) for name in job.family.structure) for trial in wave}
+        for first, wave in itertools.groupby(study.trials, lambda trial: trial.user_attrs[WAVE][0])
+    }
+    assert all(len(some) == 1 for some in structures.values())
+    assert len(set().union(*structures.values())) > 5
+    assert len({trial.params["learning_rate"] for trial in study.trials}) == 26
+
+
+@pytest.mark.parametrize("sampler", ["grid", "qmc", "cmaes"])
+def test_a_sampler_whose_points_are_given_is_asked_one_by_one(prepared: Prepared, tmp_path: Path, sampler: str) -> None:
+    space = {"epochs": 1, "batch_size": 256, "optimizer": ["sgd", "adam"], "learning_rate": [0.01, 0.1]}
+    fixed = {"depth": 1, "width": 16, "schedule": "constant", "dropout": 0.0, "weight_decay": 0.0}
+    job = make_job(search={"space": space | fixed, "sampler": sampler}, budget={"trials": 16})
+    study = open_for(job, prepared, tmp_path)
+    tune(study, job, prepared, tmp_path)
+    assert {trial.user_attrs[WAVE][1] for trial in study.trials} == {1}
+    assert len(study.trials) == (4 if sampler == "grid" else 16)
+
+
+def test_an_interrupted_night_ends_as_one_that_was_not(
+    prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped three times, each time in the middle of another wave of three."""
+    job = make_job(budget={"trials": 24})
     undisturbed = open_for(job, prepared, tmp_path / "undisturbed")
     tune(undisturbed, job, prepared, tmp_path)
 
     class Stop(BaseException):
         pass
 
-    def stop_after(count: int) -> None:
-        study = open_for(job, prepared, tmp_path / "disturbed")
-        seen: list[FrozenTrial] = []
+    def stop_at_report(count: int) -> None:
+        reports = itertools.count(1)
+        report = tasks.tune._Candidate.report
 
-        def on_trial(trial: FrozenTrial) -> None:
-            seen.append(trial)
-            if len(seen) == count:
-                ask(study, job)  # a kill leaves a trial RUNNING
+        def report_and_stop(candidate: tasks.tune._Candidate, epoch: Epoch, seconds: float) -> None:
+            report(candidate, epoch, seconds)
+            if next(reports) == count:
                 raise Stop
 
-        with pytest.raises(Stop):
-            tune(study, job, prepared, tmp_path, on_trial=on_trial)
+        study = open_for(job, prepared, tmp_path / "disturbed")
+        with monkeypatch.context() as patch:
+            patch.setattr(tasks.tune._Candidate, "report", report_and_stop)
+            with pytest.raises(Stop):
+                tune(study, job, prepared, tmp_path)
 
-    stop_after(5)
-    stop_after(6)
+    for count in (1, 14, 14):
+        stop_at_report(count)
     resumed = open_for(job, prepared, tmp_path / "disturbed")
     tune(resumed, job, prepared, tmp_path)
-    assert outcomes(resumed) == outcomes(undisturbed)
-    assert len([trial for trial in resumed.trials if is_interrupted(trial)]) == 2
+    assert sorted(outcomes(resumed), key=str) == sorted(outcomes(undisturbed), key=str)
+    assert len([trial for trial in resumed.trials if is_interrupted(trial)]) >= 6
     assert not resumed.get_trials(states=(TrialState.RUNNING,))
 
 
@@ -121,14 +156,32 @@ def test_an_interruption_in_the_middle_of_a_trial_is_told(
     assert is_interrupted(study.trials[0])
 
 
-def test_a_configuration_that_kills_its_process_twice_is_given_up(prepared: Prepared, tmp_path: Path) -> None:
-    job = make_job(budget={"trials": 3})
-    for _ in range(2):
+def test_a_configuration_that_kills_its_process_is_given_up_and_takes_no_other_with_it(
+    prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The third trial kills whatever process trains it: its wave of three twice, then itself alone."""
+    job = make_job(search={"pruner": "none", "space": {"epochs": 1, "batch_size": 256}}, budget={"trials": 24})
+    together: list[list[int]] = []
+
+    class Killed(BaseException):
+        pass
+
+    def train_or_die(setting: Setting, trainings: list[Training], on_epoch: OnEpoch) -> Iterator[tuple[int, Outcome]]:
+        running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        together.append([trial.user_attrs[ORDINAL] for trial in running])
+        if 2 in together[-1]:
+            raise Killed
+        yield from models.training.train_all(setting, trainings, on_epoch)
+
+    monkeypatch.setattr(tasks.tune, "train_all", train_or_die)
+    for _ in range(3):
         study = open_for(job, prepared, tmp_path)
-        job.family.draw(ask(study, job), job.space)
+        with pytest.raises(Killed):
+            tune(study, job, prepared, tmp_path)
     study = open_for(job, prepared, tmp_path)
-    assert len(finished_trials(study)) == 1
-    assert tune(study, job, prepared, tmp_path).failed == 1
+    tuned = tune(study, job, prepared, tmp_path)
+    assert together[:5] == [[0, 1, 2], [0, 1, 2], [0], [1], [2]]
+    assert (tuned.failed, tuned.complete) == (1, 23)
 
 
 def test_an_ended_night_is_not_continued(prepared: Prepared, tmp_path: Path) -> None:

@@ -1,0 +1,398 @@
+"""The suite `throughput`: trials a minute of a whole night, beside the usual ways to search, on the same problem.
+
+The problem is the digits: an MLP, ten epochs; learning rate, batch size, optimizer, depth, width, dropout and weight
+decay are searched, and nothing is pruned. Each way runs alone on the machine, in turn, as often as asked for; what is
+compared is the median. The peers are written as their own documentation shows it, each in a process of its own.
+"""
+
+import logging
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import httpx
+import hyperopt
+import numpy as np
+import optuna
+import ray
+import ray.tune
+import torch
+import yaml
+from hyperopt import hp
+from optuna.trial import FrozenTrial
+from ray.tune.search.optuna import OptunaSearch
+from rich.table import Table
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from tasks.job import TuningJob, parse_job
+from tasks.prepare import prepare
+from tasks.study import open_study
+from tasks.tune import Prepared, tune
+from tests.benchmarks.search import Measurement, Record
+from tests.servers import free_port
+
+ALONE = True
+TARGET = 0.975
+BATCH_SIZES, OPTIMIZERS = (16, 32, 64, 128, 256), ("sgd", "momentum", "adam", "rmsprop")
+SPACE = {
+    "epochs": 10,
+    "batch_size": list(BATCH_SIZES),
+    "learning_rate": {"low": 3e-4, "high": 0.1, "log": True},
+    "schedule": "constant",
+    "optimizer": list(OPTIMIZERS),
+    "weight_decay": {"low": 1e-6, "high": 1e-2, "log": True},
+    "depth": {"low": 1, "high": 3},
+    "width": {"low": 16, "high": 256, "log": True},
+    "taper": 1.0,
+    "dropout": {"low": 0.0, "high": 0.5},
+}
+# So many that each way takes about half a minute; the slow ones would take an hour for a night's 200.
+TRIALS = {"night": 200, "bare": 200, "optuna": 60, "hyperopt": 60, "ray": 12, "ray best": 40}
+RATIOS = {"vs_optuna": "optuna", "vs_ray": "ray", "vs_ray_best": "ray best", "vs_hyperopt": "hyperopt"}
+
+
+def measurements(seeds: int) -> list[Measurement]:
+    """Every way once a round, so that a machine that slows down slows all of them."""
+    return [
+        *((run, (way, seed)) for seed in range(seeds) for way in TRIALS),
+        *((until_target, (way, seed)) for seed in range(seeds) for way in ("ours", "optuna")),
+    ]
+
+
+def run(way: str, seed: int) -> Record:
+    """One way's seconds for its trials; of a night those of its tune step, and `whole` those of the whole flow run."""
+    ways: dict[str, Callable[[int, int], dict[str, float]]] = {
+        "night": _night,
+        "bare": _bare,
+        "optuna": _optuna,
+        "hyperopt": _hyperopt,
+        "ray": _ray,
+        "ray best": _ray_best,
+    }
+    return {"measured": "rate", "way": way, "seed": seed, "trials": TRIALS[way], **ways[way](TRIALS[way], seed)}
+
+
+def until_target(way: str, seed: int) -> Record:
+    """Seconds until the first trial whose validation accuracy is the target's; None where 200 trials miss it."""
+    seconds = (_ours_until if way == "ours" else _optuna_until)(seed)
+    return {"measured": "target", "way": way, "seed": seed, "seconds": seconds}
+
+
+def summary(records: list[Record]) -> dict[str, Any]:
+    """The ratios of medians, above 1 where a night is faster; `overhead` is a night's time over the bare engine's."""
+    rates = {way: _rate(records, way) for way in TRIALS if _runs(records, way)}
+    found: dict[str, Any] = {
+        name: round(rates["night"] / rates[way], 2) for name, way in RATIOS.items() if {"night", way} <= rates.keys()
+    }
+    if {"night", "bare"} <= rates.keys():
+        found["overhead"] = round(rates["bare"] / rates["night"], 2)
+    ours, theirs = (_target_seconds(records, way) for way in ("ours", "optuna"))
+    if ours and theirs:
+        found["time_to_target_vs_optuna"] = round(theirs / ours, 2)
+    return found
+
+
+def tables(records: list[Record]) -> list[Table]:
+    """The ratios, then what they are made of."""
+    ratios = Table("what", "ratio", title="A whole night beside the usual ways, on digits")
+    for name, value in summary(records).items():
+        ratios.add_row(name, f"{value:g}")
+    rates = Table("way", "trials a minute, median", "least to most", "trials", title="What the ratios are made of")
+    for way, trials in TRIALS.items():
+        if runs := _runs(records, way):
+            each = sorted(60 * one["trials"] / one["seconds"] for one in runs)
+            rates.add_row(way, f"{_rate(records, way):.0f}", f"{each[0]:.0f} to {each[-1]:.0f}", str(trials))
+    for one in _runs(records, "night"):
+        rates.add_row("night, its whole flow run", f"{60 * one['trials'] / one['whole']:.0f}", "", str(one["trials"]))
+    for way in ("ours", "optuna"):
+        if seconds := _target_seconds(records, way):
+            rates.add_row(f"{way}, seconds until {TARGET:.1%}", f"{seconds:.1f}", "", "")
+    return [ratios, rates]
+
+
+def _runs(records: list[Record], way: str) -> list[Record]:
+    return [record for record in records if record["measured"] == "rate" and record["way"] == way]
+
+
+def _rate(records: list[Record], way: str) -> float:
+    return float(statistics.median(60 * one["trials"] / one["seconds"] for one in _runs(records, way)))
+
+
+def _target_seconds(records: list[Record], way: str) -> float | None:
+    runs = [record for record in records if record["measured"] == "target" and record["way"] == way]
+    if not runs or any(record["seconds"] is None for record in runs):
+        return None
+    return float(statistics.median(record["seconds"] for record in runs))
+
+
+def _content(trials: int, seed: int) -> dict[str, Any]:
+    return {
+        "name": "bench",
+        "seed": seed,
+        "data": {"source": "sklearn://digits"},
+        "model": "mlp",
+        "search": {"pruner": "none", "space": SPACE, "baseline": False, "memory": False},
+        "budget": {"trials": trials, "minutes": 600},
+    }
+
+
+def _job(trials: int, seed: int) -> TuningJob:
+    return parse_job(_content(trials, seed), Path("bench.yaml"))
+
+
+def _night(trials: int, seed: int) -> dict[str, float]:
+    """Prefect, MLflow, Optuna's storage and the artifact store, as `make run` sets them up."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "jobs").mkdir()
+        (folder / "jobs/bench.yaml").write_text(yaml.safe_dump(_content(trials, seed)))
+        ports = {f"NIGHTLY_{service}_PORT": str(free_port()) for service in ("PREFECT", "MLFLOW")}
+        environment = {
+            **os.environ, **ports, "NIGHTLY_HOME": str(folder / "home"), "NIGHTLY_JOBS": str(folder / "jobs"),
+        }  # fmt: skip
+        nightly = str(Path(sys.executable).with_name("nightly"))
+        try:
+            for command in (["up"], ["run", "bench"]):
+                subprocess.run([nightly, *command], env=environment, check=True, stdout=subprocess.DEVNULL)
+            api = f"http://127.0.0.1:{ports['NIGHTLY_PREFECT_PORT']}/api"
+            tasks = httpx.post(f"{api}/task_runs/filter", json={}, timeout=30).json()
+            flows = httpx.post(f"{api}/flow_runs/filter", json={}, timeout=30).json()
+        finally:
+            subprocess.run([nightly, "down"], env=environment, check=True, stdout=subprocess.DEVNULL)
+    tuning = next(task for task in tasks if task["name"].startswith("tune"))
+    whole = next(flow for flow in flows if flow["state_type"] == "COMPLETED")
+    return {"seconds": tuning["total_run_time"], "whole": whole["total_run_time"]}
+
+
+def _prepared(folder: Path) -> Prepared:
+    job = _job(1, 0)
+    return Prepared.load(prepare(job.data, job.objective.problem, folder), torch.device("cpu"))
+
+
+def _bare(trials: int, seed: int) -> dict[str, float]:
+    """The same engine and the same storage, without Prefect and MLflow."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        job, prepared = _job(trials, seed), _prepared(folder)
+        study = open_study(job, prepared.snapshot.fingerprint, folder, datetime.now(UTC))
+        began = time.perf_counter()
+        tune(study, job, prepared, folder / "checkpoints")
+        return {"seconds": time.perf_counter() - began}
+
+
+class _TargetReached(Exception):
+    pass
+
+
+def _ours_until(seed: int) -> float | None:
+    def on_trial(trial: FrozenTrial) -> None:
+        if trial.values and trial.values[0] >= TARGET:
+            raise _TargetReached
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        job, prepared = _job(TRIALS["night"], seed), _prepared(folder)
+        study = open_study(job, prepared.snapshot.fingerprint, folder, datetime.now(UTC))
+        began = time.perf_counter()
+        try:
+            tune(study, job, prepared, folder / "checkpoints", on_trial=on_trial)
+        except _TargetReached:
+            return time.perf_counter() - began
+    return None
+
+
+Rows = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def _rows() -> Rows:
+    with tempfile.TemporaryDirectory() as name:
+        prepared = _prepared(Path(name))
+    training, validation = prepared.training, prepared.validation
+    return training.features, training.target, validation.features, validation.target
+
+
+def train_plainly(chosen: dict[str, Any], rows: Rows, *, loaders: bool = True) -> float:
+    """A training as a tutorial writes it: a model, an optimizer, a loop over DataLoaders, or over slices of tensors;
+    returns the validation accuracy after the last epoch."""
+    features, target, unseen, wanted = rows
+    layers: list[nn.Module] = [nn.Flatten()]
+    inputs = features[0].numel()
+    for _ in range(chosen["depth"]):
+        layers += [nn.Linear(inputs, chosen["width"]), nn.ReLU(), nn.Dropout(chosen["dropout"])]
+        inputs = chosen["width"]
+    model = nn.Sequential(*layers, nn.Linear(inputs, 10))
+    rate, decay = chosen["learning_rate"], chosen["weight_decay"]
+    optimizer: torch.optim.Optimizer = {
+        "sgd": lambda: torch.optim.SGD(model.parameters(), rate, weight_decay=decay),
+        "momentum": lambda: torch.optim.SGD(model.parameters(), rate, momentum=0.9, weight_decay=decay),
+        "adam": lambda: torch.optim.Adam(model.parameters(), rate, weight_decay=decay),
+        "rmsprop": lambda: torch.optim.RMSprop(model.parameters(), rate, weight_decay=decay),
+    }[chosen["optimizer"]]()  # type: ignore[no-untyped-call]
+    batches = DataLoader(TensorDataset(features, target), batch_size=chosen["batch_size"], shuffle=True)
+    unseen_batches = DataLoader(TensorDataset(unseen, wanted), batch_size=256)
+    accuracy = 0.0
+    for _ in range(SPACE["epochs"]):  # type: ignore[call-overload]
+        model.train()
+        if loaders:
+            some: Any = batches
+        else:
+            order = torch.split(torch.randperm(len(features)), chosen["batch_size"])
+            some = ((features[index], target[index]) for index in order)
+        for batch, labels in some:
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(batch), labels).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+        model.eval()
+        with torch.no_grad():
+            if loaders:
+                right = sum((model(batch).argmax(1) == labels).sum().item() for batch, labels in unseen_batches)
+                accuracy = right / len(wanted)
+            else:
+                accuracy = (model(unseen).argmax(1) == wanted).float().mean().item()
+    return accuracy
+
+
+def _suggest(trial: optuna.Trial) -> dict[str, Any]:
+    return {
+        "batch_size": trial.suggest_categorical("batch_size", BATCH_SIZES),
+        "learning_rate": trial.suggest_float("learning_rate", 3e-4, 0.1, log=True),
+        "optimizer": trial.suggest_categorical("optimizer", OPTIMIZERS),
+        "weight_decay": trial.suggest_float("weight_decay", 1e-6, 1e-2, log=True),
+        "depth": trial.suggest_int("depth", 1, 3),
+        "width": trial.suggest_int("width", 16, 256, log=True),
+        "dropout": trial.suggest_float("dropout", 0.0, 0.5),
+    }
+
+
+def _optuna_study(seed: int) -> optuna.Study:
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    torch.manual_seed(seed)
+    return optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=seed))
+
+
+def _optuna(trials: int, seed: int) -> dict[str, float]:
+    rows, study = _rows(), _optuna_study(seed)
+    began = time.perf_counter()
+    study.optimize(lambda trial: train_plainly(_suggest(trial), rows), n_trials=trials)
+    return {"seconds": time.perf_counter() - began}
+
+
+def _optuna_until(seed: int) -> float | None:
+    rows, study = _rows(), _optuna_study(seed)
+
+    def stop(study: optuna.Study, trial: FrozenTrial) -> None:
+        if trial.values and trial.values[0] >= TARGET:
+            study.stop()
+
+    began = time.perf_counter()
+    study.optimize(lambda trial: train_plainly(_suggest(trial), rows), n_trials=TRIALS["night"], callbacks=[stop])
+    return time.perf_counter() - began if study.best_value >= TARGET else None
+
+
+def _hyperopt(trials: int, seed: int) -> dict[str, float]:
+    rows = _rows()
+    space = {
+        "batch_size": hp.choice("batch_size", BATCH_SIZES),
+        "learning_rate": hp.loguniform("learning_rate", np.log(3e-4), np.log(0.1)),
+        "optimizer": hp.choice("optimizer", OPTIMIZERS),
+        "weight_decay": hp.loguniform("weight_decay", np.log(1e-6), np.log(1e-2)),
+        "depth": hp.uniformint("depth", 1, 3),
+        "width": hp.qloguniform("width", np.log(16), np.log(256), 1),
+        "dropout": hp.uniform("dropout", 0.0, 0.5),
+    }
+
+    def objective(chosen: dict[str, Any]) -> float:
+        whole = {name: int(chosen[name]) for name in ("depth", "width")}
+        return -train_plainly(chosen | whole, rows)
+
+    torch.manual_seed(seed)
+    random = np.random.default_rng(seed)
+    began = time.perf_counter()
+    hyperopt.fmin(
+        objective, space, algo=hyperopt.tpe.suggest, max_evals=trials, rstate=random, show_progressbar=False,
+        verbose=False,
+    )  # fmt: skip
+    return {"seconds": time.perf_counter() - began}
+
+
+RAY_SPACE = {
+    "batch_size": ray.tune.choice(BATCH_SIZES),
+    "learning_rate": ray.tune.loguniform(3e-4, 0.1),
+    "optimizer": ray.tune.choice(OPTIMIZERS),
+    "weight_decay": ray.tune.loguniform(1e-6, 1e-2),
+    "depth": ray.tune.randint(1, 4),
+    "width": ray.tune.qlograndint(16, 256, 1),
+    "dropout": ray.tune.uniform(0.0, 0.5),
+}
+
+
+def _ray(trials: int, seed: int) -> dict[str, float]:
+    """As the quick start has it: a function that trains and reports, one CPU a trial."""
+    rows = _rows()
+    return _fit(lambda chosen: ray.tune.report({"accuracy": train_plainly(chosen, rows)}), trials, seed)
+
+
+class _Reused(ray.tune.Trainable):  # type: ignore[misc]
+    """An actor that goes from one trial to the next, with its rows already in memory."""
+
+    def setup(self, config: dict[str, Any], rows: Rows | None = None) -> None:
+        assert rows is not None
+        self.chosen, self.rows = config, rows
+
+    def step(self) -> dict[str, Any]:
+        return {"accuracy": train_plainly(self.chosen, self.rows, loaders=False), "done": True}
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        self.chosen = new_config
+        return True
+
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
+        """A trial is one step: there is nothing to go on from."""
+
+    def load_checkpoint(self, checkpoint: Any) -> None:
+        """See `save_checkpoint`."""
+
+
+def _ray_best(trials: int, seed: int) -> dict[str, float]:
+    return _fit(ray.tune.with_parameters(_Reused, rows=_rows()), trials, seed, reuse_actors=True)
+
+
+def _fit(trainable: Any, trials: int, seed: int, **options: Any) -> dict[str, float]:
+    """Two trials at once on two cores; Ray itself is started before the clock is."""
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
+    with tempfile.TemporaryDirectory() as folder:
+        ray.init(
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            runtime_env={"env_vars": _ray_paths()},
+        )
+        try:
+            tuner = ray.tune.Tuner(
+                trainable,
+                param_space=RAY_SPACE,
+                tune_config=ray.tune.TuneConfig(
+                    metric="accuracy", mode="max", num_samples=trials, search_alg=OptunaSearch(seed=seed), **options
+                ),
+                run_config=ray.tune.RunConfig(storage_path=folder, verbose=0),
+            )
+            began = time.perf_counter()
+            results = tuner.fit()
+            seconds = time.perf_counter() - began
+        finally:
+            ray.shutdown()
+    assert results.num_terminated == trials, results.errors
+    return {"seconds": seconds}
+
+
+def _ray_paths() -> dict[str, str]:
+    """Where Ray's own processes find the functions that they are sent."""
+    return {"PYTHONPATH": str(Path(__file__).parents[2])}
