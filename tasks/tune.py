@@ -51,6 +51,7 @@ from tasks.study import (
     is_wave_full,
     may_widen_wave,
     ranked,
+    settle_running_trials,
     tonights_trials,
     widen_wave,
 )
@@ -58,7 +59,8 @@ from tasks.tracking import CURVE, DEVICE, DIAGNOSIS, SECONDS, TRACEBACK, VALIDAT
 
 FUTILE_FAILURES = 3
 CHECKPOINT_SECONDS = 10
-WAVE_TRIALS = {"cpu": 16, "cuda": 64}
+# A CPU gains from 8 nearly what it gains from 16, and the search sees twice as many structures.
+WAVE_TRIALS = {"cpu": 8, "cuda": 64}
 LEAST_WAVES = 8
 
 _logger = logging.getLogger(__name__)
@@ -312,9 +314,11 @@ def _run_wave(
             candidate = drawn[place][0]
             untold.remove(candidate)
             on_trial(candidate.tell(outcome))
-    finally:
+    except BaseException:
         for candidate in untold:
             candidate.tell_interrupted()
+        settle_running_trials(study)  # one whose ask was interrupted
+        raise
 
 
 def _wave_size(job: TuningJob, setting: Setting) -> int:
