@@ -234,8 +234,8 @@ notify_step = _step("notify", "{content[event]}", retries=3, retry_delay_seconds
 promote_step = _step(
     "promote",
     "trial {verdict.winner.trial.user_attrs[number]}, {verdict.decision}, {job.promotion.mode}",
-    retries=3,
-    retry_delay_seconds=[2, 10, 30],
+    retries=4,
+    retry_delay_seconds=[2, 10, 30, 60],
     retry_condition_fn=_store_was_away,
 )(promote)
 report_step = _step("report", "{study.study_name}")(report)

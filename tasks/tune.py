@@ -1,10 +1,13 @@
 """tune: ask the study for trials, train them, tell what they were worth, until the budget is used up.
 
 Trials are asked for in waves: the sampler draws one freely, and the rest of its wave with that one's structure, so that
-they are trained as one computation (models/fused.py).
+they are trained as one computation (models/fused.py). Independent proposals do not meet: of 64 drawn from an MLP's
+batch size, depth and width 1.02 share a structure, on average; if all widths are padded to the widest of the same batch
+size and depth it is 4.3, at 2.5 times the arithmetic; a wave is full. It costs the search some of the structures that
+it would have seen, which is why a wave is no larger than the device gains from.
 
-A trial that diverges or cannot be built fails by itself and the night goes on. Knows nothing of MLflow: whoever
-wants to know of finished trials passes a callback.
+A trial that diverges or cannot be built fails by itself and the night goes on. Knows nothing of MLflow: whoever wants
+to know of finished trials passes a callback.
 """
 
 import logging

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import uuid
 from collections import Counter
 from collections.abc import Iterator
@@ -28,11 +29,12 @@ from infra.store import open_store
 from models.evaluate import evaluate
 from tasks.champion import load_champion
 from tasks.prepare import prepare
-from tasks.promotions import append_promotion, latest_promotion
+from tasks.promotions import append_promotion, history, latest_promotion
 from tasks.study import finished_trials, is_interrupted, last_study
 from tasks.tracking import CURVE, TRIAL_NUMBER, nested_runs
 from tasks.versions import publish_version, pull_version
 from tests.conftest import CPU, Stack, make_job
+from tests.faulty_proxy import Fault, Request, faulty_proxy
 from tests.servers import SECRET_KEY, S3Server, free_port, wait_for
 
 STEPS = ["reconcile", "prepare", "tune", "confirm", "gate", "promote", "report"]
@@ -83,7 +85,7 @@ def run_directly(stack: Stack, job: str, **environment: str) -> tuple[str, str]:
         },
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,
         check=False,
     )
     line = next((line for line in finished.stdout.splitlines() if line.startswith("STATE ")), None)
@@ -198,16 +200,28 @@ def test_promotion_never_does_everything_but_that(stack: Stack) -> None:
 def test_a_night_promotes_to_s3(
     stack: Stack, server: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Ceph's gateway is away for a minute from the promotion's first write on, behind a proxy that says so."""
     s3: S3Server = request.getfixturevalue(server)
     bucket = f"night-{uuid.uuid4().hex[:8]}"
     s3.make_bucket(bucket)
     url = f"s3://{bucket}/models-of-ours"
-    kind, message = run_directly(stack, "quick-s3", NIGHTLY_STORE=url, **s3.environment)
+    away_until: list[float] = []
+
+    def away(asked: Request) -> Fault | None:
+        if server == "rgw" and asked.method == "PUT" and "/versions/" in asked.path and not away_until:
+            away_until.append(time.monotonic() + 60)
+        return "500" if away_until and time.monotonic() < away_until[0] else None
+
+    with faulty_proxy(s3.endpoint, away) as endpoint:
+        environment = s3.environment | {"AWS_ENDPOINT_URL_S3": endpoint}
+        kind, message = run_directly(stack, "quick-s3", NIGHTLY_STORE=url, **environment)
     assert kind == "COMPLETED", message
+    assert bool(away_until) == (server == "rgw")
     for name, value in s3.environment.items():
         monkeypatch.setenv(name, value)
     champion = load_champion("quick-s3", url)
     assert champion.promotion.number == 1
+    assert len(history(open_store(url), "quick-s3")) == 1
     assert champion_alias(stack, "quick-s3").tags["store_version"] == champion.manifest.version
     holders = [path for path in stack.home.rglob("*") if path.is_file() and SECRET_KEY.encode() in path.read_bytes()]
     assert holders == [], "a database, log or study holds the store's secret"
