@@ -106,8 +106,11 @@ def fusion_of(setting: Setting, model: nn.Module, training: Training) -> Fusion:
 
     for module in trial.modules():
         module.register_forward_hook(count)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        trial(first.features)
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            trial(first.features)
+    except Exception as error:  # noqa: BLE001 a user's forward may raise anything
+        return Fusion(members=1, reason=_in_a_line(error))
     worthwhile = WORTHWHILE_OPERATIONS[setting.device.type]
     if operations > worthwhile:
         reason = (
@@ -118,7 +121,8 @@ def fusion_of(setting: Setting, model: nn.Module, training: Training) -> Fusion:
     # Weights, gradients twice (as they come and stacked) and two moments, and what the backward pass needs.
     weights = sum(tensor.nbytes for tensor in _tensors(model).values())
     each = 5 * weights + sum(kept.values()) + first.features.nbytes
-    return Fusion(members=max(1, int(MEMORY_SHARE * _free_bytes(setting.device) / each)), reason="memory")
+    members = max(1, int(MEMORY_SHARE * _free_bytes(setting.device) / each))
+    return Fusion(members=members, reason="two of them do not fit into the free memory" if members == 1 else "")
 
 
 def train_fused(
@@ -150,7 +154,9 @@ def _outcomes(setting: Setting, members: Mapping[int, Training], on_epoch: OnEpo
     with _only_not_fusable():
         group = _Group(setting, members)
     for number in range(group.epochs_done):
-        group.leave(on_epoch({member.key: member.epochs[number] for member in group.members}))
+        stopped = on_epoch({member.key: member.epochs[number] for member in group.members})
+        yield from ((key, Stopped()) for key in stopped)
+        group.leave(stopped)
     while True:
         finished = [member for member in group.members if is_over(member.epochs, member.chosen, setting.objective)]
         for member in finished:
@@ -163,8 +169,7 @@ def _outcomes(setting: Setting, members: Mapping[int, Training], on_epoch: OnEpo
         yield from diverged.items()
         group.leave(diverged)
         stopped = on_epoch({member.key: member.epochs[-1] for member in group.members})
-        for key in stopped:
-            yield key, Stopped()
+        yield from ((key, Stopped()) for key in stopped)
         group.leave(stopped)
         group.checkpoint()
 
@@ -180,7 +185,7 @@ def _only_not_fusable() -> Iterator[None]:
         raise NotFusable(_in_a_line(error)) from error
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class _Member:
     """One training of a group; its row is its place among the group's members."""
 

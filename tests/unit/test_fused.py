@@ -205,6 +205,9 @@ def test_a_group_that_was_killed_goes_on_from_its_members_checkpoints(
         seen.extend(epoch.number for epoch in epochs.values())
         return ()
 
+    stopped = dict(train_fused(setting, {place: kept[place] for place in (0, 1)}, stop(1)))
+    assert isinstance(stopped[1], Stopped)
+    assert_equal(stopped[0], expected[0])  # type: ignore[arg-type]
     if resumed == "fused":
         outcomes = dict(train_fused(setting, dict(enumerate(kept)), see))
         assert seen == [number for number in range(1, 7) for _ in kept]
