@@ -176,7 +176,7 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("resumed", ["fused", "alone"])
+@pytest.mark.parametrize("resumed", ["fused", "one is stopped", "alone"])
 def test_a_group_that_was_killed_goes_on_from_its_members_checkpoints(
     prepared: Prepared, tmp_path: Path, resumed: str
 ) -> None:
@@ -205,10 +205,12 @@ def test_a_group_that_was_killed_goes_on_from_its_members_checkpoints(
         seen.extend(epoch.number for epoch in epochs.values())
         return ()
 
-    stopped = dict(train_fused(setting, {place: kept[place] for place in (0, 1)}, stop(1)))
-    assert isinstance(stopped[1], Stopped)
-    assert_equal(stopped[0], expected[0])  # type: ignore[arg-type]
-    if resumed == "fused":
+    if resumed == "one is stopped":
+        outcomes = dict(train_fused(setting, dict(enumerate(kept)), stop(1)))
+        assert isinstance(outcomes.pop(1), Stopped)
+        for place, outcome in outcomes.items():
+            assert_equal(outcome, expected[place])  # type: ignore[arg-type]
+    elif resumed == "fused":
         outcomes = dict(train_fused(setting, dict(enumerate(kept)), see))
         assert seen == [number for number in range(1, 7) for _ in kept]
         for place, one in enumerate(expected):
