@@ -196,7 +196,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
 
 def write_jobs(folder: Path) -> None:
     """Jobs of tiny trials: some done in seconds, some long enough to be interrupted, and one that is due soon."""
-    soon = datetime.now(UTC).timestamp() + 120
+    soon = datetime.now(UTC).timestamp() + 240
     minute = datetime.fromtimestamp(soon, UTC)
     search = "search: {pruner: none, space: {epochs: 2, batch_size: 64, width: [16, 32], depth: 1}}"
     yearly = "0 2 1 1 *"

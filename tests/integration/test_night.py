@@ -393,7 +393,7 @@ def test_schedules_lay_runs_ahead_and_one_starts_by_itself(stack: Stack) -> None
         runs = stack.flow_runs("scheduled")
         return [run for run in runs if run["auto_scheduled"] and run["state_type"] == "COMPLETED"]
 
-    wait_for(done, 180, "a night to start by itself")
+    wait_for(done, 300, "a night to start by itself")
     assert len(finished_trials(study_of(stack, "scheduled"))) == 2
 
 
