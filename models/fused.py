@@ -218,10 +218,9 @@ class _Group:
         self._chain = stacked_forward(self._template)
         self._layout = _Layout(self._template)
         self._dropouts = [name for name, module in self._template.named_modules() if isinstance(module, SeededDropout)]
-        weights = torch.stack([self._layout.flat(_tensors(model)) for model in models])
-        others = {
-            name: torch.stack([_tensors(model)[name].detach() for model in models]) for name in self._layout.others
-        }
+        named = [_tensors(model) for model in models]
+        weights = torch.stack([self._layout.flat(tensors) for tensors in named])
+        others = {name: torch.stack([tensors[name].detach() for tensors in named]) for name in self._layout.others}
         self._optimizer = StackedOptimizer([member.chosen for member in self.members], weights, by_row=self._by_row)
         self._mixed_precision = gains_from_mixed_precision(self._template, setting.device)
         unscale = unscale_of(self._template)
@@ -382,17 +381,16 @@ class _Group:
         target = validation.target.expand(len(self.members), -1)
         losses = self._losses(outputs, target, None).tolist()
         diverged = {}
-        for member, train_loss, loss, own in zip(self.members, train_losses, losses, outputs, strict=True):
+        for row, (member, train_loss, loss) in enumerate(zip(self.members, train_losses, losses, strict=True)):
             try:
-                epoch = judged_epoch(number, train_loss, loss, own, validation.target, self._setting.objective)
+                epoch = judged_epoch(number, train_loss, loss, outputs[row], validation.target, self._setting.objective)
             except Diverged as error:
                 diverged[member.key] = error
                 continue
             member.epochs.append(epoch)
             patience = member.chosen.early_stopping_patience
             if patience and kept_epoch(member.epochs, member.chosen, self._setting.objective) is epoch:
-                own = self._tensors_of(self.members.index(member))
-                member.best = {name: tensor.clone() for name, tensor in own.items()}
+                member.best = {name: tensor.clone() for name, tensor in self._tensors_of(row).items()}
         return diverged
 
     def _tensors_of(self, row: int) -> dict[str, Tensor]:
@@ -461,7 +459,7 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def _obstacle(model: nn.Module, features: Tensor) -> str | None:
     """Why two of a model cannot be one computation; None where they can."""
-    if any(name not in _tensors(model) for name in model.state_dict()):
+    if not model.state_dict().keys() <= _tensors(model).keys():
         return "its modules share tensors, or keep a state that is not a tensor"
     alone = copy.deepcopy(model).train()
     tensors = {name: tensor.detach().clone() for name, tensor in _tensors(model).items()}

@@ -25,17 +25,19 @@ def stacked_forward(model: nn.Module) -> StackedForward | None:
         return None
 
     def forward(tensors: Tensors, features: Tensor) -> Tensor:
-        for prefix, layer in layers:
-            own = {name: tensors[prefix + name] for name in _names(layer)}
+        for layer, names in layers:
+            own = {name: tensors[full] for name, full in names.items()}
             features = _LAYERS[type(layer)](layer, own, features)
         return features
 
     return forward
 
 
-def _chain(model: nn.Module, prefix: str) -> list[tuple[str, nn.Module]] | None:
+def _chain(model: nn.Module, prefix: str) -> list[tuple[nn.Module, dict[str, str]]] | None:
+    """The layers in their order, each with its tensors' names in the whole model by their own."""
     if type(model) in _LAYERS:
-        return [(prefix, model)]
+        own = (*model.named_parameters(), *model.named_buffers())
+        return [(model, {name: prefix + name for name, _ in own})]
     if type(model) not in (nn.Sequential, MLP):
         return None
     layers = []
@@ -45,10 +47,6 @@ def _chain(model: nn.Module, prefix: str) -> list[tuple[str, nn.Module]] | None:
             return None
         layers += some
     return layers
-
-
-def _names(layer: nn.Module) -> list[str]:
-    return [name for name, _ in (*layer.named_parameters(), *layer.named_buffers())]
 
 
 def _flatten(_: Any, __: Tensors, features: Tensor) -> Tensor:
