@@ -101,8 +101,8 @@ def night_ends_with_its_run(client: MlflowClient, run_id: str) -> Iterator[None]
     try:
         yield
         status = "FINISHED"
-    except Exception:
-        status = "FAILED"
+    except Exception as error:
+        status = "KILLED" if _was_stopped(error) else "FAILED"
         raise
     finally:
         with mlflow_may_be_away("the night's end"):
@@ -341,6 +341,15 @@ def _dataset(snapshot: Snapshot) -> DatasetInput:
         ),
         tags=[InputTag("mlflow.data.context", "snapshot")],
     )
+
+
+def _was_stopped(error: BaseException | None) -> bool:
+    """A signal may land anywhere, and whatever it interrupts may answer with an error of its own."""
+    while error is not None:
+        if not isinstance(error, Exception):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _run_status(trial: FrozenTrial) -> str:

@@ -31,7 +31,7 @@ from tasks.champion import load_champion
 from tasks.prepare import prepare
 from tasks.promotions import append_promotion, history, latest_promotion
 from tasks.study import finished_trials, is_interrupted, last_study
-from tasks.tracking import CURVE, TRIAL_NUMBER, nested_runs
+from tasks.tracking import CURVE, TRIAL_NUMBER, nested_runs, night_ends_with_its_run
 from tasks.versions import publish_version, pull_version
 from tests.conftest import CPU, Stack, make_job
 from tests.faulty_proxy import Fault, Request, faulty_proxy
@@ -287,6 +287,20 @@ def test_a_cancelled_night_stops_and_promotes_nothing(stack: Stack) -> None:
     assert not study.get_trials(states=(TrialState.RUNNING,))
     parent, _ = runs_of(stack, study)
     assert parent.info.status == "KILLED"
+
+
+def test_a_night_whose_stop_came_out_as_another_error_is_killed(stack: Stack) -> None:
+    client = MlflowClient(stack.mlflow_url)
+    experiment = client.create_experiment("stopped")
+
+    def answer_with_an_error_of_its_own(interruption: BaseException) -> None:
+        raise ValueError("halfway") from interruption
+
+    for interruption, status in ((KeyboardInterrupt(), "KILLED"), (OSError(), "FAILED")):
+        run = client.create_run(experiment).info.run_id
+        with pytest.raises(ValueError, match="halfway"), night_ends_with_its_run(client, run):
+            answer_with_an_error_of_its_own(interruption)
+        assert client.get_run(run).info.status == status
 
 
 @pytest.mark.parametrize(("job", "state"), [("overlapping", "AwaitingConcurrencySlot"), ("refusing", "Cancelled")])
