@@ -10,13 +10,13 @@ run: .venv/run.stamp
 	$(BIN)/nightly up
 	$(BIN)/nightly run digits-mlp
 
-# Two processes: whole nights, which mostly wait, beside everything else. One thread each, or torch's threads fight.
+# Three processes: whole nights, which mostly wait, beside everything else. One thread each, or torch's threads fight.
 test: .venv/test.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 --dist loadfile
 
 # Every measurement, or one suite of it: make bench ONLY=search.
 bench: .venv/bench.stamp

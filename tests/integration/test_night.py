@@ -1,97 +1,34 @@
 """Whole nights against a real Prefect server, a real MLflow server and real stores."""
 
-import contextlib
 import json
-import os
-import signal
-import subprocess
-import sys
 import tempfile
 import threading
 import time
 import uuid
-from collections import Counter
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
 import httpx
-import optuna
-import psutil
 import pytest
 import torch
 from mlflow import MlflowClient
-from optuna.trial import TrialState
 
 from infra.store import open_store
 from models.evaluate import evaluate
 from tasks.champion import load_champion
 from tasks.prepare import prepare
 from tasks.promotions import append_promotion, history, latest_promotion
-from tasks.study import finished_trials, is_interrupted, last_study
-from tasks.tracking import CURVE, TRIAL_NUMBER, nested_runs, night_ends_with_its_run
+from tasks.study import finished_trials
+from tasks.tracking import CURVE, TRIAL_NUMBER
 from tasks.versions import publish_version, pull_version
 from tests.conftest import CPU, Stack, make_job
 from tests.faulty_proxy import Fault, Request, faulty_proxy
-from tests.servers import SECRET_KEY, S3Server, free_port, wait_for
+from tests.nights import champion_alias, first_run, latest_run, run_directly, runs_of, study_of
+from tests.servers import SECRET_KEY, S3Server, wait_for
 
 STEPS = ["reconcile", "prepare", "tune", "confirm", "gate", "promote", "report"]
-
-
-def study_of(stack: Stack, job: str) -> optuna.Study:
-    study = last_study(job, stack.home / "studies")
-    assert study is not None
-    return study
-
-
-def latest_run(stack: Stack, job: str) -> dict[str, object]:
-    """The newest run that somebody asked for; the schedule's lie ahead."""
-    return next(run for run in stack.flow_runs(job) if not run["auto_scheduled"])
-
-
-def first_run(stack: Stack, job: str) -> dict[str, object]:
-    return stack.flow_runs(job)[-1]
-
-
-def runs_of(stack: Stack, study: optuna.Study) -> tuple[Any, list[Any]]:
-    """The night's parent run and its nested runs."""
-    client = MlflowClient(stack.mlflow_url)
-    parent = client.get_run(study.user_attrs["mlflow_run_id"])
-    return parent, list(nested_runs(client, parent.info.run_id))
-
-
-def champion_alias(stack: Stack, job: str) -> Any:
-    return MlflowClient(stack.mlflow_url).get_model_version_by_alias(job, "champion")
-
-
-def run_directly(stack: Stack, job: str, **environment: str) -> tuple[str, str]:
-    """A night outside the worker, as a plain call of the flow; returns the state's type and message."""
-    script = (
-        "import sys; from flows.nightly import nightly_tuning;"
-        "state = nightly_tuning(sys.argv[1], return_state=True);"
-        "print(f'STATE {state.type.value} {state.message}')"
-    )
-    finished = subprocess.run(
-        [sys.executable, "-c", script, job],
-        env={
-            **stack.environment,
-            "PREFECT_API_URL": stack.prefect_api,
-            "PREFECT_HOME": str(stack.home / "prefect"),
-            "MLFLOW_TRACKING_URI": stack.mlflow_url,
-            "DO_NOT_TRACK": "true",
-            **environment,
-        },
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    line = next((line for line in finished.stdout.splitlines() if line.startswith("STATE ")), None)
-    assert line is not None, finished.stdout + finished.stderr
-    _, kind, message = line.split(" ", 2)
-    return kind, message
 
 
 @pytest.fixture(scope="module")
@@ -227,144 +164,6 @@ def test_a_night_promotes_to_s3(
     assert holders == [], "a database, log or study holds the store's secret"
 
 
-@pytest.mark.parametrize("reason", ["unreachable", "damaged"])
-def test_a_store_that_cannot_be_used_is_found_before_the_first_trial(stack: Stack, reason: str, tmp_path: Path) -> None:
-    if reason == "unreachable":
-        environment = S3Server(f"http://127.0.0.1:{free_port()}").environment | {"NIGHTLY_STORE": "s3://away"}
-        says = "the artifact store s3://away cannot be reached"
-    else:
-        environment = {"NIGHTLY_STORE": tmp_path.as_uri()}
-        assert run_directly(stack, "damaged", **environment)[0] == "COMPLETED"
-        (manifest,) = tmp_path.rglob("manifest.json")
-        manifest.write_bytes(manifest.read_bytes().replace(b"accuracy", b"accuracx"))
-        says = "is damaged: manifest.json was altered; restore the store from a backup, nothing was changed"
-    studies = sorted((stack.home / "studies").rglob("*.journal"))
-    kind, message = run_directly(stack, "damaged", **environment)
-    assert kind == "FAILED"
-    assert says in message
-    assert sorted((stack.home / "studies").rglob("*.journal")) == studies
-
-
-def test_a_killed_night_is_continued_and_loses_no_finished_trial(stack: Stack) -> None:
-    stack.nightly("run", "long", "--no-follow")
-    wait_for(lambda: (stack.home / "studies/long").exists(), 60, "the night to begin")
-    study = study_of(stack, "long")
-    wait_for(lambda: len(finished_trials(study)) >= 8, 60, "eight trials")
-    os.kill(engine_of(stack).pid, signal.SIGKILL)
-    wait_for(lambda: latest_run(stack, "long")["state_type"] == "CRASHED", 60, "the worker to notice")
-    kept = [trial.params for trial in finished_trials(study)]
-    stack.nightly("run", "long", "--trials", str(len(kept) + 10))
-    assert study_of(stack, "long").study_name == study.study_name
-    finished = finished_trials(study)
-    assert [trial.params for trial in finished[: len(kept)]] == kept
-    assert len(finished) == len(kept) + 10
-    assert_the_ledgers_agree(stack, "long")
-
-
-def test_a_night_that_went_down_with_its_stack_is_continued(stack: Stack) -> None:
-    stack.nightly("run", "longer", "--no-follow")
-    wait_for(lambda: (stack.home / "studies/longer").exists(), 60, "the night to begin")
-    study = study_of(stack, "longer")
-    wait_for(lambda: len(finished_trials(study)) >= 3, 60, "three trials")
-    engine = engine_of(stack)
-    stack.nightly("down")
-    assert not engine.is_running()
-    stack.nightly("up")
-    wait_for(lambda: latest_run(stack, "longer")["state_type"] != "RUNNING", 10, "no run to be left RUNNING")
-    stack.nightly("run", "longer", "--trials", str(len(finished_trials(study)) + 2))
-    assert study_of(stack, "longer").study_name == study.study_name
-    assert_the_ledgers_agree(stack, "longer")
-
-
-def test_a_cancelled_night_stops_and_promotes_nothing(stack: Stack) -> None:
-    stack.nightly("run", "cancelled", "--no-follow")
-    wait_for(lambda: (stack.home / "studies/cancelled").exists(), 60, "the night to begin")
-    study = study_of(stack, "cancelled")
-    wait_for(lambda: len(finished_trials(study)) >= 3, 60, "three trials")
-    cancel(stack, latest_run(stack, "cancelled"))
-    wait_for(lambda: latest_run(stack, "cancelled")["state_type"] == "CANCELLED", 30, "the night to be cancelled")
-    assert not (stack.home / "store/models/cancelled").exists()
-    assert not study.get_trials(states=(TrialState.RUNNING,))
-    parent, _ = runs_of(stack, study)
-    assert parent.info.status == "KILLED"
-
-
-def test_a_night_whose_stop_came_out_as_another_error_is_killed(stack: Stack) -> None:
-    client = MlflowClient(stack.mlflow_url)
-    experiment = client.create_experiment("stopped")
-
-    def answer_with_an_error_of_its_own(interruption: BaseException) -> None:
-        raise ValueError("halfway") from interruption
-
-    for interruption, status in ((KeyboardInterrupt(), "KILLED"), (OSError(), "FAILED")):
-        run = client.create_run(experiment).info.run_id
-        with pytest.raises(ValueError, match="halfway"), night_ends_with_its_run(client, run):
-            answer_with_an_error_of_its_own(interruption)
-        assert client.get_run(run).info.status == status
-
-
-@pytest.mark.parametrize(("job", "state"), [("overlapping", "AwaitingConcurrencySlot"), ("refusing", "Cancelled")])
-def test_a_second_night_of_a_job_waits_or_is_refused_as_the_job_says(stack: Stack, job: str, state: str) -> None:
-    stack.nightly("run", job, "--no-follow")
-    wait_for(lambda: (stack.home / "studies" / job).exists(), 60, "the night to begin")
-    first = latest_run(stack, job)
-    stack.nightly("run", job, "--no-follow")
-    wait_for(lambda: latest_run(stack, job)["state_name"] == state, 60, f"the second night to be {state}")
-    second = latest_run(stack, job)
-    assert first["id"] != second["id"]
-    for run in (second, first):
-        cancel(stack, run)
-    wait_for(lambda: not unfinished(stack, job), 60, "both nights to end")
-
-
-def test_nights_of_two_jobs_share_the_device_one_after_the_other(stack: Stack, tmp_path: Path) -> None:
-    stack.nightly("run", "holding", "--no-follow")
-    wait_for(lambda: (stack.home / "studies/holding").exists(), 60, "the first night to begin")
-    stack.nightly("run", "shadow", "--trials", "2", "--promotion", "never", "--no-follow")
-
-    def waits() -> bool:
-        logs = stack.prefect("logs/filter", logs={"flow_run_id": {"any_": [latest_run(stack, "shadow")["id"]]}})
-        return any("waiting for cpu, which another night holds" in str(log["message"]) for log in logs)
-
-    wait_for(waits, 60, "the second night to wait")
-    shown = stack.nightly("up", NIGHTLY_JOBS=str(tmp_path)).stdout
-    assert "worker keeps its old settings (NIGHTLY_JOBS changed) while a night runs" in shown
-    cancel(stack, latest_run(stack, "holding"))
-    wait_for(lambda: latest_run(stack, "shadow")["state_type"] == "COMPLETED", 60, "the second night to go on")
-
-
-def test_a_lost_mlflow_run_is_written_anew(stack: Stack) -> None:
-    """Somebody deletes the run of a night that was cancelled; the next night continues the study all the same."""
-    study = study_of(stack, "cancelled")
-    lost = study.user_attrs["mlflow_run_id"]
-    MlflowClient(stack.mlflow_url).delete_run(lost)
-    stack.nightly("run", "cancelled", "--trials", str(len(finished_trials(study)) + 1))
-    assert study_of(stack, "cancelled").user_attrs["mlflow_run_id"] != lost
-    assert_the_ledgers_agree(stack, "cancelled")
-
-
-def test_a_night_goes_on_without_mlflow_and_the_next_one_makes_up_for_it(stack: Stack) -> None:
-    stack.nightly("run", "untracked", "--no-follow")
-    wait_for(lambda: (stack.home / "studies/untracked").exists(), 60, "the night to begin")
-    study = study_of(stack, "untracked")
-    wait_for(lambda: len(finished_trials(study)) >= 3, 60, "three trials")
-    rows = json.loads(stack.nightly("status", "--json").stdout)
-    mlflow = psutil.Process(next(row["pid"] for row in rows if row["service"] == "mlflow"))
-    for process in (*mlflow.children(recursive=True), mlflow):
-        process.kill()
-    wait_for(lambda: latest_run(stack, "untracked")["state_type"] != "RUNNING", 240, "the night to end")
-    assert latest_run(stack, "untracked")["state_type"] == "COMPLETED"
-    assert len(finished_trials(study)) == 60
-    champion = load_champion("untracked", (stack.home / "store").as_uri())
-    stack.nightly("up")
-    assert len(runs_of(stack, study)[1]) < 60
-    stack.nightly("run", "untracked", "--trials", "1")
-    parent, nested = runs_of(stack, study)
-    assert parent.info.status == "FINISHED"
-    assert sorted(int(run.data.tags[TRIAL_NUMBER]) for run in nested) == list(range(60))
-    assert champion_alias(stack, "untracked").tags["store_version"] == champion.manifest.version
-
-
 def test_a_refused_parameter_starts_nothing(stack: Stack) -> None:
     deployment = stack.ask_prefect("GET", "deployments/name/nightly_tuning/quick").json()
     for parameters in ({"trials": 0}, {"sampler": "magic"}, {"trails": 5}):
@@ -409,20 +208,6 @@ def test_schedules_lay_runs_ahead_and_one_starts_by_itself(stack: Stack) -> None
 
     wait_for(done, 300, "a night to start by itself")
     assert len(finished_trials(study_of(stack, "scheduled"))) == 2
-
-
-def test_a_night_that_dies_with_its_worker_is_marked_crashed(stack: Stack) -> None:
-    """The automation on missing heartbeats does it; nothing else is left alive that could."""
-    stack.nightly("run", "zombie", "--no-follow")
-    wait_for(lambda: (stack.home / "studies/zombie").exists(), 60, "the night to begin")
-    engine = engine_of(stack)
-    rows = json.loads(stack.nightly("status", "--json").stdout)
-    worker = next(row["pid"] for row in rows if row["service"] == "worker")
-    for pid in (worker, engine.pid):
-        os.kill(pid, signal.SIGKILL)
-    assert latest_run(stack, "zombie")["state_type"] == "RUNNING"
-    wait_for(lambda: latest_run(stack, "zombie")["state_type"] == "CRASHED", 200, "the automation")
-    stack.nightly("up")
 
 
 @pytest.mark.parametrize(
@@ -537,36 +322,3 @@ def test_a_webhook_hears_of_promotions_and_failures(
     assert failed["reason"].startswith("no job is named 'no-such-job'")
     files = [path for path in stack.home.rglob("*") if path.is_file()]
     assert [path for path in files if b"a-token-of-the-webhook" in path.read_bytes()] == []
-
-
-def engine_of(stack: Stack) -> psutil.Process:
-    """The process in which the stack's one worker runs a night."""
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            if "prefect.engine" in process.cmdline() and process.environ().get("NIGHTLY_HOME") == str(stack.home):
-                return process
-    pytest.fail("no process runs a night")
-
-
-def cancel(stack: Stack, run: dict[str, object]) -> None:
-    """What the Prefect UI's Cancel does."""
-    kind = "CANCELLING" if run["state_type"] == "RUNNING" else "CANCELLED"
-    stack.ask_prefect("POST", f"flow_runs/{run['id']}/set_state", {"state": {"type": kind}, "force": True})
-
-
-def unfinished(stack: Stack, job: str) -> list[dict[str, object]]:
-    return [run for run in stack.flow_runs(job) if run["state_type"] in ("RUNNING", "PENDING", "CANCELLING")]
-
-
-def assert_the_ledgers_agree(stack: Stack, job: str) -> None:
-    """Optuna, MLflow and Prefect tell the same story, and nothing is left RUNNING in any of them."""
-    study = study_of(stack, job)
-    assert not study.get_trials(states=(TrialState.RUNNING, TrialState.WAITING))
-    parent, nested = runs_of(stack, study)
-    assert parent.info.status == "FINISHED"
-    counted = Counter(int(run.data.tags[TRIAL_NUMBER]) for run in nested)
-    assert counted == Counter(trial.number for trial in study.trials)
-    for run in nested:
-        trial = study.trials[int(run.data.tags[TRIAL_NUMBER])]
-        assert run.info.status == ("KILLED" if is_interrupted(trial) else "FINISHED")
-    assert not unfinished(stack, job)

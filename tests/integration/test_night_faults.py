@@ -1,0 +1,180 @@
+"""Nights that are killed, cancelled, crowded, or robbed of their servers, against the real ones."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import psutil
+import pytest
+from mlflow import MlflowClient
+from optuna.trial import TrialState
+
+from tasks.champion import load_champion
+from tasks.study import finished_trials
+from tasks.tracking import TRIAL_NUMBER, night_ends_with_its_run
+from tests.conftest import Stack
+from tests.nights import (
+    assert_the_ledgers_agree,
+    cancel,
+    champion_alias,
+    engine_of,
+    latest_run,
+    run_directly,
+    runs_of,
+    study_of,
+    unfinished,
+)
+from tests.servers import S3Server, free_port, wait_for
+
+
+@pytest.mark.parametrize("reason", ["unreachable", "damaged"])
+def test_a_store_that_cannot_be_used_is_found_before_the_first_trial(stack: Stack, reason: str, tmp_path: Path) -> None:
+    if reason == "unreachable":
+        environment = S3Server(f"http://127.0.0.1:{free_port()}").environment | {"NIGHTLY_STORE": "s3://away"}
+        says = "the artifact store s3://away cannot be reached"
+    else:
+        environment = {"NIGHTLY_STORE": tmp_path.as_uri()}
+        assert run_directly(stack, "damaged", **environment)[0] == "COMPLETED"
+        (manifest,) = tmp_path.rglob("manifest.json")
+        manifest.write_bytes(manifest.read_bytes().replace(b"accuracy", b"accuracx"))
+        says = "is damaged: manifest.json was altered; restore the store from a backup, nothing was changed"
+    studies = sorted((stack.home / "studies").rglob("*.journal"))
+    kind, message = run_directly(stack, "damaged", **environment)
+    assert kind == "FAILED"
+    assert says in message
+    assert sorted((stack.home / "studies").rglob("*.journal")) == studies
+
+
+def test_a_killed_night_is_continued_and_loses_no_finished_trial(stack: Stack) -> None:
+    stack.nightly("run", "long", "--no-follow")
+    wait_for(lambda: (stack.home / "studies/long").exists(), 60, "the night to begin")
+    study = study_of(stack, "long")
+    wait_for(lambda: len(finished_trials(study)) >= 8, 60, "eight trials")
+    os.kill(engine_of(stack).pid, signal.SIGKILL)
+    wait_for(lambda: latest_run(stack, "long")["state_type"] == "CRASHED", 60, "the worker to notice")
+    kept = [trial.params for trial in finished_trials(study)]
+    stack.nightly("run", "long", "--trials", str(len(kept) + 10))
+    assert study_of(stack, "long").study_name == study.study_name
+    finished = finished_trials(study)
+    assert [trial.params for trial in finished[: len(kept)]] == kept
+    assert len(finished) == len(kept) + 10
+    assert_the_ledgers_agree(stack, "long")
+
+
+def test_a_night_that_went_down_with_its_stack_is_continued(stack: Stack) -> None:
+    stack.nightly("run", "longer", "--no-follow")
+    wait_for(lambda: (stack.home / "studies/longer").exists(), 60, "the night to begin")
+    study = study_of(stack, "longer")
+    wait_for(lambda: len(finished_trials(study)) >= 3, 60, "three trials")
+    engine = engine_of(stack)
+    stack.nightly("down")
+    assert not engine.is_running()
+    stack.nightly("up")
+    wait_for(lambda: latest_run(stack, "longer")["state_type"] != "RUNNING", 10, "no run to be left RUNNING")
+    stack.nightly("run", "longer", "--trials", str(len(finished_trials(study)) + 2))
+    assert study_of(stack, "longer").study_name == study.study_name
+    assert_the_ledgers_agree(stack, "longer")
+
+
+def test_a_cancelled_night_stops_and_promotes_nothing(stack: Stack) -> None:
+    stack.nightly("run", "cancelled", "--no-follow")
+    wait_for(lambda: (stack.home / "studies/cancelled").exists(), 60, "the night to begin")
+    study = study_of(stack, "cancelled")
+    wait_for(lambda: len(finished_trials(study)) >= 3, 60, "three trials")
+    cancel(stack, latest_run(stack, "cancelled"))
+    wait_for(lambda: latest_run(stack, "cancelled")["state_type"] == "CANCELLED", 30, "the night to be cancelled")
+    assert not (stack.home / "store/models/cancelled").exists()
+    assert not study.get_trials(states=(TrialState.RUNNING,))
+    parent, _ = runs_of(stack, study)
+    assert parent.info.status == "KILLED"
+
+
+def test_a_night_whose_stop_came_out_as_another_error_is_killed(stack: Stack) -> None:
+    client = MlflowClient(stack.mlflow_url)
+    experiment = client.create_experiment("stopped")
+
+    def answer_with_an_error_of_its_own(interruption: BaseException) -> None:
+        raise ValueError("halfway") from interruption
+
+    for interruption, status in ((KeyboardInterrupt(), "KILLED"), (OSError(), "FAILED")):
+        run = client.create_run(experiment).info.run_id
+        with pytest.raises(ValueError, match="halfway"), night_ends_with_its_run(client, run):
+            answer_with_an_error_of_its_own(interruption)
+        assert client.get_run(run).info.status == status
+
+
+@pytest.mark.parametrize(("job", "state"), [("overlapping", "AwaitingConcurrencySlot"), ("refusing", "Cancelled")])
+def test_a_second_night_of_a_job_waits_or_is_refused_as_the_job_says(stack: Stack, job: str, state: str) -> None:
+    stack.nightly("run", job, "--no-follow")
+    wait_for(lambda: (stack.home / "studies" / job).exists(), 60, "the night to begin")
+    first = latest_run(stack, job)
+    stack.nightly("run", job, "--no-follow")
+    wait_for(lambda: latest_run(stack, job)["state_name"] == state, 60, f"the second night to be {state}")
+    second = latest_run(stack, job)
+    assert first["id"] != second["id"]
+    for run in (second, first):
+        cancel(stack, run)
+    wait_for(lambda: not unfinished(stack, job), 60, "both nights to end")
+
+
+def test_nights_of_two_jobs_share_the_device_one_after_the_other(stack: Stack, tmp_path: Path) -> None:
+    stack.nightly("run", "holding", "--no-follow")
+    wait_for(lambda: (stack.home / "studies/holding").exists(), 60, "the first night to begin")
+    stack.nightly("run", "shadow", "--trials", "2", "--promotion", "never", "--no-follow")
+
+    def waits() -> bool:
+        logs = stack.prefect("logs/filter", logs={"flow_run_id": {"any_": [latest_run(stack, "shadow")["id"]]}})
+        return any("waiting for cpu, which another night holds" in str(log["message"]) for log in logs)
+
+    wait_for(waits, 60, "the second night to wait")
+    shown = stack.nightly("up", NIGHTLY_JOBS=str(tmp_path)).stdout
+    assert "worker keeps its old settings (NIGHTLY_JOBS changed) while a night runs" in shown
+    cancel(stack, latest_run(stack, "holding"))
+    wait_for(lambda: latest_run(stack, "shadow")["state_type"] == "COMPLETED", 60, "the second night to go on")
+
+
+def test_a_lost_mlflow_run_is_written_anew(stack: Stack) -> None:
+    """Somebody deletes the run of a night that was cancelled; the next night continues the study all the same."""
+    study = study_of(stack, "cancelled")
+    lost = study.user_attrs["mlflow_run_id"]
+    MlflowClient(stack.mlflow_url).delete_run(lost)
+    stack.nightly("run", "cancelled", "--trials", str(len(finished_trials(study)) + 1))
+    assert study_of(stack, "cancelled").user_attrs["mlflow_run_id"] != lost
+    assert_the_ledgers_agree(stack, "cancelled")
+
+
+def test_a_night_goes_on_without_mlflow_and_the_next_one_makes_up_for_it(stack: Stack) -> None:
+    stack.nightly("run", "untracked", "--no-follow")
+    wait_for(lambda: (stack.home / "studies/untracked").exists(), 60, "the night to begin")
+    study = study_of(stack, "untracked")
+    wait_for(lambda: len(finished_trials(study)) >= 3, 60, "three trials")
+    rows = json.loads(stack.nightly("status", "--json").stdout)
+    mlflow = psutil.Process(next(row["pid"] for row in rows if row["service"] == "mlflow"))
+    for process in (*mlflow.children(recursive=True), mlflow):
+        process.kill()
+    wait_for(lambda: latest_run(stack, "untracked")["state_type"] != "RUNNING", 240, "the night to end")
+    assert latest_run(stack, "untracked")["state_type"] == "COMPLETED"
+    assert len(finished_trials(study)) == 60
+    champion = load_champion("untracked", (stack.home / "store").as_uri())
+    stack.nightly("up")
+    assert len(runs_of(stack, study)[1]) < 60
+    stack.nightly("run", "untracked", "--trials", "1")
+    parent, nested = runs_of(stack, study)
+    assert parent.info.status == "FINISHED"
+    assert sorted(int(run.data.tags[TRIAL_NUMBER]) for run in nested) == list(range(60))
+    assert champion_alias(stack, "untracked").tags["store_version"] == champion.manifest.version
+
+
+def test_a_night_that_dies_with_its_worker_is_marked_crashed(stack: Stack) -> None:
+    """The automation on missing heartbeats does it; nothing else is left alive that could."""
+    stack.nightly("run", "zombie", "--no-follow")
+    wait_for(lambda: (stack.home / "studies/zombie").exists(), 60, "the night to begin")
+    engine = engine_of(stack)
+    rows = json.loads(stack.nightly("status", "--json").stdout)
+    worker = next(row["pid"] for row in rows if row["service"] == "worker")
+    for pid in (worker, engine.pid):
+        os.kill(pid, signal.SIGKILL)
+    assert latest_run(stack, "zombie")["state_type"] == "RUNNING"
+    wait_for(lambda: latest_run(stack, "zombie")["state_type"] == "CRASHED", 200, "the automation")
+    stack.nightly("up")

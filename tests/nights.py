@@ -1,0 +1,104 @@
+"""What the tests of whole nights share: how one is run, stopped and looked up."""
+
+import contextlib
+import subprocess
+import sys
+from collections import Counter
+from typing import Any
+
+import optuna
+import psutil
+import pytest
+from mlflow import MlflowClient
+from optuna.trial import TrialState
+
+from tasks.study import is_interrupted, last_study
+from tasks.tracking import TRIAL_NUMBER, nested_runs
+from tests.conftest import Stack
+
+
+def study_of(stack: Stack, job: str) -> optuna.Study:
+    study = last_study(job, stack.home / "studies")
+    assert study is not None
+    return study
+
+
+def latest_run(stack: Stack, job: str) -> dict[str, object]:
+    """The newest run that somebody asked for; the schedule's lie ahead."""
+    return next(run for run in stack.flow_runs(job) if not run["auto_scheduled"])
+
+
+def first_run(stack: Stack, job: str) -> dict[str, object]:
+    return stack.flow_runs(job)[-1]
+
+
+def runs_of(stack: Stack, study: optuna.Study) -> tuple[Any, list[Any]]:
+    """The night's parent run and its nested runs."""
+    client = MlflowClient(stack.mlflow_url)
+    parent = client.get_run(study.user_attrs["mlflow_run_id"])
+    return parent, list(nested_runs(client, parent.info.run_id))
+
+
+def champion_alias(stack: Stack, job: str) -> Any:
+    return MlflowClient(stack.mlflow_url).get_model_version_by_alias(job, "champion")
+
+
+def run_directly(stack: Stack, job: str, **environment: str) -> tuple[str, str]:
+    """A night outside the worker, as a plain call of the flow; returns the state's type and message."""
+    script = (
+        "import sys; from flows.nightly import nightly_tuning;"
+        "state = nightly_tuning(sys.argv[1], return_state=True);"
+        "print(f'STATE {state.type.value} {state.message}')"
+    )
+    finished = subprocess.run(
+        [sys.executable, "-c", script, job],
+        env={
+            **stack.environment,
+            "PREFECT_API_URL": stack.prefect_api,
+            "PREFECT_HOME": str(stack.home / "prefect"),
+            "MLFLOW_TRACKING_URI": stack.mlflow_url,
+            "DO_NOT_TRACK": "true",
+            **environment,
+        },
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    line = next((line for line in finished.stdout.splitlines() if line.startswith("STATE ")), None)
+    assert line is not None, finished.stdout + finished.stderr
+    _, kind, message = line.split(" ", 2)
+    return kind, message
+
+
+def engine_of(stack: Stack) -> psutil.Process:
+    """The process in which the stack's one worker runs a night."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if "prefect.engine" in process.cmdline() and process.environ().get("NIGHTLY_HOME") == str(stack.home):
+                return process
+    pytest.fail("no process runs a night")
+
+
+def cancel(stack: Stack, run: dict[str, object]) -> None:
+    """What the Prefect UI's Cancel does."""
+    kind = "CANCELLING" if run["state_type"] == "RUNNING" else "CANCELLED"
+    stack.ask_prefect("POST", f"flow_runs/{run['id']}/set_state", {"state": {"type": kind}, "force": True})
+
+
+def unfinished(stack: Stack, job: str) -> list[dict[str, object]]:
+    return [run for run in stack.flow_runs(job) if run["state_type"] in ("RUNNING", "PENDING", "CANCELLING")]
+
+
+def assert_the_ledgers_agree(stack: Stack, job: str) -> None:
+    """Optuna, MLflow and Prefect tell the same story, and nothing is left RUNNING in any of them."""
+    study = study_of(stack, job)
+    assert not study.get_trials(states=(TrialState.RUNNING, TrialState.WAITING))
+    parent, nested = runs_of(stack, study)
+    assert parent.info.status == "FINISHED"
+    counted = Counter(int(run.data.tags[TRIAL_NUMBER]) for run in nested)
+    assert counted == Counter(trial.number for trial in study.trials)
+    for run in nested:
+        trial = study.trials[int(run.data.tags[TRIAL_NUMBER])]
+        assert run.info.status == ("KILLED" if is_interrupted(trial) else "FINISHED")
+    assert not unfinished(stack, job)
