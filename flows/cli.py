@@ -132,6 +132,29 @@ def run(
         )
 
 
+@app.command()
+def check(
+    job: JobArgument, as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False
+) -> None:
+    """Read a job's data and run its checks alone; print the data card. Exit code 1 where they would stop a night."""
+    settings = enter()
+    from dataclasses import asdict
+
+    from rich.markdown import Markdown
+
+    from tasks.data_card import data_card
+    from tasks.job import load_job
+    from tasks.prepare import prepare
+
+    tuning_job = load_job(job, settings.jobs)
+    with errors.status(f"Reading {tuning_job.data.source}"):
+        snapshot = prepare(tuning_job.data, tuning_job.objective.problem, settings.home / "snapshots")
+    if as_json:
+        console.print_json(json.dumps(asdict(snapshot), default=str))
+    else:
+        console.print(Markdown(data_card(snapshot)) if console.is_terminal else data_card(snapshot), markup=False)
+
+
 for command in COMMANDS:
     app.command()(command)
 app.command(point_champion.__name__, hidden=True)(point_champion)

@@ -3,8 +3,9 @@
 Knows nothing of how a version was trained or judged.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import pandas as pd
 import safetensors
 import torch
 from pydantic import ValidationError
@@ -15,7 +16,8 @@ from infra.settings import Settings
 from infra.store import Store, StoreError, open_store
 from models.evaluate import predict_outputs
 from models.families import ModelError, build_model, family_named
-from models.preprocessing import Standardization
+from models.preprocessing import Preprocessing, preprocessing_of
+from models.table import Column, encode
 from tasks.promotions import Promotion, latest_promotion, taken_back
 from tasks.versions import (
     PREPROCESSING,
@@ -34,15 +36,24 @@ class Version:
 
     manifest: Manifest
     model: nn.Module
-    preprocessing: Standardization
+    preprocessing: Preprocessing
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        """What is read of a table; none where the rows are arrays."""
+        return tuple(Column(**column.model_dump()) for column in self.manifest.columns)
 
     def outputs(self, features: Tensor) -> Tensor:
-        """Raw features (rows, ...) to logits (rows, classes), or to a regression's values (rows,)."""
+        """Raw features (rows, ...), or a table's matrix, to logits (rows, classes) or a regression's values (rows,)."""
         return predict_outputs(nn.Sequential(self.preprocessing, self.model), features)
 
-    def predict(self, features: Tensor) -> list[str] | list[float]:
-        """Raw features (rows, ...) to the name of each row's class, or to a regression's values."""
-        outputs = self.outputs(features)
+    def predict(self, rows: Tensor | pd.DataFrame) -> list[str] | list[float]:
+        """Raw rows to the name of each one's class, or to a regression's values: features (rows, ...), or a DataFrame
+        where the model was trained on a table, with columns in any order. Raises ValueError where a value cannot be
+        read as its column was in training."""
+        if isinstance(rows, pd.DataFrame):
+            rows = torch.from_numpy(encode(rows, self.columns)).to(self.preprocessing.mean.device)
+        outputs = self.outputs(rows)
         if self.manifest.problem == "regression":
             values: list[float] = outputs.tolist()
             return values
@@ -96,9 +107,10 @@ def read_version(store: Store, job: str, version: str, device: torch.device) -> 
         raise StoreError(f"version {version} of job {job} needs its model's code, but {error}") from error
     try:
         hyperparameters = family.hyperparameters.model_validate(manifest.hyperparameters)
-        model = build_model(family, hyperparameters, manifest.shape, manifest.members)
+        preprocessing = preprocessing_of(tensors[PREPROCESSING])
+        shape = replace(manifest.shape, features=preprocessing.shape_of(manifest.features))
+        model = build_model(family, hyperparameters, shape, manifest.members)
         model.load_state_dict(tensors[WEIGHTS])
-        preprocessing = Standardization.from_tensors(tensors[PREPROCESSING])
     except (ValidationError, KeyError, RuntimeError) as error:
         if family.code != manifest.lineage.model_code:
             raise StoreError(

@@ -19,7 +19,7 @@ from models.evaluate import METRICS, MetricName, metrics_of, predict_outputs, sc
 from models.families import Ensemble, Family
 from models.fused import Outcome
 from models.hyperparameters import Hyperparameters
-from models.preprocessing import Standardization
+from models.preprocessing import Preprocessing
 from models.solo import Diverged, Trained, Training, mean_loss
 from models.training import train_all
 from tasks.job import TuningJob
@@ -44,7 +44,7 @@ class Challenger:
     """
 
     model: nn.Module
-    preprocessing: Standardization
+    preprocessing: Preprocessing
     hyperparameters: Hyperparameters
     trial: FrozenTrial
     objective: MetricName

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from models.comparison import Comparison, calibration_error, compare, interval, slice_gains
 from models.evaluate import MetricName, latency_ms, metrics_of, predict_outputs, score
+from models.table import recode
 from tasks.champion import Champion
 from tasks.confirm import Challenger, Confirmed
 from tasks.job import PromotionConfig, TuningJob
-from tasks.prepare import Snapshot
+from tasks.prepare import Snapshot, names_and_roles
 from tasks.study import derived_seed
 
 Decision = Literal["PROMOTE", "HOLD", "REJECT"]
@@ -107,19 +108,28 @@ def gate(
             f"{snapshot.shape.features} in {len(snapshot.classes)}: give the job a new name",
             judged=champion.promotion.number,
         )
+    if names_and_roles(champion.columns) != names_and_roles(snapshot.columns):
+        return rows.verdict(
+            challenger,
+            decision="HOLD",
+            reason="the champion reads other columns, or reads them otherwise, than tonight's: give the job a new name",
+            judged=champion.promotion.number,
+        )
     unseen = snapshot.test_rows_outside(lineage.test_fraction).to(device)
+    if lineage.data.get("split_by") != job.data.split_by:
+        unseen = torch.zeros_like(unseen)
     left_out = int((~unseen).sum())
     if not unseen.any():
         return rows.verdict(
             challenger,
             decision="HOLD",
             reason="the champion may have been trained on each of tonight's test rows: put data.test_fraction back to "
-            f"{lineage.test_fraction}, or give the job a new name",
+            f"{lineage.test_fraction} and data.split_by to {lineage.data.get('split_by')}, or give the job a new name",
             judged=champion.promotion.number,
             rows_left_out=left_out,
         )
     rows = replace(rows, features=rows.features[unseen], target=rows.target[unseen])
-    ours, theirs = rows.outputs(challenger), champion.outputs(rows.features)
+    ours, theirs = rows.outputs(challenger), champion.outputs(rows.recoded_for(champion))
     comparison = rows.compare(ours, theirs, champion.promotion.number)
     rails = (*rows.slice_rail(ours, theirs), *rows.limits(challenger, ours))
     decision, outcome = judge(comparison, rails, job.promotion)
@@ -223,6 +233,13 @@ class _TestRows:
 
     def outputs(self, found: Challenger) -> Tensor:
         return predict_outputs(nn.Sequential(found.preprocessing, found.model), self.features)
+
+    def recoded_for(self, champion: Champion) -> Tensor:
+        """The features with the champion's own list of categories."""
+        if not self.snapshot.columns or self.snapshot.columns == champion.columns:
+            return self.features
+        matrix = recode(self.features.cpu().numpy(), self.snapshot.columns, champion.columns)
+        return torch.from_numpy(matrix).to(self.features.device)
 
     def metrics(self, outputs: Tensor) -> dict[MetricName, float]:
         return score(outputs, self.target, metrics_of(self.job.objective.problem))

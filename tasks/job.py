@@ -20,6 +20,7 @@ from infra.errors import ExpectedError
 from models.evaluate import METRICS, Metric, MetricName
 from models.families import Family, family_named
 from models.space import Domain, Range
+from models.table import MISSING, Role
 
 OWN_JOBS = Path(__file__).parent.parent / "flows" / "jobs"
 NAME_PATTERN = r"[a-z0-9][a-z0-9._-]{0,63}"
@@ -30,6 +31,18 @@ PrunerName = Literal["none", "median", "halving", "hyperband", "patient", "wilco
 CostName = Literal["none", "parameters", "latency"]
 PromotionMode = Literal["automatic", "ask", "never"]
 Shipped = Literal["median", "ensemble"]
+CheckName = Literal[
+    "empty_column",
+    "constant_column",
+    "identifier_column",
+    "too_many_categories",
+    "mixed_values",
+    "labels_alike",
+    "missing_target",
+    "small_class",
+    "leaking_column",
+]
+Severity = Literal["error", "warn", "ignore"]
 
 Trials = Annotated[int, Field(ge=1, le=100_000)]
 Minutes = Annotated[float, Field(gt=0, le=7 * 24 * 60)]
@@ -44,9 +57,26 @@ class _Section(BaseModel):
 
 
 class DataConfig(_Section):
-    """Where the rows come from, and which share of them is held out."""
+    """Where the rows come from, how a table's columns are read, and which share of the rows is held out.
+
+    `target` names a table's column that is predicted (the last, unless it is named); a CSV file without a `header` has
+    columns 0, 1, 2. `labels` is the file of labels beside an IDX file of images. `missing` are the texts that mean that
+    there is no value. `roles` override what is found in a column. Rows with the same value of `split_by` (an id, a
+    customer) stay on one side of the split, and it is no feature; without it a row's whole content decides.
+    `tidy_labels` makes one class of labels that differ in blanks, case or a full stop only. `checks` says which rule
+    stops a night, warns, or is not looked at.
+    """
 
     source: str
+    target: str | None = None
+    labels: str | None = None
+    header: bool = True
+    delimiter: str = Field(default=",", min_length=1, max_length=1)
+    missing: tuple[str, ...] = MISSING
+    roles: dict[str, Role | Literal["ignored"]] = {}
+    split_by: str | None = None
+    tidy_labels: bool = False
+    checks: dict[CheckName, Severity] = {}
     validation_fraction: float = Field(default=0.2, gt=0, lt=0.5)
     test_fraction: float = Field(default=0.2, gt=0, lt=0.5)
 
@@ -275,8 +305,13 @@ def parse_job(content: Mapping[str, Any], path: Path) -> TuningJob:
         raise JobError(f"{path}: name must equal the file's name {path.stem!r}, found {content.get('name')!r}")
     # A path in a job file means the same wherever the night runs.
     data, model = content.get("data"), content.get("model")
-    if isinstance(data, dict) and isinstance(source := data.get("source"), str) and "://" not in source:
-        content = {**content, "data": {**data, "source": str(path.parent / source)}}
+    if isinstance(data, dict):
+        places = {
+            name: str(path.parent / place)
+            for name in ("source", "labels")
+            if isinstance(place := data.get(name), str) and "://" not in place
+        }
+        content = {**content, "data": {**data, **places}}
     if isinstance(model, str) and ".py:" in model:
         content = {**content, "model": str(path.parent / model)}
     try:

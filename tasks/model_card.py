@@ -16,6 +16,14 @@ def model_card(manifest: Manifest, snapshot: Snapshot, description: str) -> str:
     classes = ", ".join(manifest.classes[:20]) + (" ..." if len(manifest.classes) > 20 else "")
     predicts = f"one of {len(manifest.classes)} classes: {classes}" if manifest.classes else "a number"
     rows = snapshot.row_counts
+    reads = f"rows of shape {manifest.features}, float32, raw"
+    if manifest.columns:
+        reads = "tables with the columns " + ", ".join(f"{column.name} ({column.role})" for column in manifest.columns)
+    example = (
+        "features)  # raw rows, float32, of shape (rows, " + ", ".join(str(size) for size in manifest.features) + ")"
+    )
+    if manifest.columns:
+        example = "frame)  # a pandas DataFrame, raw, with the columns above in any order"
     return f"""\
 # {manifest.job}
 
@@ -24,7 +32,7 @@ def model_card(manifest: Manifest, snapshot: Snapshot, description: str) -> str:
 | | |
 | --- | --- |
 | model | {manifest.model}, {members} |
-| reads | rows of shape {manifest.features}, float32, raw: the preprocessing is part of the version |
+| reads | {reads}: the preprocessing is part of the version |
 | predicts | {predicts} |
 | promoted because | {manifest.gate.get("reason", "")} |
 
@@ -58,7 +66,7 @@ In Python, every checksum verified, as a torch module with its preprocessing:
 from tasks.champion import load_champion
 
 champion = load_champion("{manifest.job}")
-champion.predict(features)  # raw rows, float32, of shape (rows, {", ".join(str(size) for size in manifest.features)})
+champion.predict({example}
 ```
 
 Anywhere else, from a copy (`nightly pull {manifest.job} --to FOLDER`): `mlflow/artifacts/model.onnx` with any ONNX

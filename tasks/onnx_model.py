@@ -2,6 +2,9 @@
 and needs neither torch nor a pickle; MLflow runs it where the model is loaded or served.
 """
 
+import importlib.util
+import sys
+
 import numpy as np
 import pandas as pd
 from mlflow.models import set_model
@@ -16,11 +19,23 @@ class OnnxModel(PythonModel):
 
         self._session = onnxruntime.InferenceSession(context.artifacts["onnx"], providers=["CPUExecutionProvider"])
         self._classes: list[str] = context.model_config["classes"]
+        self._columns = []
+        if columns := context.model_config.get("columns"):
+            spec = importlib.util.spec_from_file_location("nightly_tuner_table", context.artifacts["table"])
+            assert spec is not None
+            assert spec.loader is not None
+            self._table = importlib.util.module_from_spec(spec)
+            sys.modules[spec.name] = self._table  # where a dataclass looks for its own module
+            spec.loader.exec_module(self._table)
+            self._columns = [self._table.Column(**column) for column in columns]
 
     # Without type hints: MLflow takes those for a schema of its own, beside the signature that the model has.
     def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]  # noqa: ARG002
-        """Raw features (rows, ...) to a table with a column `prediction` and, for classes, `probability of NAME`."""
-        features = np.asarray(model_input, dtype=np.float32)
+        """Raw features (rows, ...), or a table, to a table: `prediction` and, for classes, `probability of NAME`."""
+        if self._columns:
+            features = self._table.encode(pd.DataFrame(model_input), self._columns)
+        else:
+            features = np.asarray(model_input, dtype=np.float32)
         outputs = self._session.run(None, {"features": features})[0]
         if not self._classes:
             return pd.DataFrame({"prediction": outputs.astype(np.float64)})

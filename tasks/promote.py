@@ -7,6 +7,7 @@ before the promotion log names it. Knows nothing of why the gate let it pass.
 import logging
 import platform
 import tempfile
+from dataclasses import asdict
 from datetime import datetime
 from importlib.metadata import version as package_version
 from pathlib import Path
@@ -40,6 +41,7 @@ from tasks.versions import (
     WEIGHTS,
     Lineage,
     Manifest,
+    TableColumn,
     describe_file,
     publish_version,
 )
@@ -106,7 +108,7 @@ def write_version(
         save_file(tensors, folder / name)
     manifest = _manifest(job, study, snapshot, verdict, describe_device(device))
     served = nn.Sequential(winner.preprocessing, winner.model).cpu()
-    write_servable(folder, served, snapshot.example(EXAMPLE_ROWS), snapshot.classes, now)
+    write_servable(folder, served, snapshot.example(EXAMPLE_ROWS), snapshot.classes, snapshot.columns, now)
     served.to(device)
     (folder / MODEL_CARD).write_text(model_card(manifest, snapshot, job.description), encoding="utf-8")
     files = sorted(path for path in folder.rglob("*") if path.is_file())
@@ -125,6 +127,7 @@ def _manifest(job: TuningJob, study: optuna.Study, snapshot: Snapshot, verdict: 
         features=snapshot.shape.features,
         problem=snapshot.shape.problem,
         classes=snapshot.classes,
+        columns=tuple(TableColumn(**asdict(column)) for column in snapshot.columns),
         metrics={"validation": dict(winner.validation), "test": dict(verdict.winner_test)},
         intervals=dict(verdict.winner_intervals),
         gate=verdict.evidence(),
@@ -133,6 +136,7 @@ def _manifest(job: TuningJob, study: optuna.Study, snapshot: Snapshot, verdict: 
             source=snapshot.source,
             validation_fraction=job.data.validation_fraction,
             test_fraction=job.data.test_fraction,
+            data=job.data.model_dump(mode="json", exclude={"source", "validation_fraction", "test_fraction"}),
             objective=job.search.objective,
             study=study.study_name,
             trial=number_of(winner.trial),

@@ -91,7 +91,7 @@ def _snapshot(manifest: Manifest, snapshots: Path) -> Snapshot:
     if kept is not None:
         return kept
     fractions = {"validation_fraction": lineage.validation_fraction, "test_fraction": lineage.test_fraction}
-    data = DataConfig.model_validate({"source": lineage.source, **fractions})
+    data = DataConfig.model_validate({**lineage.data, "source": lineage.source, **fractions})
     snapshot = prepare(data, manifest.problem, snapshots)
     if snapshot.fingerprint != lineage.snapshot:
         raise StoreError(

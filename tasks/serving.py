@@ -6,18 +6,23 @@ may hold pickles. Preprocessing is part of the program, so whoever serves it can
 
 import logging
 import warnings
+from dataclasses import asdict
 from datetime import datetime
 from importlib.metadata import version as package_version
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 import yaml
 from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, DataType, Schema, TensorSpec
 from torch import Tensor, nn
 
+from models.table import EPOCH, Column
+
 SERVABLE = "mlflow"
+TABLE_CODE = Path(__file__).parents[1] / "models" / "table.py"
 CODE = Path(__file__).with_name("onnx_model.py")
 OPSET = 20
 SERVING_PACKAGES = ("mlflow", "numpy", "onnxruntime", "pandas")
@@ -25,10 +30,18 @@ SERVING_PACKAGES = ("mlflow", "numpy", "onnxruntime", "pandas")
 _logger = logging.getLogger(__name__)
 
 
-def write_servable(folder: Path, served: nn.Module, example: Tensor, classes: tuple[str, ...], now: datetime) -> bool:
+def write_servable(
+    folder: Path,
+    served: nn.Module,
+    example: Tensor,
+    classes: tuple[str, ...],
+    columns: tuple[Column, ...],
+    now: datetime,
+) -> bool:
     """Write `mlflow/` into the folder: MLmodel with the signature, an input example, and the ONNX program.
 
-    `served` maps raw features (rows, ...) to outputs; `example` are a few such rows. The same model gives the same
+    `served` maps raw features (rows, ...), of a table its matrix, to outputs; `example` are a few such rows. With
+    `columns` the model reads tables, by a copy of our own code for them. The same model gives the same
     bytes. Returns False, with a warning that says why, where a user's model cannot be exported: such a version is
     loaded through us only.
     """
@@ -45,10 +58,10 @@ def write_servable(folder: Path, served: nn.Module, example: Tensor, classes: tu
         mlflow.pyfunc.save_model(
             folder / SERVABLE,
             python_model=str(CODE),
-            artifacts={"onnx": str(program)},
-            model_config={"classes": list(classes)},
-            signature=signature_of(example, classes),
-            input_example=example.numpy(),
+            artifacts={"onnx": str(program), **({"table": str(TABLE_CODE)} if columns else {})},
+            model_config={"classes": list(classes), "columns": [asdict(column) for column in columns]},
+            signature=signature_of(example, classes, columns),
+            input_example=_frame_of(example, columns) if columns else example.numpy(),
             pip_requirements=[f"{name}=={package_version(name)}" for name in SERVING_PACKAGES],
         )
     program.unlink()
@@ -74,12 +87,32 @@ def export_onnx(served: nn.Module, example: Tensor, path: Path) -> None:
     program.save(str(path))
 
 
-def signature_of(example: Tensor, classes: tuple[str, ...]) -> ModelSignature:
-    """Inputs by type and shape; outputs as `onnx_model` returns them."""
+def signature_of(example: Tensor, classes: tuple[str, ...], columns: tuple[Column, ...] = ()) -> ModelSignature:
+    """Inputs by type and shape, or a table's columns, each of which may be left out; outputs as `onnx_model` returns
+    them."""
     outputs: list[ColSpec | TensorSpec] = [ColSpec(DataType.string if classes else DataType.double, "prediction")]
     outputs += [ColSpec(DataType.double, f"probability of {name}") for name in classes]
     inputs = Schema([TensorSpec(np.dtype(np.float32), (-1, *example.shape[1:]))])
+    if columns:
+        kinds = {"numeric": DataType.double, "boolean": DataType.string}
+        inputs = Schema(
+            [ColSpec(kinds.get(column.role, DataType.string), column.name, required=False) for column in columns]
+        )
     return ModelSignature(inputs=inputs, outputs=Schema(outputs))
+
+
+def _frame_of(matrix: Tensor, columns: tuple[Column, ...]) -> pd.DataFrame:
+    """Rows of a matrix as a table that a person could have written."""
+    frame = pd.DataFrame({column.name: values for column, values in zip(columns, matrix.T.tolist(), strict=True)})
+    for column in columns:
+        if column.role != "numeric":
+            written = {"categorical": column.categories.__getitem__, "boolean": lambda truth: str(bool(truth)).lower()}
+            as_text = written.get(column.role, lambda days: str(EPOCH + pd.Timedelta(days=days)))
+            frame[column.name] = [
+                None if value != value else as_text(value if column.role == "datetime" else int(value))
+                for value in frame[column.name]
+            ]
+    return frame
 
 
 def _settle(folder: Path, now: datetime) -> None:
@@ -91,5 +124,6 @@ def _settle(folder: Path, now: datetime) -> None:
     content["utc_time_created"] = f"{now:%Y-%m-%d %H:%M:%S.%f}"
     flavor = content["flavors"]["python_function"]
     flavor["model_code_path"] = CODE.name
-    flavor["artifacts"]["onnx"]["uri"] = flavor["artifacts"]["onnx"]["path"]
+    for artifact in flavor["artifacts"].values():
+        artifact["uri"] = artifact["path"]
     path.write_text(yaml.safe_dump(content), encoding="utf-8")

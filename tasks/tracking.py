@@ -24,6 +24,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from infra.errors import ExpectedError
 from models.solo import Epoch
+from tasks.data_card import data_card
 from tasks.job import TuningJob
 from tasks.prepare import Snapshot
 from tasks.study import (
@@ -317,6 +318,7 @@ def _create_night_run(
     params += [Param(f"space.{name}", str(domain)) for name, domain in job.space.items()]
     client.log_batch(run_id, params=params)
     client.log_inputs(run_id, datasets=[_dataset(snapshot)])
+    client.log_text(run_id, data_card(snapshot), "data_card.md")
     return run_id
 
 

@@ -15,7 +15,7 @@ import math
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 from uuid import UUID
@@ -34,7 +34,8 @@ from models.evaluate import MetricName, latency_ms, parameter_count
 from models.families import Family, build_model
 from models.fused import Outcome, Stopped
 from models.hyperparameters import Hyperparameters
-from models.preprocessing import Standardization
+from models.preprocessing import Preprocessing, Standardization, TablePreprocessing
+from models.shapes import DataShape
 from models.solo import Diverged, Epoch, Resumable, Setting, Trained, Training
 from models.training import fusion_for, train_all
 from tasks.job import TuningJob
@@ -82,7 +83,7 @@ class Prepared:
     """A snapshot on the device, standardised by its own training rows: what trials train on."""
 
     snapshot: Snapshot
-    preprocessing: Standardization
+    preprocessing: Preprocessing
     training: Split
     validation: Split
 
@@ -94,11 +95,17 @@ class Prepared:
         shares = torch.bincount(self.training.target, minlength=self.snapshot.shape.outputs) / len(self.training)
         return float(torch.special.entr(shares).sum())
 
+    @property
+    def shape(self) -> DataShape:
+        """What a model reads: the rows as they are preprocessed."""
+        raw = self.snapshot.shape
+        return replace(raw, features=self.preprocessing.shape_of(raw.features))
+
     def setting(self, family: Family, objective: MetricName) -> Setting:
         """For trainings of a family on these rows."""
         return Setting(
             family=family,
-            shape=self.snapshot.shape,
+            shape=self.shape,
             training=self.training,
             validation=self.validation,
             objective=objective,
@@ -107,7 +114,10 @@ class Prepared:
     @classmethod
     def load(cls, snapshot: Snapshot, device: torch.device) -> "Prepared":
         splits = snapshot.load(device)
-        preprocessing = Standardization.fit(splits["train"][0])
+        rows = splits["train"][0]
+        preprocessing: Preprocessing = (
+            TablePreprocessing.fit(rows, snapshot.columns) if snapshot.columns else Standardization.fit(rows)
+        )
         training, validation = (
             Split(features=preprocessing(features), target=target)
             for features, target in (splits["train"], splits["validation"])
@@ -345,7 +355,7 @@ def _check_limits(
     needed = {*job.limits, job.search.cost} - {"none"}
     if not needed:
         return []
-    model = build_model(job.family, hyperparameters, prepared.snapshot.shape).to(prepared.training.target.device)
+    model = build_model(job.family, hyperparameters, prepared.shape).to(prepared.training.target.device)
     costs: dict[str, float] = {}
     if "parameters" in needed:
         costs["parameters"] = float(parameter_count(model))

@@ -13,7 +13,7 @@ import shutil
 import time
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
@@ -24,7 +24,7 @@ from tasks.promotions import history, latest_promotion
 MANIFEST = "manifest.json"
 WEIGHTS = "model.safetensors"
 PREPROCESSING = "preprocessing.safetensors"
-FORMAT = 3
+FORMAT = 4
 YOUNG = timedelta(days=1)
 PROGRESS_SECONDS = 5.0
 
@@ -55,15 +55,16 @@ class File(_Record):
 class Lineage(_Record):
     """Where a version comes from: enough to find its data, its study and its run, and to train it again.
 
-    `seed` is that of the first model in it, `seeds` are those of all; `trained_with` are the seeds that were trained as
-    one computation with these, empty where each was trained by itself. `model_code` is the SHA-256 of the file of a
-    user's own model: code is named, not shipped.
+    `data` is how the source was read and split. `seed` is that of the first model in it, `seeds` are those of all;
+    `trained_with` are the seeds that were trained as one computation with these, empty where each was trained by
+    itself. `model_code` is the SHA-256 of the file of a user's own model: code is named, not shipped.
     """
 
     snapshot: str
     source: str
     validation_fraction: float | None = None
     test_fraction: float | None = None
+    data: dict[str, JsonValue] = {}
     objective: str | None = None
     study: str
     trial: int
@@ -79,9 +80,19 @@ class Lineage(_Record):
     packages: dict[str, str]
 
 
+class TableColumn(_Record):
+    """A feature of the table that a version reads: `models.table.Column`, without pandas."""
+
+    name: str
+    role: Literal["numeric", "boolean", "categorical", "datetime"]
+    categories: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
+
+
 class Manifest(_Record):
     """Everything about a version but its tensors. `metrics` are by split, then by name; `intervals` bound the test
-    metrics; `gate` is the evidence that it was promoted on. `members` are the models of an ensemble."""
+    metrics; `columns` are those of a table; `gate` is the evidence that it was promoted on. `members` are the models of
+    an ensemble."""
 
     format: int = FORMAT
     job: str
@@ -91,6 +102,7 @@ class Manifest(_Record):
     features: tuple[int, ...]
     problem: Problem = "classification"
     classes: tuple[str, ...]
+    columns: tuple[TableColumn, ...] = ()
     metrics: dict[str, dict[str, float]]
     intervals: dict[str, tuple[float, float]] = {}
     gate: dict[str, JsonValue] = {}

@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tasks.job import DataConfig
-from tasks.prepare import SPLITS, Snapshot, hash_rows, prepare, split_of
-from tasks.sources import DataError, read_rows
+from tasks.prepare import SPLITS, Snapshot, hash_rows, position_of, prepare, split_of
+from tasks.rows import DataError
+from tasks.sources import read_rows
 
 DATA = DataConfig(source="sklearn://digits")
 
@@ -45,7 +46,8 @@ def test_duplicates_are_never_on_two_sides(row: list[float]) -> None:
 def test_a_changed_validation_fraction_moves_no_test_row() -> None:
     hashes = hash_rows(np.random.default_rng(0).normal(size=(500, 3)).astype(np.float32))
     wide = DATA.model_copy(update={"validation_fraction": 0.4})
-    assert [split_of(h, DATA) == "test" for h in hashes] == [split_of(h, wide) == "test" for h in hashes]
+    positions = [position_of(row_hash) for row_hash in hashes]
+    assert [split_of(p, DATA) == "test" for p in positions] == [split_of(p, wide) == "test" for p in positions]
 
 
 def test_the_splits_have_about_their_fractions(snapshot: Snapshot) -> None:
@@ -93,7 +95,7 @@ def test_bad_rows_are_one_sentence(tmp_path: Path, body: str, says: str) -> None
     assert not list((tmp_path / "s").glob("*")) if (tmp_path / "s").exists() else True
 
 
-@pytest.mark.parametrize("source", ["sklearn://digit", "rows.csv", "nowhere/load.py:rows"])
+@pytest.mark.parametrize("source", ["sklearn://digit", "rows.csv", "rows.xlsx", "nowhere/load.py:rows"])
 def test_an_unknown_source_is_one_sentence(source: str) -> None:
     with pytest.raises(DataError, match=r"data\.source"):
-        read_rows(source, "classification")
+        read_rows(DataConfig(source=source), "classification")

@@ -12,6 +12,7 @@ import mlflow.pyfunc
 import numpy as np
 import onnxruntime
 import optuna
+import pandas as pd
 import pytest
 import torch
 from torch import nn
@@ -22,11 +23,13 @@ from models.evaluate import predict_outputs
 from models.families import FAMILIES, build_model
 from models.preprocessing import Standardization
 from models.shapes import DataShape
-from tasks.champion import load_champion, read_version
+from models.table import encode
+from tasks.champion import Champion, load_champion, read_champion, read_version
 from tasks.confirm import confirm
 from tasks.gate import Verdict, gate
 from tasks.job import TuningJob
 from tasks.memory import recall
+from tasks.prepare import prepare
 from tasks.promote import write_version
 from tasks.promotions import append_promotion
 from tasks.reproduce import reproduce
@@ -41,15 +44,17 @@ from tests.unit.test_families import write_net
 NOW = datetime(2026, 11, 23, 2, 0, tzinfo=UTC)
 
 
-def judged(job: TuningJob, prepared: Prepared, folder: Path) -> tuple[optuna.Study, Verdict]:
+def judged(
+    job: TuningJob, prepared: Prepared, folder: Path, champion: Champion | None = None
+) -> tuple[optuna.Study, Verdict]:
     """A whole night's work up to the verdict, without servers."""
     study = open_study(job, prepared.snapshot.fingerprint, folder, NOW)
     study.set_user_attr(MLFLOW_RUN, "run")
     study.set_user_attr(FLOW_RUN, None)
-    recall(study, job, prepared.snapshot, None, folder)
+    recall(study, job, prepared.snapshot, champion, folder)
     tuned = tune(study, job, prepared, folder)
     confirmed = confirm(study, job, prepared, baseline=tuned.baseline)
-    return study, gate(job, confirmed, None, prepared.snapshot, CPU)
+    return study, gate(job, confirmed, champion, prepared.snapshot, CPU)
 
 
 def write(job: TuningJob, prepared: Prepared, folder: Path) -> Manifest:
@@ -113,6 +118,71 @@ def test_mlflow_loads_it_and_predicts_raw_rows(version: tuple[Manifest, Path], p
     np.testing.assert_allclose(probabilities, published.outputs(features).softmax(dim=1).numpy(), rtol=1e-3, atol=1e-5)
 
 
+def a_table(folder: Path, *, towns: tuple[str, ...], seed: int) -> tuple[TuningJob, Prepared, pd.DataFrame]:
+    """A job on a table with every role, whose target hangs on two of its columns."""
+    draw = np.random.default_rng(seed)
+    frame = pd.DataFrame(
+        {
+            "number": np.arange(600) + 600 * seed,
+            "age": np.where(draw.random(600) < 0.1, np.nan, draw.normal(40, 10, 600).round(1)),
+            "town": draw.choice(towns, 600),
+            "member": draw.choice(["yes", "no"], 600),
+            "since": pd.Timestamp("2020-01-01") + pd.to_timedelta(draw.integers(0, 2000, 600), unit="D"),
+        }
+    )
+    chance = draw.random(600) < 0.1
+    frame["bought"] = np.where(((frame["age"] > 40) | (frame["town"] == "Ulm")) ^ chance, "often", "never")
+    folder.mkdir(exist_ok=True)
+    frame.to_csv(folder / "rows.csv", index=False)
+    job = make_job(
+        data={"source": str(folder / "rows.csv"), "split_by": "number"},
+        confirm={"candidates": 1, "seeds": 1},
+        budget={"trials": 2},
+    )
+    return job, Prepared.load(prepare(job.data, "classification", folder / "snapshots"), CPU), frame
+
+
+def test_a_table_is_read_alike_in_training_by_the_champion_and_where_it_is_served(tmp_path: Path) -> None:
+    job, prepared, frame = a_table(tmp_path / "data", towns=("Bonn", "Köln", "Ulm"), seed=0)
+    manifest = write(job, prepared, tmp_path / "version")
+    store = open_store((tmp_path / "store").as_uri())
+    name = publish_version(store, manifest, tmp_path / "version")
+    published = read_version(store, job.name, name, CPU)
+    splits = prepared.snapshot.load(CPU)
+    snapshot_rows = torch.cat([splits[split][0] for split in splits])
+    raw_rows = torch.from_numpy(encode(frame, published.columns))
+    trained_on, read_again = (sorted(row.tobytes() for row in rows.numpy()) for rows in (snapshot_rows, raw_rows))
+    assert trained_on == read_again
+    served = mlflow.pyfunc.load_model(str(tmp_path / "version" / "mlflow"))
+    as_texts = frame.drop(columns="bought").astype({"since": str})
+    as_texts.loc[0, "town"] = " Atlantis"
+    assert list(served.predict(as_texts)["prediction"]) == published.predict(as_texts)
+    assert np.mean(np.array(published.predict(frame)) == frame["bought"]) > 0.7
+    assert "town (categorical)" in (tmp_path / "version" / "README.md").read_text()
+    again = reproduce(store, job.name, name, tmp_path / "elsewhere", CPU)
+    assert again.bit_equal
+
+
+def test_a_champion_is_judged_on_a_table_whose_categories_have_changed(tmp_path: Path) -> None:
+    job, prepared, _ = a_table(tmp_path / "data", towns=("Köln", "Ulm"), seed=0)
+    manifest = write(job, prepared, tmp_path / "version")
+    store = open_store((tmp_path / "store").as_uri())
+    name = publish_version(store, manifest, tmp_path / "version")
+    append_promotion(store, job.name, version=name, judged=0, run="run", reason="first", now=NOW)
+    champion = read_champion(store, job.name, CPU)
+    assert champion is not None
+    job, prepared, _ = a_table(tmp_path / "data", towns=("Bonn", "Köln", "Ulm"), seed=1)
+    _, verdict = judged(job, prepared, tmp_path / "second", champion)
+    test_rows = prepared.snapshot.row_counts["test"]
+    assert verdict.comparison is not None
+    assert verdict.comparison.rows == test_rows
+    assert verdict.opponent_test is not None
+    assert verdict.opponent_test["accuracy"] > 0.6
+    other = job.model_copy(update={"data": job.data.model_copy(update={"split_by": None})})
+    _, verdict = judged(other, prepared, tmp_path / "third", champion)
+    assert (verdict.decision, verdict.rows_left_out) == ("HOLD", test_rows)
+
+
 def test_mlflow_serves_it(version: tuple[Manifest, Path], prepared: Prepared, tmp_path: Path) -> None:
     manifest, folder = version
     port = free_port()
@@ -160,7 +230,7 @@ def test_a_model_that_cannot_be_exported_is_published_without(
         def forward(self, features: torch.Tensor) -> torch.Tensor:
             return features.flatten(1) if features.sum() > 0 else -features.flatten(1)
 
-    assert not write_servable(tmp_path, Branching(), torch.ones(2, 4), ("a", "b", "c", "d"), NOW)
+    assert not write_servable(tmp_path, Branching(), torch.ones(2, 4), ("a", "b", "c", "d"), (), NOW)
     assert "the version holds no ONNX program" in caplog.text
     assert list(tmp_path.iterdir()) == []
 

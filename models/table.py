@@ -1,0 +1,128 @@
+"""A table's rows as a matrix of numbers: one column each, whatever is in it, nothing fitted and nothing scaled.
+
+The same code runs where rows are prepared and where a model is served: a version ships a copy of this file. So it
+imports nothing of ours and no torch, and all that it knows is in the columns that it is given. What is fitted on
+training rows (means, which categories are rare) is preprocessing.py's.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+Role = Literal["numeric", "boolean", "categorical", "datetime"]
+
+MISSING = ("", "?", "NA", "N/A", "NaN", "nan", "null", "NULL", "None", "NaT", "<NA>")
+TRUE_WORDS, FALSE_WORDS = ("true", "yes", "t", "y"), ("false", "no", "f", "n")
+EPOCH = pd.Timestamp("2000-01-01", tz="UTC")
+UNSEEN = -1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    """A feature of a table. `categories` are those that a code stands for, in the order of their codes; `missing` are
+    the texts that mean that there is no value."""
+
+    name: str
+    role: Role
+    categories: tuple[str, ...] = ()
+    missing: tuple[str, ...] = MISSING
+
+
+def encode(frame: pd.DataFrame, columns: Sequence[Column]) -> npt.NDArray[np.float32]:
+    """Raw rows to a matrix (rows, columns) float32, NaN where a value is missing.
+
+    numeric: the number. boolean: 0 or 1. categorical: the category's place in the list, -1 where it is not in it.
+    datetime: days since 2000-01-01 00:00 UTC; a time without a zone counts as UTC. A column that the frame lacks is
+    missing in every row; columns that nobody asked for are left out. Raises ValueError where a value cannot be read as
+    its column's role: the message names the column, the row and the value.
+    """
+    matrix = np.full((len(frame), len(columns)), np.nan, dtype=np.float32)
+    for place, column in enumerate(columns):
+        if column.name in frame.columns:
+            matrix[:, place] = _READERS[column.role](_without_missing(frame[column.name], column), column)
+    return matrix
+
+
+def recode(
+    matrix: npt.NDArray[np.float32], known: Sequence[Column], wanted: Sequence[Column]
+) -> npt.NDArray[np.float32]:
+    """A matrix of `known` columns as one of `wanted` columns of the same names and roles, whose categories may be
+    others: one that is not wanted becomes unseen."""
+    places = {column.name: place for place, column in enumerate(known)}
+    recoded = np.empty((len(matrix), len(wanted)), dtype=np.float32)
+    for place, column in enumerate(wanted):
+        values = matrix[:, places[column.name]]
+        if column.role == "categorical":
+            codes = {category: code for code, category in enumerate(column.categories)}
+            before = known[places[column.name]].categories
+            table = np.array([*(codes.get(category, UNSEEN) for category in before), UNSEEN], dtype=np.float32)
+            there = np.isfinite(values)
+            values = np.where(there, table[np.where(there, values, UNSEEN).astype(np.int64)], np.nan)
+        recoded[:, place] = values
+    return recoded
+
+
+def text_of(values: "pd.Series[Any]") -> "pd.Series[Any]":
+    """Values as the texts that name their categories: without blanks around them, and a whole number without `.0`, as
+    it is read where a column has gaps and where it has none."""
+    if pd.api.types.is_bool_dtype(values):
+        return values.map({True: "true", False: "false"})
+    if pd.api.types.is_float_dtype(values):
+        whole = values.dropna()
+        if (whole == whole.round()).all():
+            values = values.astype("Int64")
+    return values.astype("string").str.strip()
+
+
+def _without_missing(values: "pd.Series[Any]", column: Column) -> "pd.Series[Any]":
+    if pd.api.types.is_numeric_dtype(values) or pd.api.types.is_datetime64_any_dtype(values):
+        return values
+    if isinstance(values.dtype, pd.CategoricalDtype):
+        values = values.astype(values.cat.categories.dtype)
+    stripped = values.map(lambda value: value.strip() if isinstance(value, str) else value)
+    return stripped.mask(stripped.isin(column.missing))
+
+
+def _numbers(values: "pd.Series[Any]", column: Column) -> npt.NDArray[np.float64]:
+    numbers = pd.to_numeric(values, errors="coerce").astype("float64")
+    _refuse(values, numbers.isna() | np.isinf(numbers), column, "a finite number")
+    return _floats(numbers)
+
+
+def _truths(values: "pd.Series[Any]", column: Column) -> npt.NDArray[np.float64]:
+    words = {"1": 1.0, "0": 0.0} | dict.fromkeys(TRUE_WORDS, 1.0) | dict.fromkeys(FALSE_WORDS, 0.0)
+    truths = text_of(values).str.casefold().map(words).astype("float64")
+    _refuse(values, truths.isna(), column, "true or false")
+    return _floats(truths)
+
+
+def _codes(values: "pd.Series[Any]", column: Column) -> npt.NDArray[np.float64]:
+    texts = text_of(values)
+    codes: npt.NDArray[np.float64] = pd.Index(column.categories, dtype="string").get_indexer(texts).astype(np.float64)
+    codes[texts.isna().to_numpy()] = np.nan
+    return codes
+
+
+def _days(values: "pd.Series[Any]", column: Column) -> npt.NDArray[np.float64]:
+    moments = pd.to_datetime(values, errors="coerce", format="ISO8601", utc=True)
+    _refuse(values, moments.isna(), column, "a date such as 2026-11-23 or 2026-11-23T02:00:00Z")
+    return _floats((moments - EPOCH) / pd.Timedelta(days=1))
+
+
+def _floats(values: "pd.Series[Any]") -> npt.NDArray[np.float64]:
+    floats: npt.NDArray[np.float64] = values.to_numpy(dtype=np.float64, na_value=np.nan)
+    return floats
+
+
+def _refuse(values: "pd.Series[Any]", unread: Any, column: Column, rule: str) -> None:
+    bad = unread & values.notna()
+    if bad.any():
+        row = int(np.flatnonzero(bad.to_numpy())[0])
+        raise ValueError(f"column {column.name} must hold {rule}, found {values.iloc[row]!r} in row {row}")
+
+
+_READERS = {"numeric": _numbers, "boolean": _truths, "categorical": _codes, "datetime": _days}

@@ -1,0 +1,46 @@
+"""The data card: what a night's rows are, on one page, for `nightly check`, MLflow and whoever asks in the morning.
+
+Reads a snapshot and decides nothing.
+"""
+
+from tasks.prepare import Snapshot
+
+
+def data_card(snapshot: Snapshot) -> str:
+    """In Markdown: rows and splits, classes, columns with their roles, and what the checks warn of."""
+    counts = ", ".join(f"{rows} {split}" for split, rows in snapshot.row_counts.items())
+    lines = [
+        f"# {snapshot.source}",
+        "",
+        "| | |",
+        "| --- | --- |",
+        f"| snapshot | `{snapshot.fingerprint}` |",
+        f"| rows | {sum(snapshot.row_counts.values())}: {counts} |",
+        f"| a row | {_row_in_words(snapshot)} |",
+        f"| predicted | {_target_in_words(snapshot)} |",
+    ]
+    if snapshot.described:
+        lines += ["", "| column | used as | missing | values |", "| --- | --- | --- | --- |"]
+        lines += [f"| {_cell(it.name)} | {it.role} | {it.missing} | {_cell(it.values)} |" for it in snapshot.described]
+    if snapshot.findings:
+        lines += ["", "| check | warning |", "| --- | --- |"]
+        lines += [f"| {found.check} | {_cell(found.sentence)} |" for found in snapshot.findings]
+    return "\n".join(lines) + "\n"
+
+
+def _row_in_words(snapshot: Snapshot) -> str:
+    if snapshot.columns:
+        return f"{len(snapshot.columns)} columns of a table"
+    return f"float32 of shape {snapshot.shape.features}"
+
+
+def _target_in_words(snapshot: Snapshot) -> str:
+    if not snapshot.classes:
+        return "a number"
+    named = ", ".join(f"{_cell(name)} ({rows} rows)" for name, rows in list(snapshot.class_rows.items())[:20])
+    return f"one of {len(snapshot.classes)} classes: {named}" + (" ..." if len(snapshot.classes) > 20 else "")
+
+
+def _cell(text: str) -> str:
+    """As a table's cell shows it: what stands in data must not break the page."""
+    return text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")

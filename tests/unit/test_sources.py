@@ -1,0 +1,315 @@
+"""What teams have, read as it is; and what would poison a night, refused in one sentence each."""
+
+import gzip
+import os
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from models.preprocessing import FREQUENT_ROWS, TablePreprocessing, preprocessing_of
+from models.table import Column, encode, recode
+from tasks.job import DataConfig
+from tasks.prepare import prepare
+from tasks.rows import DataError, Rows
+from tasks.sources import read_rows
+from tests.conftest import CPU, require
+
+
+def shared_data() -> Path:
+    folder = os.environ.get("NIGHTLY_SHARED_DATA")
+    if folder is None or not Path(folder).is_dir():
+        require("NIGHTLY_SHARED_DATA does not name the folder of real data sets")
+    return Path(folder)
+
+
+def people(rows: int = 200, seed: int = 0) -> pd.DataFrame:
+    """A table with every role: numbers with gaps, words, truths, dates, an identifier, and a target."""
+    draw = np.random.default_rng(seed)
+    age = draw.integers(18, 90, rows).astype(float)
+    age[draw.random(rows) < 0.1] = np.nan
+    return pd.DataFrame(
+        {
+            "number": np.arange(rows) + 1000,
+            "age": age,
+            "town": draw.choice(["Bonn", "Köln", "Ulm"], rows),
+            "member": draw.choice(["yes", "no"], rows),
+            "since": pd.Timestamp("2020-01-01") + pd.to_timedelta(draw.integers(0, 2000, rows), unit="D"),
+            "bought": draw.choice(["often", "never"], rows),
+        }
+    )
+
+
+def read(path: Path, **data: Any) -> Rows:
+    return read_rows(DataConfig(source=str(path), **data), "classification")
+
+
+def roles_of(rows: Rows) -> dict[str, str]:
+    return {described.name: described.role for described in rows.described}
+
+
+def test_a_csv_file_and_a_parquet_file_of_the_same_rows_are_the_same_snapshot(tmp_path: Path) -> None:
+    frame = people()
+    frame.to_csv(tmp_path / "rows.csv", index=False)
+    frame.to_csv(tmp_path / "rows.csv.gz", index=False)
+    frame.to_parquet(tmp_path / "rows.parquet")
+    shuffled = frame.sample(frac=1, random_state=0)[frame.columns[::-1]]
+    shuffled.to_csv(tmp_path / "shuffled.tsv", index=False, sep="\t")
+    snapshots = [
+        prepare(DataConfig(source=str(tmp_path / name), target="bought"), "classification", tmp_path / "snapshots")
+        for name in ("rows.csv", "rows.csv.gz", "rows.parquet", "shuffled.tsv")
+    ]
+    assert len({snapshot.fingerprint for snapshot in snapshots}) == 1
+    assert roles_of(read(tmp_path / "rows.csv")) == {
+        "number": "ignored", "age": "numeric", "town": "categorical", "member": "boolean", "since": "datetime",
+    }  # fmt: skip
+
+
+def test_a_folder_of_files_that_grows_moves_no_row(tmp_path: Path) -> None:
+    def split() -> dict[str, set[bytes]]:
+        data = DataConfig(source=str(tmp_path / "day-*.csv"), target="bought", split_by="number")
+        splits = prepare(data, "classification", tmp_path / "snapshots").load(CPU)
+        return {name: {row.tobytes() for row in features.numpy()} for name, (features, _) in splits.items()}
+
+    people().to_csv(tmp_path / "day-1.csv", index=False)
+    before = split()
+    people(300, seed=1).assign(number=lambda frame: frame["number"] + 5000).to_csv(tmp_path / "day-2.csv", index=False)
+    after = split()
+    assert all(before[name] <= after[name] for name in before)
+
+
+def test_rows_of_one_customer_stay_on_one_side(tmp_path: Path) -> None:
+    frame = people().assign(customer=lambda frame: frame["number"] % 40)
+    frame["age"] = np.arange(len(frame)) % 40 + frame["number"] / 1e4
+    frame.to_csv(tmp_path / "rows.csv", index=False)
+    data = DataConfig(source=str(tmp_path / "rows.csv"), target="bought", split_by="customer")
+    snapshot = prepare(data, "classification", tmp_path / "snapshots")
+    assert "customer" not in [column.name for column in snapshot.columns]
+    place = [column.name for column in snapshot.columns].index("age")
+    customers = {
+        name: {float(age) // 1 for age in features[:, place]} for name, (features, _) in snapshot.load(CPU).items()
+    }
+    assert not customers["train"] & customers["test"]
+    assert not customers["train"] & customers["validation"]
+
+
+def test_the_census_is_read_with_its_dirt_named_and_mended() -> None:
+    folder = shared_data() / "adult"
+    names = {"header": False, "target": "14"}
+    rows = read(folder / "adult-train.csv", **names)
+    assert (len(rows.target), rows.classes) == (32561, ("<=50K", ">50K"))
+    assert roles_of(rows)["0"] == "numeric"
+    assert roles_of(rows)["13"] == "categorical"
+    assert next(line.missing for line in rows.described if line.name == "1") == 1836
+    with pytest.raises(DataError, match=r"'<=50K' and '<=50K\.'.*set data\.tidy_labels: true"):
+        read(folder / "adult-t*.csv", **names)
+    both = read(folder / "adult-t*.csv", tidy_labels=True, **names)
+    assert (len(both.target), both.classes) == (48842, ("<=50K", ">50K"))
+
+
+def test_mnist_and_the_wines_are_read() -> None:
+    mnist = shared_data() / "mnist"
+    rows = read(mnist / "t10k-images-idx3-ubyte.gz", labels=str(mnist / "t10k-labels-idx1-ubyte.gz"))
+    assert (rows.features.shape, len(rows.classes), rows.features.max()) == ((10000, 1, 28, 28), 10, 1.0)
+    wines = DataConfig(source=str(shared_data() / "winequality" / "winequality-white.csv"), header=False)
+    scores = read_rows(wines, "regression")
+    assert (scores.features.shape, scores.target.min(), scores.target.max()) == ((4898, 11), 3, 9)
+
+
+def test_arrays_images_and_frames_are_read(tmp_path: Path) -> None:
+    np.savez(tmp_path / "rows.npz", features=np.eye(20), target=np.arange(20) % 2)
+    assert read(tmp_path / "rows.npz").features.shape == (20, 20)
+    for number in range(12):
+        path = tmp_path / "images" / ("cat" if number % 2 else "dog") / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((4, 6), number * 20, dtype=np.uint8)).save(path)
+    pictures = read(tmp_path / "images")
+    assert (pictures.features.shape, pictures.classes) == ((12, 1, 4, 6), ("cat", "dog"))
+    frame = "pd.DataFrame({'a': [1.5, 2, 4] * 9, 'b': ['x', 'y', 'y'] * 9})"
+    (tmp_path / "load.py").write_text(f"import pandas as pd\n\n\ndef rows():\n    return {frame}\n")
+    found = read_rows(
+        DataConfig(source=f"{tmp_path}/load.py:rows", checks={"leaking_column": "warn"}), "classification"
+    )
+    assert (found.features.shape, found.classes) == ((27, 1), ("x", "y"))
+
+
+def a_csv(text: str) -> Callable[[Path], dict[str, Any]]:
+    def write(folder: Path) -> dict[str, Any]:
+        (folder / "rows.csv").write_text(text, encoding="utf-8")
+        return {"source": str(folder / "rows.csv")}
+
+    return write
+
+
+def some_bytes(name: str, content: bytes, **data: Any) -> Callable[[Path], dict[str, Any]]:
+    def write(folder: Path) -> dict[str, Any]:
+        (folder / name).write_bytes(content)
+        return {"source": str(folder / name), **data}
+
+    return write
+
+
+def table(rows: int = 40, **columns: Any) -> Callable[[Path], dict[str, Any]]:
+    """Rows with one honest column, and those that are given."""
+    draw = np.random.default_rng(0)
+    frame = pd.DataFrame({"x": draw.normal(size=rows), **columns})
+    frame["y"] = frame.pop("y") if "y" in frame else draw.choice(["a", "b"], rows)
+    return a_csv(frame.to_csv(index=False))
+
+
+def an_idx(*sizes: int, content: bytes = b"") -> bytes:
+    return b"\0\0\x08" + bytes([len(sizes)]) + struct.pack(f">{len(sizes)}I", *sizes) + content
+
+
+def images(*files: tuple[str, bytes | tuple[int, int]]) -> Callable[[Path], dict[str, Any]]:
+    def write(folder: Path) -> dict[str, Any]:
+        for name, content in files:
+            path = folder / "images" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if isinstance(content, bytes):
+                path.write_bytes(content)
+            else:
+                Image.new("L", content).save(path)
+        return {"source": str(folder / "images")}
+
+    return write
+
+
+def a_parquet(cut: int | None = None, **columns: Any) -> Callable[[Path], dict[str, Any]]:
+    def write(folder: Path) -> dict[str, Any]:
+        path = folder / "rows.parquet"
+        pd.DataFrame(columns).to_parquet(path)
+        path.write_bytes(path.read_bytes()[:cut])
+        return {"source": str(path)}
+
+    return write
+
+
+def an_npz(**arrays: Any) -> Callable[[Path], dict[str, Any]]:
+    def write(folder: Path) -> dict[str, Any]:
+        np.savez(folder / "rows.npz", **arrays)
+        return {"source": str(folder / "rows.npz")}
+
+    return write
+
+
+WORDS = ["yes", "no"] * 20
+ZIPPED = gzip.compress(b"".join(b"%d,%d\n" % (number * 7919 % 104729, number % 2) for number in range(20000)))
+
+
+CUBE = an_idx(2, 2, 2, content=bytes(8))
+
+
+@pytest.mark.parametrize(
+    ("write", "says"),
+    [
+        (a_csv(""), "must hold rows, found an empty first line"),
+        (a_csv("a,b\n"), "must hold rows, found none below its header"),
+        (a_csv("\n1,2\n"), "found an empty first line"),
+        (a_csv("a,b\n1,2\n3\n"), "Expected 2 columns, got 1: 3"),
+        (a_csv("a,b\n1,2\n3,4,5\n"), "Expected 2 columns, got 3"),
+        (a_csv("a,a\n1,2\n"), "found 'a' twice"),
+        (a_csv("a,b\n1,x\0y\n2,z\n"), "found a NUL byte in row 0"),
+        (a_csv("a,b\n" + "x" * 10_000_000 + ",1\n"), "a must hold at most 100000 letters a field, found 10000000"),
+        (a_csv("<html>\n<body>404, not found</body>\n</html>\n"), "Expected 1 columns, got 2"),
+        (a_csv("x\n1\n2\n"), "must have a column to learn from"),
+        (some_bytes("rows.csv", "a,b\nä,1\n".encode("latin-1") + b"\xff,2\n"), "UTF-8"),
+        (some_bytes("rows.csv", "ä,b\n1,2\n".encode("latin-1")), "must be text in UTF-8"),
+        (some_bytes("rows.csv", "a,b\n1,2\n".encode("utf-16")), "must be text in UTF-8"),
+        (some_bytes("rows.csv.gz", ZIPPED[: len(ZIPPED) // 2], header=False), "Truncated compressed stream"),
+        (some_bytes("rows.csv.gz", b"a,b\n1,2\n"), "Not a gzipped file"),
+        (some_bytes("rows.csv.gz", ZIPPED[:5]), "must be readable whole"),
+        (table(y=["a", None, "b", None] * 10), "must have a value in every row, found none in 20 rows (row 1, 3, 5"),
+        (table(y=[None] * 40), "the target, must have a value, found none"),
+        (table(y=["a"] * 40), "labels must have two classes at least, found 1"),
+        (table(y=["yes", "Yes ", "no", "no."] * 10), "'Yes' and 'yes'; 'no' and 'no.'; set data.tidy_labels: true"),
+        (table(z=[*range(37), "abc", "?", "12,5"]), "found 'abc' in row 37, '12,5' in row 39 (2 of 39 rows)"),
+        (table(z=["2026-11-23"] * 30 + ["23.11.2026"] * 10), "must hold a date such as 2026-11-23 in every row"),
+        (table(z=[1.5] * 39 + ["inf"]), "must hold a finite number in every row as it does in most, found 'inf'"),
+        (table(400, y=WORDS * 10, z=WORDS * 10), "z must not give the target away, found that it predicts 100.0%"),
+        (some_bytes("rows.csv", b"a,b\n1,2\n3,4\n", target="c"), "data.target must name a column"),
+        (some_bytes("rows.csv", b"a,b\n1,2\n3,4\n", split_by="c"), "data.split_by must name a column"),
+        (some_bytes("rows.csv", b"a,b\n1,2\n3,4\n", roles={"c": "numeric"}), "data.roles must name a column"),
+        (some_bytes("rows.csv", b"a,b\nx,2\ny,4\n", roles={"a": "numeric"}), "a must hold a finite number, found"),
+        (some_bytes("rows.csv", b"a,b\nx,2\ny,4\n", roles={"a": "datetime"}), "column a must hold a date such as"),
+        (some_bytes("rows.csv", b"a,b\nx,2\ny,4\n", roles={"a": "boolean"}), "column a must hold true or false"),
+        (a_parquet(cut=-200, a=[1.0] * 40, b=WORDS), "must be readable whole"),
+        (a_parquet(cut=10, a=[1.0] * 40, b=WORDS), "must be readable whole"),
+        (a_parquet(a=[[1, 2]] * 40, b=WORDS), "column a must hold plain values, found list"),
+        (some_bytes("rows.parquet", b"<html>not found</html>"), "must be readable whole"),
+        (some_bytes("rows.npz", b"PK\x03\x04 cut"), "must be readable whole"),
+        (an_npz(x=np.eye(4)), "must hold arrays features and target, found x"),
+        (an_npz(features=np.eye(4), target=np.array([1, "a", None, 2], dtype=object)), "without objects"),
+        (some_bytes("i.idx", b"\0\0\x0d" + CUBE[3:], labels="l"), "must begin as an IDX file"),
+        (some_bytes("i.idx", CUBE[:-1], labels="l"), "the 8 bytes that its header claims, found 7"),
+        (some_bytes("i.idx", CUBE + b"1", labels="l"), "the 8 bytes that its header claims, found more"),
+        (some_bytes("i.idx", an_idx(2**31, 2**10, 2**10), labels="l"), "claims 2251799813685248 bytes, above"),
+        (some_bytes("i.idx", an_idx(8, content=bytes(8)), labels="l"), "must hold images, found a list"),
+        (some_bytes("i.idx", CUBE), "data.labels must name the file of labels"),
+        (some_bytes("i.idx", CUBE, labels="gone.idx"), "gone.idx does not exist"),
+        (some_bytes("i.idx.gz", gzip.compress(CUBE)[:-12], labels="l"), "must be readable whole"),
+        (images(("cat/1.png", (4, 4)), ("dog/1.png", b"<html>404</html>")), "1 that are not (dog/1.png)"),
+        (images(("cat/1.png", (4, 4)), ("cat/2.png", (4, 4)), ("dog/1.png", (5, 4))), "the same size, found 1"),
+        (images(("readme.txt", b"nothing")), "must hold a sub-folder of images for each class, found no image"),
+    ],
+)  # fmt: skip
+def test_a_bad_source_is_one_sentence_and_leaves_no_snapshot(
+    write: Callable[[Path], dict[str, Any]], says: str, tmp_path: Path
+) -> None:
+    with pytest.raises(DataError) as error:
+        prepare(DataConfig(**write(tmp_path)), "classification", tmp_path / "snapshots")
+    assert says in str(error.value)
+    assert not (tmp_path / "snapshots").exists()
+
+
+def test_everything_that_is_wrong_is_said_at_once_and_a_job_may_ignore_it(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    content = {"x": [*range(37), "abc", 4, 4], "empty": [None] * 40, "same": [1] * 40, "y": ["a", "b", "a", "b "] * 10}
+    content["y"][3] = "B"
+    pd.DataFrame(content).to_csv(path, index=False)
+    with pytest.raises(DataError, match=r"column x must hold.*; and labels must differ"):
+        read(path)
+    rows = read(path, checks={"mixed_values": "warn", "labels_alike": "ignore", "constant_column": "ignore"})
+    assert [finding.check for finding in rows.findings] == ["mixed_values", "empty_column", "small_class"]
+
+
+@given(st.lists(st.one_of(st.none(), st.floats(-1e6, 1e6, width=32), st.integers(-100, 100)), min_size=1))
+def test_a_number_is_read_alike_as_a_number_and_as_a_text(values: list[float | None]) -> None:
+    columns = [Column(name="x", role="numeric")]
+    as_numbers = encode(pd.DataFrame({"x": pd.array(values, dtype="Float64")}), columns)
+    as_texts = encode(pd.DataFrame({"x": ["" if value is None else f" {value!r} " for value in values]}), columns)
+    assert np.array_equal(as_numbers, as_texts, equal_nan=True)
+
+
+def test_a_category_keeps_its_meaning_under_another_list() -> None:
+    before = [Column(name="town", role="categorical", categories=("Bonn", "Ulm"))]
+    after = [Column(name="town", role="categorical", categories=("Köln", "Ulm"))]
+    frame = pd.DataFrame({"town": ["Bonn", "Ulm", None, "Mars"]})
+    assert np.array_equal(recode(encode(frame, before), before, after), encode(frame, after), equal_nan=True)
+
+
+def test_rare_unseen_and_missing_values_have_a_place_and_nothing_is_nan() -> None:
+    columns = [
+        Column(name="age", role="numeric"),
+        Column(name="since", role="datetime"),
+        Column(name="town", role="categorical", categories=("Bonn", "Rare", "Ulm")),
+    ]
+    towns = ["Bonn"] * 20 + ["Ulm"] * 20 + ["Rare"] * (FREQUENT_ROWS - 1)
+    frame = pd.DataFrame({"age": range(49), "since": "2026-11-23", "town": towns})
+    preprocessing = TablePreprocessing.fit(torch.from_numpy(encode(frame, columns)), columns)
+    served = pd.DataFrame({"age": [None, 24], "town": ["Mars", "Bonn"]})
+    rows = preprocessing(torch.from_numpy(encode(served, columns)))
+    assert rows.shape == (2, *preprocessing.shape_of((3,)))
+    assert torch.isfinite(rows).all()
+    assert rows[0].tolist() == [0.0] * 8 + [0.0, 0.0, 1.0]
+    assert rows[1].tolist()[-3:] == [1.0, 0.0, 0.0]
+    again = preprocessing_of(dict(preprocessing.state_dict()))
+    assert torch.equal(again(torch.from_numpy(encode(served, columns))), rows)
