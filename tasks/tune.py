@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import cast
 from uuid import UUID
 
+import httpx
 import optuna
 import torch
 from optuna.trial import FrozenTrial, TrialState
@@ -373,7 +374,8 @@ def _check_limits(
 
 
 class ProgressArtifact:
-    """How far the tuning is, as Prefect's progress artifact of this task run; written once a second at most."""
+    """How far the tuning is, as Prefect's progress artifact of this task run; written once a second at most, and left
+    as it is while Prefect does not answer: a bar is worth no trial."""
 
     def __init__(self, study: optuna.Study, job: TuningJob) -> None:
         self._study = study
@@ -388,7 +390,10 @@ class ProgressArtifact:
     def update(self, *, final: bool = False) -> None:
         if final or time.monotonic() - self._written_at >= 1:
             self._written_at = time.monotonic()
-            update_progress_artifact(self._id, self._percent(), description=self._text())
+            try:
+                update_progress_artifact(self._id, self._percent(), description=self._text())
+            except httpx.HTTPError as error:
+                _logger.warning("Prefect does not show how far the tuning is: %s", error)
 
     def _percent(self) -> float:
         return min(100.0, 100 * len(finished_trials(self._study)) / self._budget)

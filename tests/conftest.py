@@ -206,6 +206,7 @@ def write_jobs(folder: Path) -> None:
         ("shadow", 2, yearly),
         ("damaged", 2, yearly),
         ("untracked", 60, yearly),
+        ("unwatched", 100, yearly),
         ("long", 400, yearly),
         ("longer", 400, yearly),
         ("cancelled", 400, yearly),

@@ -166,6 +166,21 @@ def test_a_night_goes_on_without_mlflow_and_the_next_one_makes_up_for_it(stack: 
     assert champion_alias(stack, "untracked").tags["store_version"] == champion.manifest.version
 
 
+def test_a_night_goes_on_without_prefect(stack: Stack) -> None:
+    stack.nightly("run", "unwatched", "--no-follow")
+    wait_for(lambda: (stack.home / "studies/unwatched").exists(), 60, "the night to begin")
+    study = study_of(stack, "unwatched")
+    wait_for(lambda: len(finished_trials(study)) >= 10, 60, "ten trials")
+    services = json.loads(stack.nightly("status", "--json").stdout)
+    psutil.Process(next(service["pid"] for service in services if "prefect" in service["service"].lower())).kill()
+    before = len(finished_trials(study))
+    wait_for(lambda: len(finished_trials(study)) >= before + 10, 60, "trials while Prefect is away")
+    stack.nightly("up")
+    wait_for(lambda: latest_run(stack, "unwatched")["state_type"] == "COMPLETED", 120, "the night to complete")
+    assert len(finished_trials(study)) == 100
+    assert_the_ledgers_agree(stack, "unwatched")
+
+
 def test_a_night_that_dies_with_its_worker_is_marked_crashed(stack: Stack) -> None:
     """The automation on missing heartbeats does it; nothing else is left alive that could."""
     stack.nightly("run", "zombie", "--no-follow")

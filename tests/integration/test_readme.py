@@ -1,9 +1,12 @@
 """What the README shows works as it is printed."""
 
+import json
 import re
 from datetime import UTC, datetime
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 import yaml
@@ -12,7 +15,7 @@ from tasks.job import parse_job
 from tasks.prepare import prepare
 from tasks.study import open_study
 from tasks.tune import Prepared, tune
-from tests.conftest import CPU, Stack
+from tests.conftest import CPU, Stack, make_stack
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
 
@@ -67,3 +70,36 @@ def test_every_module_is_named_in_the_readme() -> None:
     modules = [path for folder in ("flows", "tasks", "models", "infra") for path in (root / folder).glob("*.py")]
     missing = [path.name for path in modules if path.name != "__init__.py" and path.name not in README]
     assert missing == []
+
+
+def test_the_job_on_a_table_is_checked_as_it_is_printed(tmp_path: Path) -> None:
+    stack = make_stack(tmp_path)
+    jobs = Path(stack.environment["NIGHTLY_JOBS"])
+    (jobs / "customers.yaml").write_text(block("yaml", "name: customers"))
+    draw = np.random.default_rng(0)
+    frame = pd.DataFrame(
+        {
+            "customer": np.arange(200) // 2,
+            "zip_code": draw.choice([10115, 50667], 200),
+            "remarks": [f"called {number} times" for number in range(200)],
+            "spent": draw.normal(50, 20, 200),
+            "churned": draw.choice(["Yes", "yes.", "no"], 200),
+        }
+    )
+    frame.loc[3, "spent"] = np.nan
+    frame.to_csv(jobs / "customers-1.csv", index=False)
+    card = stack.nightly("check", "customers").stdout
+    for line in (
+        "| zip_code | categorical | 0 | 10115, 50667 |",
+        "| remarks | ignored | 0 |",
+        "| spent | numeric | 1 |",
+        "one of 2 classes: ",
+    ):
+        assert line in card
+    assert "customer |" not in card
+    assert json.loads(stack.nightly("check", "customers", "--json").stdout)["row_counts"]["train"] > 80
+    frame.rename(columns={"churned": "left"}).to_csv(jobs / "customers-1.csv", index=False)
+    refused = stack.nightly("check", "customers", ok=False)
+    assert refused.returncode == 1
+    assert "data.target must name a column" in refused.stderr
+    assert "Traceback" not in refused.stderr
