@@ -31,6 +31,7 @@ from infra.webhook import post
 from tasks.ask import ask
 from tasks.champion import Champion, read_champion
 from tasks.confirm import Challenger, Confirmed, confirm
+from tasks.drift import since
 from tasks.gate import Verdict, gate
 from tasks.job import Minutes, PromotionMode, SamplerName, Trials, TuningJob, load_job
 from tasks.memory import recall
@@ -111,6 +112,10 @@ def _night(job: TuningJob, settings: Settings) -> str:
         crash_dead_runs(prefect, job.name, states=(StateType.RUNNING, StateType.CANCELLING), spare=UUID(flow_run_id))
     champion = reconcile_step(job, store, client, studies, device)
     snapshot = prepare_step(job.data, job.objective.problem, settings.home / "snapshots")
+    moved = since(champion.manifest.lineage.snapshot if champion else None, snapshot)
+    for change in moved:
+        if change.is_large:
+            _logger.warning("%s moved since the champion: stability index %.2f", change.column, change.stability_index)
     study = open_study(job, snapshot.fingerprint, studies, _now())
     recall(study, job, snapshot, champion, studies)
     run_id = begin_night(client, job, study, snapshot, flow_run_id)
@@ -122,7 +127,7 @@ def _night(job: TuningJob, settings: Settings) -> str:
             confirmed = confirm_step(study, job, prepared, baseline, client, run_id)
         verdict, promotion = _judge_and_promote(job, study, snapshot, confirmed, champion, store, device, settings)
         _notify(settings, job, verdict, promotion)
-        return report_step(job, study, snapshot, tuned, verdict, promotion, settings, client, _now())
+        return report_step(job, study, snapshot, moved, tuned, verdict, promotion, settings, client, _now())
 
 
 def _judge_and_promote(

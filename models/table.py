@@ -43,7 +43,7 @@ def encode(frame: pd.DataFrame, columns: Sequence[Column]) -> npt.NDArray[np.flo
     matrix = np.full((len(frame), len(columns)), np.nan, dtype=np.float32)
     for place, column in enumerate(columns):
         if column.name in frame.columns:
-            matrix[:, place] = _READERS[column.role](_without_missing(frame[column.name], column), column)
+            matrix[:, place] = _READERS[column.role](without_missing(frame[column.name], column.missing), column)
     return matrix
 
 
@@ -66,6 +66,20 @@ def recode(
     return recoded
 
 
+def without_missing(values: "pd.Series[Any]", missing: Sequence[str]) -> "pd.Series[Any]":
+    """Texts without blanks around them, NaN for those that mean that there is no value; numbers and dates as they
+    are."""
+    if isinstance(values.dtype, pd.CategoricalDtype):
+        values = values.astype(values.cat.categories.dtype)
+    if isinstance(values.dtype, pd.StringDtype):
+        stripped = values.str.strip()
+    elif values.dtype == object:
+        stripped = values.map(lambda value: value.strip() if isinstance(value, str) else value)
+    else:
+        return values
+    return stripped.mask(stripped.isin(missing))
+
+
 def text_of(values: "pd.Series[Any]") -> "pd.Series[Any]":
     """Values as the texts that name their categories: without blanks around them, and a whole number without `.0`, as
     it is read where a column has gaps and where it has none."""
@@ -76,15 +90,6 @@ def text_of(values: "pd.Series[Any]") -> "pd.Series[Any]":
         if (whole == whole.round()).all():
             values = values.astype("Int64")
     return values.astype("string").str.strip()
-
-
-def _without_missing(values: "pd.Series[Any]", column: Column) -> "pd.Series[Any]":
-    if pd.api.types.is_numeric_dtype(values) or pd.api.types.is_datetime64_any_dtype(values):
-        return values
-    if isinstance(values.dtype, pd.CategoricalDtype):
-        values = values.astype(values.cat.categories.dtype)
-    stripped = values.map(lambda value: value.strip() if isinstance(value, str) else value)
-    return stripped.mask(stripped.isin(column.missing))
 
 
 def _numbers(values: "pd.Series[Any]", column: Column) -> npt.NDArray[np.float64]:

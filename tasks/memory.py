@@ -18,8 +18,9 @@ from optuna.trial import FixedTrial, FrozenTrial, TrialState
 
 from models.space import Range
 from tasks.champion import Champion
+from tasks.drift import drift
 from tasks.job import TuningJob
-from tasks.prepare import Snapshot, drift, read_snapshot
+from tasks.prepare import Snapshot, read_snapshot
 from tasks.study import (
     COSTS,
     ENDED,

@@ -19,9 +19,8 @@ from safetensors.numpy import save_file
 from safetensors.torch import load_file
 from torch import Tensor
 
-from models.preprocessing import TablePreprocessing
 from models.shapes import DataShape, Problem
-from models.table import Column, recode
+from models.table import Column
 from tasks.columns import Described, Finding
 from tasks.job import DataConfig
 from tasks.rows import DataError, Rows
@@ -31,8 +30,6 @@ SplitName = Literal["train", "validation", "test"]
 SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
 ROWS = "rows.safetensors"
 POSITION = "test.position"
-DRIFTED_MEAN = 0.5
-DRIFTED_CLASSES = 0.1
 
 _logger = logging.getLogger(__name__)
 
@@ -134,39 +131,6 @@ def read_snapshot(snapshots: Path, fingerprint: str) -> Snapshot | None:
         described=tuple(Described(**described) for described in content.get("described", [])),
         findings=tuple(Finding(**found) for found in content.get("findings", [])),
     )
-
-
-def drift(earlier: Snapshot, now: Snapshot) -> str | None:
-    """What makes two snapshots' training rows too different for one's results to guide the other's search; None where
-    nothing does.
-
-    Other columns or classes; a column whose mean moved by half a standard deviation; classes of which a tenth of the
-    rows changed (total variation distance).
-    """
-    if earlier.fingerprint == now.fingerprint:
-        return None
-    if (earlier.shape, earlier.classes) != (now.shape, now.classes):
-        return f"rows had shape {earlier.shape.features} in {len(earlier.classes)} classes"
-    if names_and_roles(earlier.columns) != names_and_roles(now.columns):
-        return "rows had other columns"
-    (before, before_target), (after, after_target) = (
-        snapshot.load(torch.device("cpu"))["train"] for snapshot in (earlier, now)
-    )
-    if now.columns:
-        preprocessing = TablePreprocessing.fit(after, now.columns)
-        before = preprocessing(torch.from_numpy(recode(before.numpy(), earlier.columns, now.columns)))
-        after = preprocessing(after)
-    spread = torch.maximum(before.std(dim=0, correction=0), after.std(dim=0, correction=0)).clamp_min(1e-12)
-    moved = ((before.mean(dim=0) - after.mean(dim=0)).abs() / spread).flatten()
-    if (farthest := moved.max().item()) > DRIFTED_MEAN:
-        return f"the mean of column {moved.argmax().item()} moved by {farthest:.2f} standard deviations"
-    if now.classes:
-        shares = [
-            torch.bincount(target, minlength=len(now.classes)) / len(target) for target in (before_target, after_target)
-        ]
-        if (changed := (shares[0] - shares[1]).abs().sum().item() / 2) > DRIFTED_CLASSES:
-            return f"the classes' shares moved by {changed:.0%}"
-    return None
 
 
 def names_and_roles(columns: tuple[Column, ...]) -> list[tuple[str, str]]:

@@ -16,6 +16,7 @@ from prefect.artifacts import create_markdown_artifact
 from infra.deploy import artifact_key
 from infra.settings import Settings
 from tasks.confirm import Challenger
+from tasks.drift import Change, drift_table
 from tasks.gate import Verdict
 from tasks.job import TuningJob
 from tasks.prepare import Snapshot
@@ -39,6 +40,7 @@ def report(
     job: TuningJob,
     study: optuna.Study,
     snapshot: Snapshot,
+    moved: tuple[Change, ...],
     tuned: Tuned,
     verdict: Verdict,
     promotion: Promotion | None,
@@ -49,7 +51,7 @@ def report(
     """Write the night's summary to its MLflow run and as a Prefect artifact, mark the study ended; returns Markdown."""
     run_id, experiment_id = study.user_attrs[MLFLOW_RUN], study.user_attrs[MLFLOW_EXPERIMENT]
     text = summarize(
-        job, study, snapshot, tuned, verdict, promotion,
+        job, study, snapshot, moved, tuned, verdict, promotion,
         night_page=settings.mlflow_page(experiment_id, run_id),
         trials_page=settings.mlflow_page(experiment_id),
     )  # fmt: skip
@@ -63,6 +65,8 @@ def report(
     metrics |= {f"test_{name}": value for name, value in verdict.challenger_test.items()}
     metrics |= {f"{verdict.opponent}_test_{name}": value for name, value in (verdict.opponent_test or {}).items()}
     metrics |= {"winners_curse": verdict.challenger.winners_curse, "confirmed_spread": verdict.challenger.spread}
+    if moved:
+        metrics["drift_stability_index"] = moved[0].stability_index
     if verdict.comparison is not None:
         metrics |= {f"gain_{name}": getattr(verdict.comparison, name) for name in ("low", "high")}
         metrics["gain"] = verdict.comparison.gain
@@ -73,6 +77,8 @@ def report(
             tags=[RunTag(name, value) for name, value in tags.items()],
         )
         client.log_dict(run_id, verdict.evidence(), "gate.json")
+        if moved:
+            client.log_text(run_id, drift_table(moved), "drift.md")
     create_markdown_artifact(
         text, key=artifact_key("report", job.name), description=f"{study.study_name}: {verdict.decision}"
     )
@@ -84,6 +90,7 @@ def summarize(
     job: TuningJob,
     study: optuna.Study,
     snapshot: Snapshot,
+    moved: tuple[Change, ...],
     tuned: Tuned,
     verdict: Verdict,
     promotion: Promotion | None,
@@ -107,7 +114,7 @@ def summarize(
 | | |
 | --- | --- |
 | data | {snapshot.source}, snapshot `{snapshot.fingerprint[:12]}`: {rows["train"]} training, {rows["validation"]} validation and {rows["test"]} test rows |
-| search | {tuned.complete} trials complete, {tuned.pruned} pruned, {tuned.failed} failed in {seconds:.0f} s of training; ended by {tuned.ended_by} |
+{_drift_in_words(moved)}| search | {tuned.complete} trials complete, {tuned.pruned} pruned, {tuned.failed} failed in {seconds:.0f} s of training; ended by {tuned.ended_by} |
 | baseline | {_baseline_in_words(job, tuned)} |
 | challenger | trial {number_of(challenger.trial)}, validation {name} {challenger.trial.values[0]:.4f} in the search, {challenger.mean:.4f} ± {challenger.spread:.4f} confirmed with {len(challenger.seeds)} seeds ({_curse(challenger)}); generalization gap {challenger.generalization_gap:.4f}, sharpness {challenger.sharpness:.4f} |
 | on the test rows | challenger {name} {verdict.challenger_test[name]:.4f}{theirs}{_left_out(verdict)} |
@@ -119,6 +126,14 @@ def summarize(
 {_pareto_in_words(study, job)}
 [This night in MLflow]({night_page}), [all nights and trials]({trials_page})
 """  # noqa: E501 a table's row is one line
+
+
+def _drift_in_words(moved: tuple[Change, ...]) -> str:
+    if not moved:
+        return ""
+    large = [change for change in moved if change.is_large]
+    farthest = f"the farthest is {moved[0].column} with a stability index of {moved[0].stability_index:.2f}"
+    return f"| since the champion's snapshot | {len(large)} of {len(moved)} columns moved much; {farthest} |\n"
 
 
 def _guard_rails(verdict: Verdict) -> str:

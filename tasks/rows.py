@@ -15,7 +15,7 @@ from sklearn.tree import DecisionTreeClassifier, DecisionTreeRegressor
 
 from infra.errors import ExpectedError
 from models.shapes import Problem
-from models.table import Column, encode, text_of
+from models.table import Column, encode, text_of, without_missing
 from tasks.columns import EXAMPLES, Described, Finding, find_columns, finding, labels_alike, tidy
 from tasks.job import DataConfig
 
@@ -100,7 +100,7 @@ def table_rows(frame: pd.DataFrame, data: DataConfig, problem: Problem) -> Rows:
         if name is not None and name not in frame.columns:
             known = ", ".join(frame.columns[:50])
             raise DataError(f"data.{field} must name a column of {source}, found {name!r}; known are {known}")
-    frame = frame.apply(lambda values: _stripped(values, data.missing))
+    frame = frame.apply(lambda values: without_missing(values, data.missing))
     findings: list[Finding] = []
     there = frame[target_name].notna()
     if not there.all():
@@ -153,15 +153,6 @@ def table_rows(frame: pd.DataFrame, data: DataConfig, problem: Problem) -> Rows:
         described=tuple(described),
         findings=tuple(findings),
     )
-
-
-def _stripped(values: "pd.Series[Any]", missing: tuple[str, ...]) -> "pd.Series[Any]":
-    if isinstance(values.dtype, pd.CategoricalDtype):
-        values = values.astype(values.cat.categories.dtype)
-    if values.dtype != object and not isinstance(values.dtype, pd.StringDtype):
-        return values
-    stripped = values.map(lambda value: value.strip() if isinstance(value, str) else value)
-    return stripped.mask(stripped.isin(missing))
 
 
 def _tidied(texts: "pd.Series[Any]") -> "pd.Series[Any]":

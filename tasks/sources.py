@@ -142,7 +142,7 @@ def _read_csv(path: Path, data: DataConfig) -> pd.DataFrame:
         gzip.open(path, "rt", encoding="utf-8-sig") if path.suffix == ".gz" else path.open(encoding="utf-8-sig")
     ) as file:
         try:
-            first = next(csv.reader(file, delimiter=delimiter), None)
+            first = next(csv.reader([file.readline(MOST_FIELD_LETTERS)], delimiter=delimiter), None)
         except (UnicodeDecodeError, csv.Error) as error:
             raise DataError(f"{path} must be text in UTF-8, but {error}; convert it") from error
     if not first:

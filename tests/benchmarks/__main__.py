@@ -19,15 +19,17 @@ import typer
 from rich.console import Console
 
 from infra.settings import Settings
-from tests.benchmarks import publish, search, throughput
+from tests.benchmarks import prepare, publish, search, throughput
 
-SUITES = {"search": search, "publish": publish, "throughput": throughput}
+SUITES = {"search": search, "prepare": prepare, "publish": publish, "throughput": throughput}
 
 console = Console(highlight=False, soft_wrap=True)
 
 
 def main(
-    only: Annotated[Literal["all", "search", "publish", "throughput"], typer.Option(help="The suite to run.")] = "all",
+    only: Annotated[
+        Literal["all", "search", "prepare", "publish", "throughput"], typer.Option(help="The suite to run.")
+    ] = "all",
     seeds: Annotated[int, typer.Option(min=1, help="How often whatever depends on luck is repeated.")] = 5,
 ) -> None:
     """Measure, print tables, and write one JSON file a suite into the home's folder bench."""

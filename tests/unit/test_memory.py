@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import optuna
+import pandas as pd
 import pytest
 import torch
 from optuna.trial import FrozenTrial
@@ -14,9 +15,10 @@ from optuna.trial import FrozenTrial
 from models.hyperparameters import MLPHyperparameters
 from models.preprocessing import Standardization
 from tasks.champion import Champion
-from tasks.job import TuningJob, load_job
+from tasks.drift import changes, drift, drift_table, since
+from tasks.job import DataConfig, TuningJob, load_job
 from tasks.memory import BASELINE, NIGHTS, recall
-from tasks.prepare import Snapshot, drift, prepare
+from tasks.prepare import Snapshot, prepare
 from tasks.promotions import Promotion
 from tasks.study import (
     ENDED,
@@ -221,7 +223,8 @@ ROWS = "r = np.random.default_rng(0); x = r.normal(size=(300, 3)); y = np.arange
     [
         ("pass", None),
         ("x, y = x[:200], y[:200]", None),
-        ("x[:, 1] += 1", "the mean of column 1 moved by"),
+        ("x[:, 1] += 1", "column 1 moved, its stability index is"),
+        ("x[:, 1] *= 3", "column 1 moved, its stability index is"),
         ("y[:] = np.where(r.random(300) < .4, 0, y)", "the classes' shares moved by"),
         ("x = x[:, :2]", "rows had shape (3,)"),
         ("y[y == 2] = 1", "in 3 classes"),
@@ -242,5 +245,25 @@ def test_memory_is_off_by_itself_when_data_has_drifted(tmp_path: Path, caplog: p
     with caplog.at_level(logging.INFO, "tasks.memory"):
         second = begin(job, after, tmp_path / "studies", 1)
     assert imported(second) == []
-    assert "5 trials of earlier nights were left out: the data drifted: the mean of column 1 moved by" in caplog.text
+    assert "5 trials of earlier nights were left out: the data drifted: column 1 moved, its" in caplog.text
     assert np.isfinite(after.load(CPU)["train"][0].numpy()).all()
+
+
+def test_what_moved_in_a_table_is_told_column_by_column(tmp_path: Path) -> None:
+    def snapshot(towns: list[str], shift: float, gap: float) -> Snapshot:
+        draw = np.random.default_rng(len(towns))
+        frame = pd.DataFrame({"age": draw.normal(40 + shift, 10, 900), "town": draw.choice(towns, 900)})
+        frame["steady"] = draw.normal(size=900)
+        frame.loc[draw.random(900) < gap, "age"] = np.nan
+        frame["y"] = draw.choice(["a", "b"], 900)
+        frame.to_csv(tmp_path / "rows.csv", index=False)
+        return prepare(DataConfig(source=str(tmp_path / "rows.csv")), "classification", tmp_path / "snapshots")
+
+    before, now = snapshot(["Bonn", "Ulm"], 0, 0.0), snapshot(["Bonn", "Köln", "Ulm"], 20, 0.3)
+    moved = {change.column: change for change in since(before.fingerprint, now)}
+    assert [name for name, change in moved.items() if change.is_large] == ["age", "town"]
+    assert moved["steady"].stability_index < 0.05
+    assert moved["town"].new_categories == ("Köln",)
+    assert (moved["age"].missing_before, moved["age"].missing_now) == pytest.approx((0.0, 0.3), abs=0.05)
+    assert "| age **moved** | " in drift_table(changes(before, now))
+    assert since(None, now) == since("gone", now) == since(now.fingerprint, now) == ()
