@@ -124,7 +124,7 @@ def _role(name: str, values: "pd.Series[Any]", data: DataConfig) -> tuple[Role |
         return "boolean", []
     if pd.api.types.is_datetime64_any_dtype(present):
         return "datetime", []
-    numbers = pd.to_numeric(present, errors="coerce").astype("float64")
+    numbers = _as_numbers(present)
     readable = np.isfinite(numbers)
     if readable.all():
         return _number_or_identifier(name, numbers, len(values), data)
@@ -151,6 +151,13 @@ def _role(name: str, values: "pd.Series[Any]", data: DataConfig) -> tuple[Role |
             f"set data.roles.{name}: categorical to keep it",
         )  # fmt: skip
     return "categorical", []
+
+
+def _as_numbers(present: "pd.Series[Any]") -> "pd.Series[Any]":
+    """Each distinct value is read once: a text that is no number costs a hundred times what a number does."""
+    codes, distinct = pd.factorize(present)
+    numbers = pd.to_numeric(pd.Series(distinct), errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
+    return pd.Series(numbers[codes], index=present.index)
 
 
 def _number_or_identifier(
@@ -186,10 +193,7 @@ def _in_words(values: "pd.Series[Any]", categories: tuple[str, ...]) -> str:
         return ", ".join(categories[:EXAMPLES]) + (
             f" and {len(categories) - EXAMPLES} more" if categories[EXAMPLES:] else ""
         )
-    if pd.api.types.is_numeric_dtype(values) and not pd.api.types.is_bool_dtype(values):
-        numbers = values.dropna()
-    else:
-        numbers = pd.to_numeric(values, errors="coerce").dropna()
+    numbers = _as_numbers(values.dropna()).dropna()
     if numbers.empty:
         present = values.dropna().astype("string")
         return f"{present.min()} to {present.max()}"
