@@ -57,7 +57,8 @@ class TablePreprocessing(nn.Module):
 
     A number or a date is standardised, a missing one becomes the mean; a date adds its place in the day, the week and
     the year, on circles. A category that enough training rows have becomes a column of 0 and 1, the rarer ones share
-    one; where training rows lack values, that is a column too. What training never saw is 0 in all of them.
+    one; where training rows lack values, that is a column too. A category that training never saw counts as a rare
+    one, and is 0 everywhere where there were none.
     """
 
     measured: Tensor

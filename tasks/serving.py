@@ -5,6 +5,7 @@ may hold pickles. Preprocessing is part of the program, so whoever serves it can
 """
 
 import logging
+import math
 import warnings
 from dataclasses import asdict
 from datetime import datetime
@@ -17,6 +18,7 @@ import torch
 import yaml
 from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, DataType, Schema, TensorSpec
+from mlflow.types.schema import AnyType
 from torch import Tensor, nn
 
 from models.table import EPOCH, Column
@@ -93,26 +95,31 @@ def signature_of(example: Tensor, classes: tuple[str, ...], columns: tuple[Colum
     outputs: list[ColSpec | TensorSpec] = [ColSpec(DataType.string if classes else DataType.double, "prediction")]
     outputs += [ColSpec(DataType.double, f"probability of {name}") for name in classes]
     inputs = Schema([TensorSpec(np.dtype(np.float32), (-1, *example.shape[1:]))])
-    if columns:
-        kinds = {"numeric": DataType.double, "boolean": DataType.string}
-        inputs = Schema(
-            [ColSpec(kinds.get(column.role, DataType.string), column.name, required=False) for column in columns]
-        )
+    if columns:  # of any type: MLflow would refuse whole numbers for a column of numbers, where our reader does not
+        inputs = Schema([ColSpec(AnyType(), column.name, required=False) for column in columns])  # type: ignore[no-untyped-call]
     return ModelSignature(inputs=inputs, outputs=Schema(outputs))
 
 
 def _frame_of(matrix: Tensor, columns: tuple[Column, ...]) -> pd.DataFrame:
     """Rows of a matrix as a table that a person could have written."""
-    frame = pd.DataFrame({column.name: values for column, values in zip(columns, matrix.T.tolist(), strict=True)})
-    for column in columns:
-        if column.role != "numeric":
-            written = {"categorical": column.categories.__getitem__, "boolean": lambda truth: str(bool(truth)).lower()}
-            as_text = written.get(column.role, lambda days: str(EPOCH + pd.Timedelta(days=days)))
-            frame[column.name] = [
-                None if value != value else as_text(value if column.role == "datetime" else int(value))
-                for value in frame[column.name]
-            ]
-    return frame
+    return pd.DataFrame(
+        {
+            column.name: [None if math.isnan(value) else _written(value, column) for value in values]
+            for column, values in zip(columns, matrix.T.tolist(), strict=True)
+        }
+    )
+
+
+def _written(value: float, column: Column) -> float | str:
+    match column.role:
+        case "categorical":
+            return column.categories[int(value)]
+        case "boolean":
+            return "true" if value else "false"
+        case "datetime":
+            return str(EPOCH + pd.Timedelta(days=value))
+        case _:
+            return value
 
 
 def _settle(folder: Path, now: datetime) -> None:

@@ -127,6 +127,7 @@ def a_table(folder: Path, *, towns: tuple[str, ...], seed: int) -> tuple[TuningJ
             "age": np.where(draw.random(600) < 0.1, np.nan, draw.normal(40, 10, 600).round(1)),
             "town": draw.choice(towns, 600),
             "member": draw.choice(["yes", "no"], 600),
+            "children": draw.integers(0, 4, 600),
             "since": pd.Timestamp("2020-01-01") + pd.to_timedelta(draw.integers(0, 2000, 600), unit="D"),
         }
     )
@@ -156,7 +157,8 @@ def test_a_table_is_read_alike_in_training_by_the_champion_and_where_it_is_serve
     served = mlflow.pyfunc.load_model(str(tmp_path / "version" / "mlflow"))
     as_texts = frame.drop(columns="bought").astype({"since": str})
     as_texts.loc[0, "town"] = " Atlantis"
-    assert list(served.predict(as_texts)["prediction"]) == published.predict(as_texts)
+    for rows in (as_texts, frame.drop(columns="bought").assign(age=frame["age"].round())):
+        assert list(served.predict(rows)["prediction"]) == published.predict(rows)
     assert np.mean(np.array(published.predict(frame)) == frame["bought"]) > 0.7
     assert "town (categorical)" in (tmp_path / "version" / "README.md").read_text()
     again = reproduce(store, job.name, name, tmp_path / "elsewhere", CPU)
