@@ -51,14 +51,9 @@ class Described:
     values: str
 
 
-def severity_of(check: CheckName, data: DataConfig) -> Severity:
-    """What the job says, else what is usual."""
-    return data.checks.get(check, SEVERITIES[check])
-
-
 def finding(check: CheckName, data: DataConfig, sentence: str) -> list[Finding]:
-    """The finding, unless the job ignores such."""
-    severity = severity_of(check, data)
+    """The finding with the severity that the job gives it, else the usual one; none where the job ignores such."""
+    severity = data.checks.get(check, SEVERITIES[check])
     return [] if severity == "ignore" else [Finding(check=check, severity=severity, sentence=sentence)]
 
 

@@ -16,14 +16,13 @@ def model_card(manifest: Manifest, snapshot: Snapshot, description: str) -> str:
     classes = ", ".join(manifest.classes[:20]) + (" ..." if len(manifest.classes) > 20 else "")
     predicts = f"one of {len(manifest.classes)} classes: {classes}" if manifest.classes else "a number"
     rows = snapshot.row_counts
-    reads = f"rows of shape {manifest.features}, float32, raw"
     if manifest.columns:
         reads = "tables with the columns " + ", ".join(f"{column.name} ({column.role})" for column in manifest.columns)
-    example = (
-        "features)  # raw rows, float32, of shape (rows, " + ", ".join(str(size) for size in manifest.features) + ")"
-    )
-    if manifest.columns:
         example = "frame)  # a pandas DataFrame, raw, with the columns above in any order"
+    else:
+        reads = f"rows of shape {manifest.features}, float32, raw"
+        sizes = ", ".join(str(size) for size in manifest.features)
+        example = f"features)  # raw rows, float32, of shape (rows, {sizes})"
     return f"""\
 # {manifest.job}
 

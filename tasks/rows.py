@@ -148,7 +148,7 @@ def table_rows(frame: pd.DataFrame, data: DataConfig, problem: Problem) -> Rows:
         target=target,
         classes=names,
         columns=tuple(columns),
-        content=_content(features, matrix, columns),
+        content=_content(matrix, columns),
         identity=None if data.split_by is None else [str(value).encode() for value in text_of(frame[data.split_by])],
         described=tuple(described),
         findings=tuple(findings),
@@ -197,15 +197,16 @@ def _leaks(
     return findings
 
 
-def _content(features: pd.DataFrame, matrix: npt.NDArray[np.float32], columns: list[Column]) -> list[bytes]:
-    """Each row's content, whatever the order of the columns, the file it came from, and today's list of categories."""
+def _content(matrix: npt.NDArray[np.float32], columns: list[Column]) -> list[bytes]:
+    """Each row's content, whatever the order of the columns, the file it came from, and today's list of categories: a
+    category counts by its name, not by its code."""
     parts = {}
     for place, column in enumerate(columns):
-        values: Any = (
-            text_of(features[column.name]).fillna("").to_numpy(dtype=object)
-            if column.role == "categorical"
-            else matrix[:, place] + np.float32(0)
-        )
-        parts[column.name] = pd.util.hash_array(values)
+        values = matrix[:, place]
+        if column.role == "categorical":
+            names = pd.util.hash_array(np.array([*column.categories, ""], dtype=object))
+            parts[column.name] = names[np.where(np.isnan(values), -1, values).astype(np.int64)]
+        else:
+            parts[column.name] = pd.util.hash_array(values + np.float32(0))
     hashes = np.column_stack([parts[name] for name in sorted(parts)])
     return [row.tobytes() for row in np.ascontiguousarray(hashes, dtype=">u8")]

@@ -89,7 +89,7 @@ def export_onnx(served: nn.Module, example: Tensor, path: Path) -> None:
     program.save(str(path))
 
 
-def signature_of(example: Tensor, classes: tuple[str, ...], columns: tuple[Column, ...] = ()) -> ModelSignature:
+def signature_of(example: Tensor, classes: tuple[str, ...], columns: tuple[Column, ...]) -> ModelSignature:
     """Inputs by type and shape, or a table's columns, each of which may be left out; outputs as `onnx_model` returns
     them."""
     outputs: list[ColSpec | TensorSpec] = [ColSpec(DataType.string if classes else DataType.double, "prediction")]
