@@ -160,15 +160,13 @@ def _judge_and_promote(
 def _tune(
     study: optuna.Study, job: TuningJob, prepared: Prepared, checkpoints: Path, client: MlflowClient, run_id: str
 ) -> Tuned:
-    progress = ProgressArtifact(study, job)
-    with TrialTracker(client, run_id) as tracker:
+    with ProgressArtifact(study, job) as progress, TrialTracker(client, run_id) as tracker:
 
         def on_trial(trial: FrozenTrial) -> None:
             tracker.track(study, trial)
             progress.update()
 
         tuned = tune(study, job, prepared, checkpoints, on_trial=on_trial)
-    progress.update(final=True)
     with mlflow_may_be_away("trials"):
         track_missing_trials(client, run_id, study)
     return tuned

@@ -15,6 +15,8 @@ import math
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import copy_context
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
@@ -374,26 +376,45 @@ def _check_limits(
 
 
 class ProgressArtifact:
-    """How far the tuning is, as Prefect's progress artifact of this task run; written once a second at most, and left
-    as it is while Prefect does not answer: a bar is worth no trial."""
+    """How far the tuning is, as Prefect's progress artifact of this task run; written once a second at most, on a
+    thread of its own: while its server is away Prefect's client tries again for a minute, and a bar is worth no trial.
+    """
 
     def __init__(self, study: optuna.Study, job: TuningJob) -> None:
         self._study = study
         self._job = job
         self._budget = job.budget.trials
-        self._written_at = time.monotonic()
         created = create_progress_artifact(
             self._percent(), key=artifact_key("progress", job.name), description=self._text()
         )
         self._id = cast(UUID, created)
+        self._written_at = time.monotonic()
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="progress")
+        self._writing: Future[None] | None = None
 
-    def update(self, *, final: bool = False) -> None:
-        if final or time.monotonic() - self._written_at >= 1:
-            self._written_at = time.monotonic()
-            try:
-                update_progress_artifact(self._id, self._percent(), description=self._text())
-            except httpx.HTTPError as error:
-                _logger.warning("Prefect does not show how far the tuning is: %s", error)
+    def __enter__(self) -> "ProgressArtifact":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self._submit()
+        self._thread.shutdown(wait=True)
+
+    def update(self) -> None:
+        is_free = self._writing is None or self._writing.done()
+        if is_free and time.monotonic() - self._written_at >= 1:
+            self._submit()
+
+    def _submit(self) -> None:
+        self._written_at = time.monotonic()
+        # In this thread's context, so that Prefect knows whose artifact it is.
+        self._writing = self._thread.submit(copy_context().run, self._write, self._percent(), self._text())
+
+    def _write(self, percent: float, text: str) -> None:
+        try:
+            update_progress_artifact(self._id, percent, description=text)
+        except httpx.HTTPError as error:
+            _logger.warning("Prefect does not show how far the tuning is: %s", error)
 
     def _percent(self) -> float:
         return min(100.0, 100 * len(finished_trials(self._study)) / self._budget)
