@@ -1,6 +1,7 @@
 """What the tests of whole nights share: how one is run, stopped and looked up."""
 
 import contextlib
+import json
 import subprocess
 import sys
 from collections import Counter
@@ -12,9 +13,10 @@ import pytest
 from mlflow import MlflowClient
 from optuna.trial import TrialState
 
-from tasks.study import is_interrupted, last_study
+from tasks.study import finished_trials, is_interrupted, last_study
 from tasks.tracking import TRIAL_NUMBER, nested_runs
 from tests.conftest import Stack
+from tests.servers import wait_for
 
 
 def study_of(stack: Stack, job: str) -> optuna.Study:
@@ -69,6 +71,21 @@ def run_directly(stack: Stack, job: str, **environment: str) -> tuple[str, str]:
     assert line is not None, finished.stdout + finished.stderr
     _, kind, message = line.split(" ", 2)
     return kind, message
+
+
+def night_under_way(stack: Stack, job: str, *, trials: int) -> optuna.Study:
+    """Start a job's first night and wait until so many trials are finished; returns its study."""
+    stack.nightly("run", job, "--no-follow")
+    wait_for(lambda: (stack.home / "studies" / job).exists(), 60, "the night to begin")
+    study = study_of(stack, job)
+    wait_for(lambda: len(finished_trials(study)) >= trials, 60, f"{trials} trials")
+    return study
+
+
+def service_of(stack: Stack, name: str) -> psutil.Process:
+    """The process of one of the stack's services, by its name in `nightly status`."""
+    services = json.loads(stack.nightly("status", "--json").stdout)
+    return psutil.Process(next(service["pid"] for service in services if service["service"] == name))
 
 
 def engine_of(stack: Stack) -> psutil.Process:

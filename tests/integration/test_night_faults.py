@@ -1,11 +1,9 @@
 """Nights that are killed, cancelled, crowded, or robbed of their servers, against the real ones."""
 
-import json
 import os
 import signal
 from pathlib import Path
 
-import psutil
 import pytest
 from mlflow import MlflowClient
 from optuna.trial import TrialState
@@ -20,8 +18,10 @@ from tests.nights import (
     champion_alias,
     engine_of,
     latest_run,
+    night_under_way,
     run_directly,
     runs_of,
+    service_of,
     study_of,
     unfinished,
 )
@@ -47,10 +47,7 @@ def test_a_store_that_cannot_be_used_is_found_before_the_first_trial(stack: Stac
 
 
 def test_a_killed_night_is_continued_and_loses_no_finished_trial(stack: Stack) -> None:
-    stack.nightly("run", "long", "--no-follow")
-    wait_for(lambda: (stack.home / "studies/long").exists(), 60, "the night to begin")
-    study = study_of(stack, "long")
-    wait_for(lambda: len(finished_trials(study)) >= 8, 60, "eight trials")
+    study = night_under_way(stack, "long", trials=8)
     os.kill(engine_of(stack).pid, signal.SIGKILL)
     wait_for(lambda: latest_run(stack, "long")["state_type"] == "CRASHED", 60, "the worker to notice")
     kept = [trial.params for trial in finished_trials(study)]
@@ -63,10 +60,7 @@ def test_a_killed_night_is_continued_and_loses_no_finished_trial(stack: Stack) -
 
 
 def test_a_night_that_went_down_with_its_stack_is_continued(stack: Stack) -> None:
-    stack.nightly("run", "longer", "--no-follow")
-    wait_for(lambda: (stack.home / "studies/longer").exists(), 60, "the night to begin")
-    study = study_of(stack, "longer")
-    wait_for(lambda: len(finished_trials(study)) >= 3, 60, "three trials")
+    study = night_under_way(stack, "longer", trials=3)
     engine = engine_of(stack)
     stack.nightly("down")
     assert not engine.is_running()
@@ -78,10 +72,7 @@ def test_a_night_that_went_down_with_its_stack_is_continued(stack: Stack) -> Non
 
 
 def test_a_cancelled_night_stops_and_promotes_nothing(stack: Stack) -> None:
-    stack.nightly("run", "cancelled", "--no-follow")
-    wait_for(lambda: (stack.home / "studies/cancelled").exists(), 60, "the night to begin")
-    study = study_of(stack, "cancelled")
-    wait_for(lambda: len(finished_trials(study)) >= 3, 60, "three trials")
+    study = night_under_way(stack, "cancelled", trials=3)
     cancel(stack, latest_run(stack, "cancelled"))
     wait_for(lambda: latest_run(stack, "cancelled")["state_type"] == "CANCELLED", 30, "the night to be cancelled")
     assert not (stack.home / "store/models/cancelled").exists()
@@ -145,12 +136,8 @@ def test_a_lost_mlflow_run_is_written_anew(stack: Stack) -> None:
 
 
 def test_a_night_goes_on_without_mlflow_and_the_next_one_makes_up_for_it(stack: Stack) -> None:
-    stack.nightly("run", "untracked", "--no-follow")
-    wait_for(lambda: (stack.home / "studies/untracked").exists(), 60, "the night to begin")
-    study = study_of(stack, "untracked")
-    wait_for(lambda: len(finished_trials(study)) >= 3, 60, "three trials")
-    rows = json.loads(stack.nightly("status", "--json").stdout)
-    mlflow = psutil.Process(next(row["pid"] for row in rows if row["service"] == "mlflow"))
+    study = night_under_way(stack, "untracked", trials=3)
+    mlflow = service_of(stack, "mlflow")
     for process in (*mlflow.children(recursive=True), mlflow):
         process.kill()
     wait_for(lambda: latest_run(stack, "untracked")["state_type"] != "RUNNING", 240, "the night to end")
@@ -167,12 +154,8 @@ def test_a_night_goes_on_without_mlflow_and_the_next_one_makes_up_for_it(stack: 
 
 
 def test_a_night_goes_on_without_prefect(stack: Stack) -> None:
-    stack.nightly("run", "unwatched", "--no-follow")
-    wait_for(lambda: (stack.home / "studies/unwatched").exists(), 60, "the night to begin")
-    study = study_of(stack, "unwatched")
-    wait_for(lambda: len(finished_trials(study)) >= 10, 60, "ten trials")
-    services = json.loads(stack.nightly("status", "--json").stdout)
-    psutil.Process(next(service["pid"] for service in services if "prefect" in service["service"].lower())).kill()
+    study = night_under_way(stack, "unwatched", trials=10)
+    service_of(stack, "prefect").kill()
     before = len(finished_trials(study))
     wait_for(lambda: len(finished_trials(study)) >= before + 10, 60, "trials while Prefect is away")
     stack.nightly("up")
@@ -186,10 +169,8 @@ def test_a_night_that_dies_with_its_worker_is_marked_crashed(stack: Stack) -> No
     stack.nightly("run", "zombie", "--no-follow")
     wait_for(lambda: (stack.home / "studies/zombie").exists(), 60, "the night to begin")
     engine = engine_of(stack)
-    rows = json.loads(stack.nightly("status", "--json").stdout)
-    worker = next(row["pid"] for row in rows if row["service"] == "worker")
-    for pid in (worker, engine.pid):
-        os.kill(pid, signal.SIGKILL)
+    for process in (service_of(stack, "worker"), engine):
+        process.kill()
     assert latest_run(stack, "zombie")["state_type"] == "RUNNING"
     wait_for(lambda: latest_run(stack, "zombie")["state_type"] == "CRASHED", 200, "the automation")
     stack.nightly("up")
