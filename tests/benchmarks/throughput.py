@@ -34,9 +34,10 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from tasks.job import TuningJob, parse_job
-from tasks.prepare import prepare
 from tasks.study import open_study
-from tasks.tune import Prepared, tune
+from tasks.tune import tune
+from tests.benchmarks.datasets import has_shared_data
+from tests.benchmarks.engine import STEP_MEMBERS, STEP_WIDTHS, cnn, late_trials, prepared_by, step
 from tests.benchmarks.search import Measurement, Record
 from tests.servers import free_port
 
@@ -57,14 +58,21 @@ SPACE = {
 }
 # So many that each way takes about half a minute; the slow ones would take an hour for a night's 200.
 TRIALS = {"night": 200, "bare": 200, "optuna": 60, "hyperopt": 60, "ray": 12, "ray best": 40}
+CNN_WAYS = ("bare", "optuna")
+BEFORE = (0, 1_000, 5_000)
 RATIOS = {"vs_optuna": "optuna", "vs_ray": "ray", "vs_ray_best": "ray best", "vs_hyperopt": "hyperopt"}
 
 
 def measurements(seeds: int) -> list[Measurement]:
-    """Every way once a round, so that a machine that slows down slows all of them."""
+    """Every way once a round, so that a machine that slows down slows all of them; three rounds at most of whatever
+    does not depend on luck."""
+    rounds = range(min(seeds, 3))
     return [
-        *((run, (way, seed)) for seed in range(seeds) for way in TRIALS),
+        *((step, (width, members)) for width in STEP_WIDTHS for members in STEP_MEMBERS),
+        *((run, (way, seed)) for seed in rounds for way in TRIALS),
+        *((cnn, (way, seed)) for seed in rounds if has_shared_data() for way in CNN_WAYS),
         *((until_target, (way, seed)) for seed in range(seeds) for way in ("ours", "optuna")),
+        *((late_trials, (_content(1, 0), before)) for before in BEFORE),
     ]
 
 
@@ -101,7 +109,20 @@ def summary(records: list[Record]) -> dict[str, Any]:
     ours, theirs = (_target_seconds(records, way) for way in ("ours", "optuna"))
     if ours and theirs:
         found["time_to_target_vs_optuna"] = round(theirs / ours, 2)
+    cnns = {way: _median_seconds(records, measured="cnn", way=way) for way in CNN_WAYS}
+    if all(cnns.values()):
+        found["cnn_vs_optuna"] = round(cnns["optuna"] / cnns["bare"], 2)
+    late = {before: _median_seconds(records, measured="late", before=before) for before in BEFORE}
+    for before in BEFORE[1:]:
+        if late[0] and late[before]:
+            found[f"trial_after_{before}"] = round(late[before] / late[0], 2)
     return found
+
+
+def _median_seconds(records: list[Record], **wanted: Any) -> float:
+    """0 where there is none."""
+    seconds = [record["seconds"] for record in records if wanted.items() <= record.items()]
+    return statistics.median(seconds) if seconds else 0.0
 
 
 def tables(records: list[Record]) -> list[Table]:
@@ -123,7 +144,11 @@ def tables(records: list[Record]) -> list[Table]:
             ]
             text = f"{way}, seconds until {TARGET:.1%} (reached by {sum(reached)} of {len(reached)})"
             rates.add_row(text, f"{seconds:.1f}", "", "")
-    return [ratios, rates]
+    steps = Table("width", "members", "GFLOP a second", "of the matrix products alone", title="A step of digits MLPs")
+    for one in (record for record in records if record["measured"] == "step"):
+        share = f"{one['rate'] / one['peak']:.0%} of {one['peak']:.0f}"
+        steps.add_row(str(one["width"]), str(one["members"]), f"{one['rate']:.1f}", share)
+    return [ratios, rates, steps]
 
 
 def _runs(records: list[Record], way: str) -> list[Record]:
@@ -181,16 +206,12 @@ def _night(trials: int, seed: int) -> dict[str, float]:
     return {"seconds": tuning["total_run_time"], "whole": whole["total_run_time"]}
 
 
-def _prepared(folder: Path) -> Prepared:
-    job = _job(1, 0)
-    return Prepared.load(prepare(job.data, job.objective.problem, folder), torch.device("cpu"))
-
-
 def _bare(trials: int, seed: int) -> dict[str, float]:
     """The same engine and the same storage, without Prefect and MLflow."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        job, prepared = _job(trials, seed), _prepared(folder)
+        job = _job(trials, seed)
+        prepared = prepared_by(job, folder)
         study = open_study(job, prepared.snapshot.fingerprint, folder, datetime.now(UTC))
         began = time.perf_counter()
         tune(study, job, prepared, folder / "checkpoints")
@@ -208,7 +229,8 @@ def _ours_until(seed: int) -> bool:
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        job, prepared = _job(TRIALS["night"], seed), _prepared(folder)
+        job = _job(TRIALS["night"], seed)
+        prepared = prepared_by(job, folder)
         study = open_study(job, prepared.snapshot.fingerprint, folder, datetime.now(UTC))
         try:
             tune(study, job, prepared, folder / "checkpoints", on_trial=on_trial)
@@ -222,7 +244,7 @@ Rows = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 def _rows() -> Rows:
     with tempfile.TemporaryDirectory() as name:
-        prepared = _prepared(Path(name))
+        prepared = prepared_by(_job(1, 0), Path(name))
     training, validation = prepared.training, prepared.validation
     return training.features, training.target, validation.features, validation.target
 
