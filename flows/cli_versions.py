@@ -220,12 +220,17 @@ def reconcile(
 
 
 def gc(as_json: AsJson = False) -> None:
-    """Delete what killed promotions left in the store: versions that no promotion names, if older than a day."""
+    """Delete what nobody needs: versions that no promotion names, if older than a day, and snapshots that no promoted
+    version was made of and no night of the last month used."""
     from datetime import UTC, datetime
 
-    from tasks.versions import collect_garbage
+    from tasks.snapshots import drop_old_snapshots
+    from tasks.versions import collect_garbage, promoted_snapshots
 
-    gone = collect_garbage(_store(), datetime.now(UTC))
+    settings: Settings = enter()
+    store, now = _store(), datetime.now(UTC)
+    gone = collect_garbage(store, now)
+    gone += drop_old_snapshots(store, settings.home / "snapshots", promoted_snapshots(store), now)
     _show({"deleted": gone}, [("deleted", f"{len(gone)} files"), *(("", key) for key in gone)], as_json)
 
 

@@ -4,8 +4,11 @@ Reads as the night goes; each step's work is in the module of its name in tasks/
 the night as FAILED with one sentence.
 """
 
+import hashlib
+import json
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
@@ -19,28 +22,31 @@ from prefect import State, Task, flow, runtime, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import StateType
-from prefect.states import Failed
+from prefect.states import Completed, Failed
 from pydantic import SecretStr
 
 from infra.deploy import crash_dead_runs
 from infra.device import choose_device, hold_device
 from infra.errors import ExpectedError
 from infra.settings import OUR_LOGGERS, Settings
-from infra.store import Store, StoreUnavailable, open_store
+from infra.store import Store, StoreError, StoreUnavailable, open_store
 from infra.webhook import post
+from models.shapes import Problem
 from tasks.ask import ask
 from tasks.champion import Champion, read_champion
 from tasks.confirm import Challenger, Confirmed, confirm
 from tasks.drift import since
 from tasks.gate import Verdict, gate
-from tasks.job import Minutes, PromotionMode, SamplerName, Trials, TuningJob, load_job
+from tasks.job import DataConfig, Minutes, PromotionMode, SamplerName, Trials, TuningJob, load_job
 from tasks.memory import recall
-from tasks.prepare import Snapshot, prepare
+from tasks.prepare import prepare
 from tasks.promote import promote
 from tasks.promotions import Promotion, StaleJudgement
 from tasks.reconcile import only_night_of, reconcile
-from tasks.report import report
-from tasks.study import open_study
+from tasks.report import report, report_skipped
+from tasks.snapshots import FORMAT, Snapshot, fetch_snapshot, mark_as_used, publish_snapshot, read_snapshot
+from tasks.sources import source_stamp
+from tasks.study import FINGERPRINT, last_study, open_study, unchanged_night
 from tasks.tracking import (
     TrialTracker,
     begin_night,
@@ -94,14 +100,14 @@ def nightly_tuning(
         settings = Settings.read()
         tuning_job = load_job(job, settings.jobs, trials=trials, minutes=minutes, sampler=sampler, promotion=promotion)
         with only_night_of(tuning_job.name, settings.home):
-            return _night(tuning_job, settings)
+            return _night(tuning_job, settings, may_skip=trials is None and minutes is None)
     except ExpectedError as error:
         _logger.error("%s", error)  # noqa: TRY400 the sentence says it all; a traceback would bury it
         _tell(Settings.read(), {"event": "failed", "job": job, "reason": str(error)})
         return Failed(message=str(error))
 
 
-def _night(job: TuningJob, settings: Settings) -> str:
+def _night(job: TuningJob, settings: Settings, *, may_skip: bool) -> Any:
     flow_run_id = runtime.flow_run.id
     client = MlflowClient(settings.mlflow_url)
     device = choose_device()
@@ -111,8 +117,11 @@ def _night(job: TuningJob, settings: Settings) -> str:
     with get_client(sync_client=True) as prefect:
         crash_dead_runs(prefect, job.name, states=(StateType.RUNNING, StateType.CANCELLING), spare=UUID(flow_run_id))
     champion = reconcile_step(job, store, client, studies, device)
-    snapshot = prepare_step(job.data, job.objective.problem, settings.home / "snapshots")
-    moved = since(champion.manifest.lineage.snapshot if champion else None, snapshot)
+    snapshots = settings.home / "snapshots"
+    snapshot = _snapshot(job, snapshots, studies, store)
+    if may_skip and job.data.unchanged == "skip" and (night := unchanged_night(job, snapshot.fingerprint, studies)):
+        return Completed(name="Skipped", message=skip_step(job, snapshot, night))
+    moved = since(_snapshot_of(champion, snapshots, store), snapshot)
     for change in moved:
         if change.is_large:
             _logger.warning("%s moved since the champion: stability index %.2f", change.column, change.stability_index)
@@ -128,6 +137,47 @@ def _night(job: TuningJob, settings: Settings) -> str:
         verdict, promotion = _judge_and_promote(job, study, snapshot, confirmed, champion, store, device, settings)
         _notify(settings, job, verdict, promotion)
         return report_step(job, study, snapshot, moved, tuned, verdict, promotion, settings, client, _now())
+
+
+def _snapshot(job: TuningJob, snapshots: Path, studies: Path, store: Store) -> Snapshot:
+    """Read from the source again where anything in it changed, or what was read before is gone."""
+    study = last_study(job.name, studies)
+    last = None if study is None else read_snapshot(snapshots, study.user_attrs[FINGERPRINT])
+    fingerprint = prepare_step(job.data, job.objective.problem, snapshots, last, store)
+    snapshot = read_snapshot(snapshots, fingerprint)
+    if snapshot is None:
+        again = prepare_step.with_options(refresh_cache=True)
+        snapshot = read_snapshot(snapshots, again(job.data, job.objective.problem, snapshots, last, store))
+    assert snapshot is not None
+    for found in snapshot.findings:
+        _logger.warning("%s: %s", snapshot.source, found.sentence)
+    mark_as_used(snapshot, _now())
+    return snapshot
+
+
+def _snapshot_of(champion: Champion | None, snapshots: Path, store: Store) -> Snapshot | None:
+    """What the champion was trained on; a night needs it for no more than to say what moved since."""
+    try:
+        return None if champion is None else fetch_snapshot(store, snapshots, champion.manifest.lineage.snapshot)
+    except StoreError as error:
+        _logger.warning("nobody knows what moved in the data since the champion: %s", error)
+        return None
+
+
+def _prepare(data: DataConfig, problem: Problem, snapshots: Path, last: Snapshot | None, store: Store) -> str:
+    snapshot = prepare(data, problem, snapshots, last)
+    publish_snapshot(store, snapshot)
+    return snapshot.fingerprint
+
+
+def _source_and_its_stamp(_: Any, parameters: dict[str, Any]) -> str | None:
+    """What a snapshot is made of, for Prefect's cache; None where only reading it tells whether it has changed."""
+    data: DataConfig = parameters["data"]
+    with suppress(ExpectedError, OSError):
+        stamp = source_stamp(data)
+        content = [FORMAT, stamp, data.model_dump_json(), parameters["problem"], str(parameters["snapshots"])]
+        return None if stamp is None else hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    return None
 
 
 def _judge_and_promote(
@@ -229,7 +279,14 @@ def _now() -> datetime:
 
 
 reconcile_step = _step("reconcile", "{job.name} with {store.url}")(reconcile)
-prepare_step = _step("prepare", "{data.source}")(prepare)
+prepare_step = task(
+    name="prepare",
+    task_run_name="prepare: {data.source}",
+    cache_key_fn=_source_and_its_stamp,
+    persist_result=True,
+    result_serializer="json",
+)(_prepare)
+skip_step = _step("skip", "{job.name}, as it was in {night}")(report_skipped)
 tune_step = _step("tune", "{job.budget.trials} trials of {job.model}, {job.search.sampler}")(_tune)
 confirm_step = _step("confirm", "best {job.confirm.candidates} of {study.study_name}")(_confirm)
 gate_step = _step("gate", "trial {confirmed.challenger.trial.user_attrs[number]} on {snapshot.fingerprint}")(gate)

@@ -2,12 +2,16 @@
 
 import logging
 import os
+import resource
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
 import torch
 from filelock import FileLock, Timeout
+
+_MEMORY_LIMITS = (resource.RLIMIT_AS, resource.RLIMIT_DATA)
 
 _logger = logging.getLogger(__name__)
 
@@ -22,6 +26,17 @@ def describe_device(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{device} {torch.cuda.get_device_name(device)}"
     return f"cpu, {torch.get_num_threads()} of {os.cpu_count()} threads"
+
+
+def memory_bytes(device: torch.device) -> int:
+    """How much memory the device has: a GPU's own, else the machine's, or as much as a limit leaves this process."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    limits = [psutil.virtual_memory().total]
+    limits += [limit for kind in _MEMORY_LIMITS if (limit := resource.getrlimit(kind)[0]) != resource.RLIM_INFINITY]
+    with suppress(OSError, ValueError):  # "max" where there is none
+        limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return min(limits)
 
 
 @contextmanager

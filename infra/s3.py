@@ -27,10 +27,11 @@ PART_BYTES = 16 * 1024 * 1024
 
 class S3Store:
     """Keys are objects below a prefix of a bucket. Credentials, region and endpoint come from boto3's own chain
-    (AWS_ACCESS_KEY_ID, AWS_PROFILE, AWS_ENDPOINT_URL_S3 and so on)."""
+    (AWS_ACCESS_KEY_ID, AWS_PROFILE, AWS_ENDPOINT_URL_S3 and so on). `role` is what errors call it."""
 
-    def __init__(self, bucket: str, prefix: str, options: S3Options) -> None:
+    def __init__(self, bucket: str, prefix: str, options: S3Options, role: str = "the artifact store") -> None:
         self._options = options
+        self._role = role
         self.bucket = bucket
         self.prefix = f"{prefix}/" if prefix else ""
         self.url = f"s3://{bucket}/{prefix}".rstrip("/")
@@ -93,8 +94,20 @@ class S3Store:
         else, as under a KMS key, the bytes themselves are read back."""
         if head["ContentLength"] != path.stat().st_size:
             return False
-        if head["ETag"].strip('"') == etag:
-            return True
+        return head["ETag"].strip('"') == etag or self._reads(key, path)
+
+    def holds(self, key: str, path: Path) -> bool:
+        """Whether a file is what lies under the key. What was sent in parts of a size that nobody knows is compared by
+        length only."""
+        head = self._head(key)
+        if head is None or head["ContentLength"] != path.stat().st_size:
+            return False
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+        etag = head["ETag"].strip('"')
+        return "-" in etag or etag == found or self._reads(key, path)
+
+    def _reads(self, key: str, path: Path) -> bool:
         with tempfile.NamedTemporaryFile() as copy:
             self.download(key, Path(copy.name))
             return filecmp.cmp(path, copy.name, shallow=False)
@@ -126,16 +139,21 @@ class S3Store:
             raise self._translated(error) from error
 
     def created(self, prefix: str) -> dict[str, datetime]:
+        return {key: item["LastModified"] for key, item in self._list(prefix)}
+
+    def tags(self, prefix: str) -> dict[str, str]:
+        """Of every key that begins with the prefix, sorted, a text that changes whenever its bytes do."""
+        return {key: f"{item['ETag']} {item['Size']}" for key, item in self._list(prefix)}
+
+    def _list(self, prefix: str) -> list[tuple[str, Any]]:
         pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=self.prefix + prefix)
         try:
-            found = {
-                item["Key"].removeprefix(self.prefix): item["LastModified"]
-                for page in pages
-                for item in page.get("Contents", [])
-            }
+            found = [
+                (item["Key"].removeprefix(self.prefix), item) for page in pages for item in page.get("Contents", [])
+            ]
         except (ClientError, BotoCoreError) as error:
             raise self._translated(error) from error
-        return {key: found[key] for key in sorted(found)}
+        return sorted(found, key=lambda one: one[0])
 
     def delete(self, key: str) -> None:
         try:
@@ -178,11 +196,11 @@ class S3Store:
                 ),
             )
         except (BotoCoreError, ValueError) as error:
-            raise StoreError(f"the artifact store {self.url} cannot be opened: {error}") from error
+            raise StoreError(f"{self._role} {self.url} cannot be opened: {error}") from error
         endpoint = urlsplit(client.meta.endpoint_url)
         if endpoint.scheme == "http" and endpoint.hostname not in LOOPBACK_NAMES:
             raise StoreError(
-                f"the endpoint of the artifact store must be https:// unless it is on this machine, found "
+                f"the endpoint of {self._role} must be https:// unless it is on this machine, found "
                 f"{client.meta.endpoint_url}; put TLS before it"
             )
         return client
@@ -191,11 +209,11 @@ class S3Store:
         return self._refused(error) if _error_code(error) in REFUSALS else self._unavailable(error)
 
     def _refused(self, error: Exception) -> StoreError:
-        return StoreError(f"the artifact store {self.url} refused: {_reason(error)}; {REFUSALS[_error_code(error)]}")
+        return StoreError(f"{self._role} {self.url} refused: {_reason(error)}; {REFUSALS[_error_code(error)]}")
 
     def _unavailable(self, error: Exception) -> StoreUnavailable:
         return StoreUnavailable(
-            f"the artifact store {self.url} cannot be reached ({_reason(error)}); "
+            f"{self._role} {self.url} cannot be reached ({_reason(error)}); "
             "check that it runs and that AWS_ENDPOINT_URL_S3 and the network are right"
         )
 
@@ -211,7 +229,7 @@ REFUSALS = {
     "AccessDenied": _RIGHTS,
     "403": f"{_CREDENTIALS}, and {_RIGHTS}",  # an answer to HEAD does not say more
     "RequestTimeTooSkewed": "set this machine's clock right",
-    "NoSuchBucket": "create the bucket or name another with NIGHTLY_STORE",
+    "NoSuchBucket": "create the bucket or name another",
 }
 
 

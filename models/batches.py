@@ -1,21 +1,72 @@
-"""A split of the data on the device, and its seeded batches. The rows never leave the device: no DataLoader."""
+"""A split of the data and its seeded batches: on the device where it fits, else read from the disk shard by shard."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
+
+SHARD_BYTES = 64 * 2**20
+
+
+def _unchanged(features: Tensor) -> Tensor:
+    return features
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiskRows:
+    """Features (rows, ...) float32 in a .npy file, of which a slice is read as if it were a tensor's: onto the device,
+    and through `transform`."""
+
+    path: Path
+    device: torch.device
+    transform: Callable[[Tensor], Tensor] = _unchanged
+
+    @property
+    def raw_shape(self) -> tuple[int, ...]:
+        """What the file holds, before `transform`."""
+        return self._file().shape
+
+    @property
+    def raw_bytes(self) -> int:
+        return 4 * math.prod(self.raw_shape)
+
+    def __len__(self) -> int:
+        return self.raw_shape[0]
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        # Mapped anew for each slice, so that what was read leaves the process's memory with it.
+        return self.transform(torch.from_numpy(np.array(self._file()[rows])).to(self.device))
+
+    def _file(self) -> "np.memmap[tuple[int, ...], np.dtype[np.float32]]":
+        mapped: np.memmap[tuple[int, ...], np.dtype[np.float32]] = np.load(self.path, mmap_mode="r", allow_pickle=False)
+        return mapped
 
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """Features (rows, ...) float32 and target (rows,), on one device: int64 classes, or values in float32."""
+    """Features (rows, ...) float32, all on the device or read as they are needed, and their target (rows,) on the
+    device: int64 classes, or values in float32."""
 
-    features: Tensor
+    features: Tensor | DiskRows
     target: Tensor
 
     def __len__(self) -> int:
         return len(self.target)
+
+    @property
+    def is_streamed(self) -> bool:
+        return isinstance(self.features, DiskRows)
+
+    @property
+    def all_features(self) -> Tensor:
+        """Of a split that is on the device."""
+        assert isinstance(self.features, Tensor)
+        return self.features
 
     def first(self, rows: int) -> "Split":
         """The first rows, or all where there are no more; a snapshot's rows lie in an order that says nothing."""
@@ -23,7 +74,35 @@ class Split:
 
     def batches(self, batch_size: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
         """Every row once, in an order drawn from a generator on the CPU, so that each device sees the same order.
-        The last batch may be smaller."""
+        The last batch may be smaller; where the rows are streamed, it need not come last.
+
+        Streamed, the order is that of the shards, and within a shard that of its rows: the file's own order is that of
+        hashes, so that a shard is a sample of all rows.
+        """
+        if isinstance(self.features, DiskRows):
+            yield from self._streamed(self.features, batch_size, generator)
+            return
         order = torch.randperm(len(self), generator=generator).to(self.target.device)
         for rows in torch.split(order, batch_size):
             yield self.features[rows], self.target[rows]
+
+    def _streamed(
+        self, features: DiskRows, batch_size: int, generator: torch.Generator
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """The next shard is read while one is trained on."""
+        batches = max(1, SHARD_BYTES // (batch_size * features.raw_bytes // max(1, len(self)) + 1))
+        size = batches * batch_size
+        order = torch.randperm(math.ceil(len(self) / size), generator=generator).tolist()
+        with ThreadPoolExecutor(1, thread_name_prefix="shards") as reader:
+            coming = reader.submit(features.__getitem__, _slice(order[0], size))
+            for place, shard in enumerate(order):
+                rows, target = coming.result(), self.target[_slice(shard, size)]
+                if place + 1 < len(order):
+                    coming = reader.submit(features.__getitem__, _slice(order[place + 1], size))
+                within = torch.randperm(len(target), generator=generator).to(target.device)
+                for some in torch.split(within, batch_size):
+                    yield rows[some], target[some]
+
+
+def _slice(shard: int, size: int) -> slice:
+    return slice(shard * size, (shard + 1) * size)

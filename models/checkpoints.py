@@ -1,9 +1,11 @@
 """A training's state after an epoch, on disk: enough to go on as if it had never stopped.
 
 One safetensors file, never a pickle: weights, the optimizer's state, the random generators' states, and the curve so
-far. It is replaced whole, so a kill leaves the one before. Knows nothing of how a training goes.
+far, with a checksum. It is replaced whole, so a kill leaves the one before, which is kept besides, should a bit of the
+newer one flip. Knows nothing of how a training goes.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -43,29 +45,58 @@ class Checkpoint:
             for group, named in groups.items()
             for name, tensor in named.items()
         }
-        content = save(tensors, metadata={"key": self.key, "curve": json.dumps(self.curve)})
+        curve = json.dumps(self.curve)
+        content = save(tensors, metadata={"key": self.key, "curve": curve, "sha256": _digest(tensors, curve)})
         partial = path.with_suffix(".partial")
         with partial.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
+        if path.exists():
+            path.replace(_previous(path))
         partial.replace(path)
 
     @classmethod
     def read(cls, path: Path, key: str) -> "Checkpoint | None":
-        """None where there is none, it belongs to another training, or it is damaged: training begins anew."""
+        """The newest that is whole; None where there is none, or it belongs to another training: training begins
+        anew."""
+        return cls._read(path, key) or cls._read(_previous(path), key)
+
+    @staticmethod
+    def delete(path: Path) -> None:
+        """Both, if they are there."""
+        path.unlink(missing_ok=True)
+        _previous(path).unlink(missing_ok=True)
+
+    @classmethod
+    def _read(cls, path: Path, key: str) -> "Checkpoint | None":
         groups: dict[str, dict[str, Tensor]] = {"weights": {}, "best": {}, "optimizer": {}, "generators": {}}
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata()
                 if metadata.get("key") != key:
                     return None
-                for name in file.keys():  # noqa: SIM118 not a mapping
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 not a mapping
+                if metadata["sha256"] != _digest(tensors, metadata["curve"]):
+                    return None
+                for name, tensor in tensors.items():
                     group, _, rest = name.partition("/")
-                    groups[group][rest] = file.get_tensor(name)
+                    groups[group][rest] = tensor
                 return cls(key=key, curve=json.loads(metadata["curve"]), **groups)
         except (FileNotFoundError, SafetensorError, KeyError, ValueError):
             return None
+
+
+def _previous(path: Path) -> Path:
+    return path.with_suffix(".previous")
+
+
+def _digest(tensors: Mapping[str, Tensor], curve: str) -> str:
+    digest = hashlib.sha256(curve.encode())
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def optimizer_tensors(optimizer: optim.Optimizer) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ import scipy.stats
 import torch
 from torch import Tensor, nn
 
+from models.batches import DiskRows
 from models.shapes import Problem
 
 MetricName = Literal["accuracy", "balanced_accuracy", "f1_macro", "roc_auc", "log_loss", "rmse", "mae", "r2"]
@@ -117,12 +118,13 @@ def metrics_of(problem: Problem) -> tuple[MetricName, ...]:
 
 
 @torch.inference_mode()
-def predict_outputs(model: nn.Module, features: Tensor) -> Tensor:
+def predict_outputs(model: nn.Module, features: Tensor | DiskRows) -> Tensor:
     """Logits (rows, classes) or values (rows,) in evaluation mode; the model's own mode is put back."""
     was_training = model.training
     model.eval()
     try:
-        return torch.cat([model(batch) for batch in torch.split(features, EVALUATION_BATCH)])
+        begins = range(0, len(features), EVALUATION_BATCH)
+        return torch.cat([model(features[begin : begin + EVALUATION_BATCH]) for begin in begins])
     finally:
         model.train(was_training)
 
@@ -144,7 +146,7 @@ def predictions_of(outputs: Tensor) -> npt.NDArray[np.float64]:
     return np.asarray(values.cpu().numpy())
 
 
-def evaluate(model: nn.Module, features: Tensor, target: Tensor) -> dict[MetricName, float]:
+def evaluate(model: nn.Module, features: Tensor | DiskRows, target: Tensor) -> dict[MetricName, float]:
     """Every metric of a model that fits its outputs. Raises ValueError where the outputs are not finite."""
     outputs = predict_outputs(model, features)
     return score(outputs, target, metrics_of("classification" if outputs.ndim == 2 else "regression"))

@@ -86,8 +86,10 @@ def fusion_signature(model: nn.Module, training: Training) -> Hashable:
 def fusion_of(setting: Setting, model: nn.Module, training: Training) -> Fusion:
     """Whether and how far a training can be fused, by trying: a vmapped pass over two rows must give what the model
     gives alone; the operations and the memory of a whole batch are counted."""
+    if setting.training.is_streamed or setting.validation.is_streamed:
+        return Fusion(members=1, reason="their rows do not fit into memory and are streamed, each in its own order")
     first = setting.training.first(training.hyperparameters.batch_size)
-    if (obstacle := _obstacle(model, first.features[:2])) is not None:
+    if (obstacle := _obstacle(model, first.all_features[:2])) is not None:
         return Fusion(members=1, reason=obstacle)
     trial = copy.deepcopy(model).train()
     kept: dict[int, int] = {}
@@ -108,7 +110,7 @@ def fusion_of(setting: Setting, model: nn.Module, training: Training) -> Fusion:
         module.register_forward_hook(count)
     try:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            trial(first.features)
+            trial(first.all_features)
     except Exception as error:  # noqa: BLE001 a user's forward may raise anything
         return Fusion(members=1, reason=_in_a_line(error))
     worthwhile = WORTHWHILE_OPERATIONS[setting.device.type]
@@ -120,7 +122,7 @@ def fusion_of(setting: Setting, model: nn.Module, training: Training) -> Fusion:
         return Fusion(members=1, reason=reason)
     # Weights, gradients twice (as they come and stacked) and two moments, and what the backward pass needs.
     weights = sum(tensor.nbytes for tensor in _tensors(model).values())
-    each = 5 * weights + sum(kept.values()) + first.features.nbytes
+    each = 5 * weights + sum(kept.values()) + first.all_features.nbytes
     members = max(1, int(MEMORY_SHARE * _free_bytes(setting.device) / each))
     return Fusion(members=members, reason="two of them do not fit into the free memory" if members == 1 else "")
 
@@ -270,7 +272,7 @@ class _Group:
                 rows = orders[:, step * batch_size : (step + 1) * batch_size]
                 for layer, name in enumerate(self._dropouts):
                     self._others[f"{name}.key"] = keys[step, layer]
-                total += self._step(training.features[rows], training.target[rows], rates[step]) * rows.shape[1]
+                total += self._step(training.all_features[rows], training.target[rows], rates[step]) * rows.shape[1]
             return self._evaluate(number, (total / len(training)).tolist())
 
     def result(self, member: _Member) -> Trained:
@@ -375,7 +377,7 @@ class _Group:
         self._template.eval()
         rows = max(1, 4 * EVALUATION_BATCH // len(self.members))
         outputs = torch.cat(
-            [self._forward(some, shared=True) for some in torch.split(validation.features, rows)], dim=1
+            [self._forward(some, shared=True) for some in torch.split(validation.all_features, rows)], dim=1
         )
         self._template.train()
         target = validation.target.expand(len(self.members), -1)

@@ -4,17 +4,21 @@ The very same module runs in training, in the gate and where the champion is ser
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Self
 
 import torch
 from torch import Tensor, nn
 
+from models.batches import DiskRows
 from models.table import Column
+
+Rows = Tensor | DiskRows
 
 # As few training rows teach nothing about a category.
 FREQUENT_ROWS = 10
 PERIODS_DAYS = (1.0, 7.0, 365.2425)
+PIECE_BYTES = 4 * 2**20
 
 
 class Standardization(nn.Module):
@@ -32,12 +36,19 @@ class Standardization(nn.Module):
         self.register_buffer("scale", scale)
 
     @classmethod
-    def fit(cls, features: Tensor) -> Self:
+    def fit(cls, features: Rows) -> Self:
         """Fit on training rows (rows, columns) or (rows, channels, height, width)."""
-        dimensions = (0, *range(2, features.ndim))
-        mean = features.mean(dim=dimensions, keepdim=True)[0]
-        scale = features.std(dim=dimensions, keepdim=True, correction=0)[0]
-        return cls(mean, torch.where(scale > 0, scale, 1.0))
+        dimensions = (0, *range(2, features[:1].ndim))
+        first = features[:1].double().mean(dim=dimensions, keepdim=True)
+        count, total = 0, torch.zeros_like(first)
+        for rows in _pieces(features):
+            count += rows.numel() // total.numel()
+            total += rows.double().sum(dim=dimensions, keepdim=True)
+        mean, squares = total / count, torch.zeros_like(first)
+        for rows in _pieces(features):
+            squares += (rows.double() - mean).square().sum(dim=dimensions, keepdim=True)
+        scale = (squares / count).sqrt().float()[0]
+        return cls(mean.float()[0], torch.where(scale > 0, scale, 1.0))
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> Self:
@@ -81,24 +92,32 @@ class TablePreprocessing(nn.Module):
             self.register_buffer(name, tensors[name])
 
     @classmethod
-    def fit(cls, features: Tensor, columns: Sequence[Column]) -> Self:
+    def fit(cls, features: Rows, columns: Sequence[Column]) -> Self:
         """Fit on training rows (rows, columns)."""
-        present = ~features.isnan()
         measured = [place for place, column in enumerate(columns) if column.role != "categorical"]
         dated = [place for place, column in enumerate(columns) if column.role == "datetime"]
-        count = present.sum(dim=0).clamp_min(1)
-        filled = features.nan_to_num(0).double()
-        mean = filled.sum(dim=0) / count
-        variance = (torch.where(present, filled - mean, 0) ** 2).sum(dim=0) / count
+        coded = {place: len(column.categories) for place, column in enumerate(columns) if column.role == "categorical"}
+        like = features[:1]
+        rows_of = {place: torch.zeros(size, dtype=torch.long, device=like.device) for place, size in coded.items()}
+        count = torch.zeros(len(columns), dtype=torch.long, device=like.device)
+        total = torch.zeros(len(columns), dtype=torch.float64, device=like.device)
+        rows = 0
+        for piece in _pieces(features):
+            rows += len(piece)
+            count += (~piece.isnan()).sum(dim=0)
+            total += piece.nan_to_num(0).double().sum(dim=0)
+            for place, found in rows_of.items():
+                codes = piece[~piece[:, place].isnan(), place].long()
+                found += torch.bincount(codes[codes >= 0], minlength=len(found))
+        mean, squares = total / count.clamp_min(1), torch.zeros_like(total)
+        for piece in _pieces(features):
+            squares += torch.where(piece.isnan(), 0, piece.double() - mean).square().sum(dim=0)
+        variance = squares / count.clamp_min(1)
         categories, shared = [], []
-        for place, column in enumerate(columns):
-            if column.role != "categorical":
-                continue
-            codes = features[present[:, place], place].long()
-            rows = torch.bincount(codes[codes >= 0], minlength=len(column.categories))
-            often = (rows >= FREQUENT_ROWS).nonzero()[:, 0].tolist()
+        for place, found in rows_of.items():
+            often = (found >= FREQUENT_ROWS).nonzero()[:, 0].tolist()
             categories += [(place, code) for code in often]
-            if int(rows.sum()) > int(rows[often].sum()):
+            if int(found.sum()) > int(found[often].sum()):
                 shared.append(place)
         tensors = {
             "measured": torch.tensor(measured, dtype=torch.long),
@@ -111,9 +130,9 @@ class TablePreprocessing(nn.Module):
             "frequent": torch.tensor(
                 [[float(place == column) for column in shared] for place, _ in categories], dtype=torch.float32
             ).reshape(len(categories), len(shared)),
-            "gaps": (~present.all(dim=0)).nonzero()[:, 0].cpu(),
+            "gaps": (count < rows).nonzero()[:, 0].cpu(),
         }
-        return cls({name: tensor.to(features.device) for name, tensor in tensors.items()})
+        return cls({name: tensor.to(like.device) for name, tensor in tensors.items()})
 
     def shape_of(self, _: tuple[int, ...]) -> tuple[int, ...]:
         """A row's shape as the model sees it."""
@@ -149,3 +168,10 @@ Preprocessing = Standardization | TablePreprocessing
 def preprocessing_of(tensors: dict[str, Tensor]) -> Preprocessing:
     """The inverse of `state_dict`, whichever of the two it was. Raises KeyError where a tensor is missing."""
     return TablePreprocessing(tensors) if "measured" in tensors else Standardization.from_tensors(tensors)
+
+
+def _pieces(features: Rows) -> Iterator[Tensor]:
+    """All rows, a few megabytes at a time: sums in float64 must not need the data's memory once more."""
+    size = max(1, PIECE_BYTES // max(1, features[:1].nbytes))
+    for begin in range(0, len(features), size):
+        yield features[begin : begin + size]

@@ -119,7 +119,7 @@ def mean_loss(model: nn.Module, split: Split) -> Tensor:
     was_training = model.training
     model.eval()
     try:
-        return _loss_of(model)(model(split.features), split.target, 0.0)
+        return _loss_of(model)(model(split.all_features), split.target, 0.0)
     finally:
         model.train(was_training)
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from infra.settings import Settings
 from infra.store import Store, StoreError, open_store
+from models.batches import DiskRows
 from models.evaluate import predict_outputs
 from models.families import ModelError, build_model, family_named
 from models.preprocessing import Preprocessing, preprocessing_of
@@ -43,7 +44,7 @@ class Version:
         """What is read of a table; none where the rows are arrays."""
         return tuple(Column(**column.model_dump()) for column in self.manifest.columns)
 
-    def outputs(self, features: Tensor) -> Tensor:
+    def outputs(self, features: Tensor | DiskRows) -> Tensor:
         """Raw features (rows, ...), or a table's matrix, to logits (rows, classes) or a regression's values (rows,)."""
         return predict_outputs(nn.Sequential(self.preprocessing, self.model), features)
 

@@ -1,24 +1,28 @@
 """What is in a table's columns: the role of each, and whatever is wrong with it, before anything trains.
 
-A role is found by looking at every value, never at a sample, so that it cannot change on row 100,001. Knows nothing of
-files and of splits.
+A role is found by looking at every value, never at a sample, so that it cannot change on row 100,001; a chunk of rows
+at a time, so that a table may be larger than the memory. Knows nothing of files and of splits.
 """
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
-from models.table import FALSE_WORDS, TRUE_WORDS, Column, Role, text_of
+from models.table import FALSE_WORDS, TRUE_WORDS, Column, Role, distinct, text_of
 from tasks.job import CheckName, DataConfig, Severity
 
 MOST_CATEGORIES = 1000
 EXAMPLES = 5
 MOSTLY = 0.5
 LEAST_IDENTIFIERS = 20
+# As many values that are all different are an identifier's, whatever comes after them.
+SURELY_UNIQUE = 1_000_000
 SEVERITIES: Mapping[CheckName, Severity] = {
     "empty_column": "warn",
     "constant_column": "warn",
@@ -29,6 +33,9 @@ SEVERITIES: Mapping[CheckName, Severity] = {
     "missing_target": "error",
     "small_class": "warn",
     "leaking_column": "error",
+    "unbalanced_split": "warn",
+    "changed_column": "error",
+    "rows_lost": "error",
 }
 
 
@@ -43,10 +50,10 @@ class Finding:
 
 @dataclass(frozen=True, kw_only=True)
 class Described:
-    """One line of the data card: a column, what it is used as, and what is in it."""
+    """A line of the data card about a column: what it is used as, how many values are missing, and what is in it."""
 
     name: str
-    role: str
+    role: Role | Any
     missing: int
     values: str
 
@@ -57,34 +64,186 @@ def finding(check: CheckName, data: DataConfig, sentence: str) -> list[Finding]:
     return [] if severity == "ignore" else [Finding(check=check, severity=severity, sentence=sentence)]
 
 
-def find_columns(frame: pd.DataFrame, data: DataConfig) -> tuple[list[Column], list[Described], list[Finding]]:
-    """The features among a table's columns, each with its role; a line about every column; and what is wrong.
+class Survey:
+    """What all values of a column have in common, chunk by chunk.
 
-    Texts must be stripped already and missing values be NaN. A column that is empty, that tells rows apart and nothing
-    else, or that has more than a thousand categories is left out, unless `data.roles` gives it a role.
+    Afterwards `column` is how it is used, None where it is left out: a column that is empty, that tells rows apart and
+    nothing else, or that has more than a thousand categories, unless `data.roles` gives it a role.
     """
-    columns: list[Column] = []
-    described: list[Described] = []
-    findings: list[Finding] = []
-    for name in frame.columns:
-        values = frame[name]
-        role, problems = _role(name, values, data)
-        findings += problems
-        missing = int(values.isna().sum())
+
+    def __init__(self, name: str, data: DataConfig) -> None:
+        self._name = name
+        self._data = data
+        self._rows = self._missing = self._readable = self._dates = self._read_dates = 0
+        self._kinds: set[str] = set()
+        self._low, self._high, self._sum, self._whole = math.inf, -math.inf, 0.0, True
+        self._first_text, self._last_text = "", ""
+        self._categories: set[str] = set()
+        self._too_many = False
+        self._hashes: npt.NDArray[np.uint64] | None = np.array([], dtype=np.uint64)
+        self._odd_numbers: list[tuple[Any, Any]] = []
+        self._odd_dates: list[tuple[Any, Any]] = []
+
+    def add(self, column: "pd.Series[Any]") -> None:
+        """The next rows; the index numbers them."""
+        codes, values = distinct(column, self._data.missing)
+        self._rows += len(codes)
+        self._missing += int((codes < 0).sum())
+        if values.empty:
+            return
+        counts = np.bincount(codes[codes >= 0], minlength=len(values))
+        kind = _kind_of(values)
+        self._kinds.add(kind)
+        if kind != "datetime":
+            self._add_numbers(column, codes, values, counts)
+        if kind == "number" and self._hashes is None and self._too_many:
+            return
+        texts = text_of(values)
+        self._first_text = min(self._first_text or texts.min(), texts.min())
+        self._last_text = max(self._last_text, texts.max())
+        if kind == "text":
+            self._add_dates(column, codes, texts, counts)
+        self._add_categories(texts)
+        self._add_hashes(texts, counts)
+
+    @property
+    def role(self) -> Role | Any:
+        return self._role_and_findings()[0]
+
+    @property
+    def column(self) -> Column | None:
+        role = self.role
         if role == "ignored":
-            described.append(Described(name=name, role=role, missing=missing, values=""))
-            continue
-        categories: tuple[str, ...] = ()
-        if role == "categorical":
-            categories = tuple(sorted(text_of(values.dropna()).unique()))
-        columns.append(Column(name=name, role=role, categories=categories, missing=data.missing))
-        described.append(Described(name=name, role=role, missing=missing, values=_in_words(values, categories)))
-        if values.nunique() == 1:
-            findings += finding(
-                "constant_column", data,
-                f"column {name} must vary, found {values.dropna().iloc[0]!r} only; set data.roles.{name}: ignored",
-            )  # fmt: skip
-    return columns, described, findings
+            return None
+        categories = tuple(sorted(self._categories)) if role == "categorical" else ()
+        return Column(name=self._name, role=role, categories=categories, missing=self._data.missing)
+
+    @property
+    def described(self) -> Described:
+        return Described(name=self._name, role=self.role, missing=self._missing, values=self._in_words())
+
+    @property
+    def findings(self) -> list[Finding]:
+        role, found = self._role_and_findings()
+        is_constant = len(self._categories) == 1
+        if role == "ignored" or not is_constant:
+            return found
+        (value,) = self._categories
+        return found + finding(
+            "constant_column", self._data,
+            f"column {self._name} must vary, found {value!r} only; set data.roles.{self._name}: ignored",
+        )  # fmt: skip
+
+    @property
+    def _is_identifier(self) -> bool:
+        return self._hashes is not None and self._missing == 0 and self._rows >= LEAST_IDENTIFIERS
+
+    def _add_numbers(
+        self, column: "pd.Series[Any]", codes: npt.NDArray[np.int64], values: "pd.Series[Any]", counts: npt.NDArray[Any]
+    ) -> None:
+        numbers = pd.to_numeric(values, errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
+        readable = np.isfinite(numbers)
+        self._odd_numbers += _examples(column, codes, values, ~readable, EXAMPLES - len(self._odd_numbers))
+        found, often = numbers[readable], counts[readable]
+        if len(found):
+            self._readable += int(often.sum())
+            self._low, self._high = min(self._low, found.min()), max(self._high, found.max())
+            self._sum += float(found @ often)
+            self._whole = self._whole and bool((found == found.round()).all())
+
+    def _add_dates(
+        self, column: "pd.Series[Any]", codes: npt.NDArray[np.int64], texts: "pd.Series[Any]", counts: npt.NDArray[Any]
+    ) -> None:
+        """Nothing is read as a date before something looks like one."""
+        self._dates += int(counts[texts.str.match(r"\d{1,4}[-./]\d{1,2}[-./]\d{1,4}").to_numpy(dtype=bool)].sum())
+        if self._dates:
+            read = pd.to_datetime(texts, errors="coerce", format="ISO8601", utc=True).notna().to_numpy()
+            self._read_dates += int(counts[read].sum())
+            self._odd_dates += _examples(column, codes, texts, ~read, EXAMPLES - len(self._odd_dates))
+
+    def _add_categories(self, texts: "pd.Series[Any]") -> None:
+        if self._too_many:
+            return
+        self._categories.update(texts)
+        if len(self._categories) > MOST_CATEGORIES and self._data.roles.get(self._name) != "categorical":
+            self._categories, self._too_many = set(), True
+
+    def _add_hashes(self, texts: "pd.Series[Any]", counts: npt.NDArray[Any]) -> None:
+        """None from the first value on that is there twice, and of numbers that are not whole."""
+        if self._hashes is None or len(self._hashes) >= SURELY_UNIQUE:
+            return
+        is_measured = self._readable == self._rows and not self._whole
+        hashes = pd.util.hash_array(texts.to_numpy(dtype=object))
+        known = np.union1d(self._hashes, hashes)
+        is_unique = self._missing == 0 and counts.max() == 1 and len(known) == len(self._hashes) + len(hashes)
+        self._hashes = known if is_unique and not is_measured else None
+
+    def _role_and_findings(self) -> tuple[Role | Any, list[Finding]]:
+        name, data = self._name, self._data
+        present = self._rows - self._missing
+        if name in data.roles:
+            return data.roles[name], []
+        if present == 0:
+            return "ignored", finding(
+                "empty_column", data, f"column {name} must hold a value, found none in {self._rows} rows"
+            )
+        if self._kinds == {"boolean"}:
+            return "boolean", []
+        if self._kinds == {"datetime"}:
+            return "datetime", []
+        if self._readable == present:
+            # Whole numbers that count the rows are an identifier: 1, 2, 3 in any order, from anywhere.
+            if self._is_identifier and self._high - self._low == self._rows - 1:
+                return "ignored", self._identifier()
+            return "numeric", []
+        if self._readable > MOSTLY * present:
+            return self._categorical(self._mixed(self._odd_numbers, self._readable, "a finite number"))
+        if not self._too_many and {text.casefold() for text in self._categories} <= {*TRUE_WORDS, *FALSE_WORDS}:
+            return "boolean", []
+        if self._dates > MOSTLY * present:
+            if self._read_dates == present:
+                return "datetime", []
+            return self._categorical(self._mixed(self._odd_dates, self._read_dates, "a date such as 2026-11-23"))
+        if self._is_identifier:
+            return "ignored", self._identifier()
+        return self._categorical([])
+
+    def _categorical(self, found: list[Finding]) -> tuple[Role | Any, list[Finding]]:
+        if not self._too_many:
+            return "categorical", found
+        return "ignored", found + finding(
+            "too_many_categories", self._data,
+            f"column {self._name} must have {MOST_CATEGORIES} categories at most, found more, and is left out; set "
+            f"data.roles.{self._name}: categorical to keep it",
+        )  # fmt: skip
+
+    def _identifier(self) -> list[Finding]:
+        return finding(
+            "identifier_column", self._data,
+            f"column {self._name} must say more than which row it is, found another value in every row, and is left "
+            f"out; set data.roles.{self._name} to keep it, or data.split_by: {self._name} to split by it",
+        )  # fmt: skip
+
+    def _mixed(self, odd: list[tuple[Any, Any]], read: int, rule: str) -> list[Finding]:
+        present = self._rows - self._missing
+        examples = ", ".join(f"{value!r} in row {row}" for row, value in odd)
+        return finding(
+            "mixed_values", self._data,
+            f"column {self._name} must hold {rule} in every row as it does in most, found {examples} "
+            f"({present - read} of {present} rows); add the text to data.missing, or set data.roles.{self._name}: "
+            "categorical",
+        )  # fmt: skip
+
+    def _in_words(self) -> str:
+        column = self.column
+        if column is None:
+            return ""
+        if column.categories:
+            more = len(column.categories) - EXAMPLES
+            return ", ".join(column.categories[:EXAMPLES]) + (f" and {more} more" if more > 0 else "")
+        if self._readable:
+            return f"{self._low:g} to {self._high:g}, mean {self._sum / self._readable:.4g}"
+        return f"{self._first_text} to {self._last_text}"
 
 
 def labels_alike(labels: Iterable[str], data: DataConfig) -> list[Finding]:
@@ -107,89 +266,19 @@ def tidy(label: str) -> str:
     return re.sub(r"\s+", " ", label).strip().rstrip(".,;:!").strip().casefold()
 
 
-def _role(name: str, values: "pd.Series[Any]", data: DataConfig) -> tuple[Role | Any, list[Finding]]:
-    if name in data.roles:
-        return data.roles[name], []
-    present = values.dropna()
-    if present.empty:
-        return "ignored", finding(
-            "empty_column", data, f"column {name} must hold a value, found none in {len(values)} rows"
-        )
-    if pd.api.types.is_bool_dtype(present):
-        return "boolean", []
-    if pd.api.types.is_datetime64_any_dtype(present):
-        return "datetime", []
-    numbers = _as_numbers(present)
-    readable = np.isfinite(numbers)
-    if readable.all():
-        return _number_or_identifier(name, numbers, len(values), data)
-    if readable.mean() > MOSTLY:
-        return "categorical", _mixed(name, present, readable, "a finite number", data)
-    if not (pd.api.types.is_string_dtype(present) or present.dtype == object):
-        return "categorical", []
-    texts = text_of(present)
-    words = set(texts.str.casefold().unique()[: len(TRUE_WORDS + FALSE_WORDS) + 1])
-    if words <= {*TRUE_WORDS, *FALSE_WORDS}:
-        return "boolean", []
-    if texts.str.match(r"\d{1,4}[-./]\d{1,2}[-./]\d{1,4}").mean() > MOSTLY:
-        dates = pd.to_datetime(texts, errors="coerce", format="ISO8601", utc=True).notna()
-        if dates.all():
-            return "datetime", []
-        return "categorical", _mixed(name, present, dates, "a date such as 2026-11-23", data)
-    distinct = texts.nunique()
-    if distinct == len(values) >= LEAST_IDENTIFIERS:
-        return "ignored", _identifier(name, data)
-    if distinct > MOST_CATEGORIES:
-        return "ignored", finding(
-            "too_many_categories", data,
-            f"column {name} must have {MOST_CATEGORIES} categories at most, found {distinct}, and is left out; "
-            f"set data.roles.{name}: categorical to keep it",
-        )  # fmt: skip
-    return "categorical", []
+def _kind_of(values: "pd.Series[Any]") -> str:
+    if pd.api.types.is_bool_dtype(values):
+        return "boolean"
+    if pd.api.types.is_datetime64_any_dtype(values):
+        return "datetime"
+    return "number" if pd.api.types.is_numeric_dtype(values) else "text"
 
 
-def _as_numbers(present: "pd.Series[Any]") -> "pd.Series[Any]":
-    """Each distinct value is read once: a text that is no number costs a hundred times what a number does."""
-    codes, distinct = pd.factorize(present)
-    numbers = pd.to_numeric(pd.Series(distinct), errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
-    return pd.Series(numbers[codes], index=present.index)
-
-
-def _number_or_identifier(
-    name: str, numbers: "pd.Series[Any]", rows: int, data: DataConfig
-) -> tuple[Any, list[Finding]]:
-    """Whole numbers that count the rows are an identifier: 1, 2, 3 in any order, from anywhere."""
-    counts = len(numbers) == rows >= LEAST_IDENTIFIERS and numbers.max() - numbers.min() == rows - 1
-    if counts and (numbers == numbers.round()).all() and numbers.is_unique:
-        return "ignored", _identifier(name, data)
-    return "numeric", []
-
-
-def _identifier(name: str, data: DataConfig) -> list[Finding]:
-    return finding(
-        "identifier_column", data,
-        f"column {name} must say more than which row it is, found another value in every row, and is left out; "
-        f"set data.roles.{name} to keep it, or data.split_by: {name} to split by it",
-    )  # fmt: skip
-
-
-def _mixed(name: str, present: "pd.Series[Any]", readable: Any, rule: str, data: DataConfig) -> list[Finding]:
-    odd = present[~readable]
-    examples = ", ".join(f"{value!r} in row {row}" for row, value in odd.head(EXAMPLES).items())
-    return finding(
-        "mixed_values", data,
-        f"column {name} must hold {rule} in every row as it does in most, found {examples} ({len(odd)} of "
-        f"{len(present)} rows); add the text to data.missing, or set data.roles.{name}: categorical",
-    )  # fmt: skip
-
-
-def _in_words(values: "pd.Series[Any]", categories: tuple[str, ...]) -> str:
-    if categories:
-        return ", ".join(categories[:EXAMPLES]) + (
-            f" and {len(categories) - EXAMPLES} more" if categories[EXAMPLES:] else ""
-        )
-    numbers = _as_numbers(values.dropna()).dropna()
-    if numbers.empty:
-        present = values.dropna().astype("string")
-        return f"{present.min()} to {present.max()}"
-    return f"{numbers.min():g} to {numbers.max():g}, mean {numbers.mean():.4g}"
+def _examples(
+    column: "pd.Series[Any]", codes: npt.NDArray[np.int64], values: "pd.Series[Any]", odd: Any, most: int
+) -> list[tuple[Any, Any]]:
+    """The first rows that hold one of the odd values, by the index, and what they hold."""
+    if most <= 0 or not odd.any():
+        return []
+    rows = np.flatnonzero(np.append(odd, False)[codes])[:most]
+    return [(column.index[row], values.iloc[codes[row]]) for row in rows]

@@ -3,7 +3,9 @@
 Reads a snapshot and decides nothing.
 """
 
-from tasks.prepare import Snapshot
+from tasks.snapshots import Snapshot
+
+MOST_CLASSES = 20
 
 
 def data_card(snapshot: Snapshot) -> str:
@@ -15,10 +17,12 @@ def data_card(snapshot: Snapshot) -> str:
         "| | |",
         "| --- | --- |",
         f"| snapshot | `{snapshot.fingerprint}` |",
-        f"| rows | {sum(snapshot.row_counts.values())}: {counts} |",
+        f"| rows | {snapshot.rows}: {counts} |",
         f"| a row | {_row_in_words(snapshot)} |",
         f"| predicted | {_target_in_words(snapshot)} |",
     ]
+    if snapshot.classes:
+        lines += _classes(snapshot)
     if snapshot.described:
         lines += ["", "| column | used as | missing | values |", "| --- | --- | --- | --- |"]
         lines += [f"| {_cell(it.name)} | {it.role} | {it.missing} | {_cell(it.values)} |" for it in snapshot.described]
@@ -37,8 +41,18 @@ def _row_in_words(snapshot: Snapshot) -> str:
 def _target_in_words(snapshot: Snapshot) -> str:
     if not snapshot.classes:
         return "a number"
-    named = ", ".join(f"{_cell(name)} ({rows} rows)" for name, rows in list(snapshot.class_rows.items())[:20])
-    return f"one of {len(snapshot.classes)} classes: {named}" + (" ..." if len(snapshot.classes) > 20 else "")
+    return f"one of {len(snapshot.classes)} classes"
+
+
+def _classes(snapshot: Snapshot) -> list[str]:
+    """How many rows of each class every split has, of the first classes."""
+    splits = snapshot.class_rows
+    lines = ["", f"| class | {' | '.join(splits)} |", "| --- |" + " --- |" * len(splits)]
+    for place, name in enumerate(snapshot.classes[:MOST_CLASSES]):
+        cells = [f"{rows[place]} ({rows[place] / sum(rows):.1%})" for rows in splits.values()]
+        lines.append(f"| {_cell(name)} | {' | '.join(cells)} |")
+    more = len(snapshot.classes) - MOST_CLASSES
+    return [*lines, *([f"| and {more} more |" + " |" * len(splits)] if more > 0 else [])]
 
 
 def _cell(text: str) -> str:

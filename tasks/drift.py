@@ -10,15 +10,16 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from models.table import recode
-from tasks.prepare import Snapshot, names_and_roles, read_snapshot
+from tasks.prepare import names_and_roles
+from tasks.snapshots import Snapshot
 
 BINS = 10
 MOVED = 0.25
 MOVED_CLASSES = 0.1
 LEAST_SHARE = 1e-4
+MOST_ROWS = 200_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,22 +38,17 @@ class Change:
         return self.stability_index > MOVED
 
 
-def since(fingerprint: str | None, now: Snapshot) -> tuple[Change, ...]:
-    """What moved since the local snapshot of that fingerprint, the farthest first; nothing where it is this one, is
-    gone, or holds other columns."""
-    before = None if fingerprint in (None, now.fingerprint) else read_snapshot(now.path.parent, str(fingerprint))
-    if before is None or why_other(before, now):
+def since(before: Snapshot | None, now: Snapshot) -> tuple[Change, ...]:
+    """What moved since a snapshot, the farthest first; nothing where it is this one, gone, or of other columns."""
+    if before is None or before.fingerprint == now.fingerprint or why_other(before, now):
         return ()
     return changes(before, now)
 
 
 def changes(before: Snapshot, now: Snapshot) -> tuple[Change, ...]:
     """Each column of two snapshots of the same columns, the farthest moved first; of images the brightness of each
-    channel."""
-    (was, _), (found, _) = (snapshot.load(torch.device("cpu"))["train"] for snapshot in (before, now))
-    if was.ndim > 2:
-        was, found = (rows.flatten(2).mean(dim=2) if rows.ndim > 3 else rows.flatten(1) for rows in (was, found))
-    earlier, later = was.numpy(), found.numpy()
+    channel. Of very many rows a sample is compared."""
+    earlier, later = (_sample(snapshot) for snapshot in (before, now))
     if now.columns:
         earlier = recode(earlier, before.columns, now.columns)
     moved = []
@@ -96,11 +92,10 @@ def drift(before: Snapshot, now: Snapshot) -> str | None:
     if farthest.is_large:
         return f"{farthest.column} moved, its stability index is {farthest.stability_index:.2f}"
     if now.classes:
-        shares = [
-            torch.bincount(target, minlength=len(now.classes)) / len(target)
-            for target in (snapshot.load(torch.device("cpu"))["train"][1] for snapshot in (before, now))
-        ]
-        if (changed := (shares[0] - shares[1]).abs().sum().item() / 2) > MOVED_CLASSES:
+        counts = [np.array(snapshot.class_rows["train"]) for snapshot in (before, now)]
+        if (
+            changed := float(np.abs(counts[0] / counts[0].sum() - counts[1] / counts[1].sum()).sum()) / 2
+        ) > MOVED_CLASSES:
             return f"the classes' shares moved by {changed:.0%}"
     return None
 
@@ -117,6 +112,14 @@ def drift_table(moved: tuple[Change, ...]) -> str:
         "| --- | --- | --- | --- | --- |",
     ]
     return "\n".join(["# What moved since the champion's snapshot", "", *head, *lines, ""])
+
+
+def _sample(snapshot: Snapshot) -> npt.NDArray[np.float32]:
+    """The first training rows, which are a sample because the file goes by hashes, (rows, columns)."""
+    rows = snapshot.first("train", MOST_ROWS)
+    if rows.ndim == 2:
+        return rows
+    return rows.reshape(len(rows), rows.shape[1], -1).mean(axis=2) if rows.ndim > 3 else rows.reshape(len(rows), -1)
 
 
 def _stability_index(before: npt.NDArray[np.float32], now: npt.NDArray[np.float32], *, categorical: bool) -> float:

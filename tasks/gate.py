@@ -12,13 +12,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from models.batches import DiskRows
 from models.comparison import Comparison, calibration_error, compare, interval, slice_gains
 from models.evaluate import MetricName, latency_ms, metrics_of, predict_outputs, score
 from models.table import recode
 from tasks.champion import Champion
 from tasks.confirm import Challenger, Confirmed
-from tasks.job import PromotionConfig, TuningJob
-from tasks.prepare import Snapshot, names_and_roles
+from tasks.job import DataConfig, PromotionConfig, TuningJob
+from tasks.prepare import days_since_epoch, names_and_roles
+from tasks.snapshots import Snapshot
 from tasks.study import derived_seed
 
 Decision = Literal["PROMOTE", "HOLD", "REJECT"]
@@ -95,41 +97,34 @@ def gate(
     Test rows that the champion may have been trained or chosen on, because the job's fractions were others then, are
     left out.
     """
-    rows = _TestRows(job, snapshot, *snapshot.load(device)["test"])
+    everything = torch.ones(snapshot.row_counts["test"], dtype=torch.bool, device=device)
+    rows = _TestRows(job, snapshot, snapshot.features("test", device), snapshot.target("test", device), everything)
     if champion is None:
         return _first_night(confirmed, rows)
     challenger, lineage = confirmed.challenger, champion.manifest.lineage
-    if (champion.manifest.shape, champion.manifest.classes) != (snapshot.shape, snapshot.classes):
+    if not _reads(champion, snapshot):
         return rows.verdict(
             challenger,
             decision="HOLD",
             reason=f"the champion reads rows for a {champion.manifest.problem}, of shape {champion.manifest.features} "
             f"in {len(champion.manifest.classes)} classes, tonight's are for a {snapshot.shape.problem}, of shape "
-            f"{snapshot.shape.features} in {len(snapshot.classes)}: give the job a new name",
+            f"{snapshot.shape.features} in {len(snapshot.classes)}, or of other columns: give the job a new name",
             judged=champion.promotion.number,
         )
-    if names_and_roles(champion.columns) != names_and_roles(snapshot.columns):
-        return rows.verdict(
-            challenger,
-            decision="HOLD",
-            reason="the champion reads other columns, or reads them otherwise, than tonight's: give the job a new name",
-            judged=champion.promotion.number,
-        )
-    unseen = snapshot.test_rows_outside(lineage.test_fraction).to(device)
-    if lineage.data.get("split_by") != job.data.split_by:
-        unseen = torch.zeros_like(unseen)
+    unseen = _unseen_by(champion, snapshot, job).to(device)
     left_out = int((~unseen).sum())
     if not unseen.any():
         return rows.verdict(
             challenger,
             decision="HOLD",
             reason="the champion may have been trained on each of tonight's test rows: put data.test_fraction back to "
-            f"{lineage.test_fraction} and data.split_by to {lineage.data.get('split_by')}, or give the job a new name",
+            f"{lineage.test_fraction}, and data.split_by and data.time_column to {lineage.data.get('split_by')} and "
+            f"{lineage.data.get('time_column')}, or give the job a new name",
             judged=champion.promotion.number,
             rows_left_out=left_out,
         )
-    rows = replace(rows, features=rows.features[unseen], target=rows.target[unseen])
-    ours, theirs = rows.outputs(challenger), champion.outputs(rows.recoded_for(champion))
+    rows = replace(rows, chosen=unseen)
+    ours, theirs = rows.outputs(challenger), champion.outputs(rows.recoded_for(champion))[unseen]
     comparison = rows.compare(ours, theirs, champion.promotion.number)
     rails = (*rows.slice_rail(ours, theirs), *rows.limits(challenger, ours))
     decision, outcome = judge(comparison, rails, job.promotion)
@@ -228,18 +223,27 @@ class _TestRows:
 
     job: TuningJob
     snapshot: Snapshot
-    features: Tensor
-    target: Tensor
+    features: DiskRows
+    all_targets: Tensor
+    chosen: Tensor
+
+    @property
+    def target(self) -> Tensor:
+        return self.all_targets[self.chosen]
 
     def outputs(self, found: Challenger) -> Tensor:
-        return predict_outputs(nn.Sequential(found.preprocessing, found.model), self.features)
+        return predict_outputs(nn.Sequential(found.preprocessing, found.model), self.features)[self.chosen]
 
-    def recoded_for(self, champion: Champion) -> Tensor:
-        """The features with the champion's own list of categories."""
-        if not self.snapshot.columns or self.snapshot.columns == champion.columns:
+    def recoded_for(self, champion: Champion) -> DiskRows:
+        """The features, all of them, with the champion's own columns and list of categories."""
+        known, wanted = self.snapshot.columns, champion.columns
+        if not known or known == wanted:
             return self.features
-        matrix = recode(self.features.cpu().numpy(), self.snapshot.columns, champion.columns)
-        return torch.from_numpy(matrix).to(self.features.device)
+
+        def recoded(rows: Tensor) -> Tensor:
+            return torch.from_numpy(recode(rows.cpu().numpy(), known, wanted)).to(rows.device)
+
+        return replace(self.features, transform=recoded)
 
     def metrics(self, outputs: Tensor) -> dict[MetricName, float]:
         return score(outputs, self.target, metrics_of(self.job.objective.problem))
@@ -313,6 +317,33 @@ class _TestRows:
                 value = measure()
                 rails.append(GuardRail(name=name, holds=value <= limit, evidence=f"{value:.4g} of {field} {limit:g}"))
         return tuple(rails)
+
+
+def _reads(champion: Champion, snapshot: Snapshot) -> bool:
+    """Whether the champion can answer tonight's rows: a table may have more columns than it reads."""
+    manifest = champion.manifest
+    if (manifest.problem, manifest.classes) != (snapshot.shape.problem, snapshot.classes):
+        return False
+    if bool(champion.columns) != bool(snapshot.columns):
+        return False
+    if not champion.columns:
+        return manifest.features == snapshot.shape.features
+    return set(names_and_roles(champion.columns)) <= set(names_and_roles(snapshot.columns))
+
+
+def _unseen_by(champion: Champion, snapshot: Snapshot, job: TuningJob) -> Tensor:
+    """Of each test row, whether it was a test row too when the champion was made."""
+    lineage, positions = champion.manifest.lineage, snapshot.test_positions()
+    split_otherwise = any(lineage.data.get(name) != getattr(job.data, name) for name in ("split_by", "time_column"))
+    # With a column more each row has another hash, and may be on another side.
+    by_content = job.data.split_by is None and job.data.time_column is None
+    if split_otherwise or (by_content and names_and_roles(champion.columns) != names_and_roles(snapshot.columns)):
+        return torch.zeros_like(positions, dtype=torch.bool)
+    if job.data.time_column is not None:
+        return positions >= days_since_epoch(DataConfig.model_validate({**lineage.data, "source": lineage.source}))
+    if lineage.test_fraction is None:
+        return torch.ones_like(positions, dtype=torch.bool)
+    return positions < lineage.test_fraction
 
 
 def _taken_back(challenger: Challenger, snapshot: Snapshot, champion: Champion) -> str | None:

@@ -7,14 +7,17 @@ before anything starts; what is wrong is said in one sentence. Knows nothing of 
 import hashlib
 import re
 from collections.abc import Mapping
+from contextlib import suppress
+from datetime import UTC, date, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
 from zoneinfo import available_timezones
 
 import yaml
 from prefect.schedules import Cron
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from infra.errors import ExpectedError
 from models.evaluate import METRICS, Metric, MetricName
@@ -41,6 +44,9 @@ CheckName = Literal[
     "missing_target",
     "small_class",
     "leaking_column",
+    "unbalanced_split",
+    "changed_column",
+    "rows_lost",
 ]
 Severity = Literal["error", "warn", "ignore"]
 
@@ -60,25 +66,69 @@ class DataConfig(_Section):
     """Where the rows come from, how a table's columns are read, and which share of the rows is held out.
 
     `target` names a table's column that is predicted (the last, unless it is named); a CSV file without a `header` has
-    columns 0, 1, 2. `labels` is the file of labels beside an IDX file of images. `missing` are the texts that mean that
-    there is no value. `roles` override what is found in a column. Rows with the same value of `split_by` (an id, a
-    customer) stay on one side of the split, and it is no feature; without it a row's whole content decides.
-    `tidy_labels` makes one class of labels that differ in blanks, case or a full stop only. `checks` says which rule
-    stops a night, warns, or is not looked at.
+    columns 0, 1, 2. `labels` is the file of labels beside an IDX file of images, `query` what is selected from a
+    database. `missing` are the texts that mean that there is no value. `roles` override what is found in a column. Rows
+    with the same value of `split_by` (an id, a customer) stay on one side of the split, and it is no feature; without
+    it a row's whole content decides. With a `time_column`, which is no feature either, rows from `test_from` on are the
+    test rows, and all before them are split as usual. `tidy_labels` makes one class of labels that differ in blanks,
+    case or a full stop only. `checks` says which rule stops a night, warns, or is not looked at; `max_rows_lost` is the
+    share of the last snapshot's rows that may be gone. `unchanged` says what a night does that finds the rows and the
+    search of the last one: continue from what was learned, or skip.
     """
 
     source: str
     target: str | None = None
     labels: str | None = None
+    query: str | None = None
     header: bool = True
     delimiter: str = Field(default=",", min_length=1, max_length=1)
     missing: tuple[str, ...] = MISSING
     roles: dict[str, Role | Literal["ignored"]] = {}
     split_by: str | None = None
+    time_column: str | None = None
+    test_from: AwareDatetime | None = None
     tidy_labels: bool = False
     checks: dict[CheckName, Severity] = {}
+    max_rows_lost: float = Field(default=0.2, ge=0, le=1)
+    unchanged: Literal["continue", "skip"] = "continue"
     validation_fraction: float = Field(default=0.2, gt=0, lt=0.5)
     test_fraction: float = Field(default=0.2, gt=0, lt=0.5)
+
+    @field_validator("source")
+    @classmethod
+    def _holds_no_password(cls, source: str) -> str:
+        if "://" in source and urlsplit(source).password is not None:
+            raise ValueError(
+                f"must hold no password, found one for {urlsplit(source).username}; put it into PGPASSWORD or ~/.pgpass"
+            )
+        return source
+
+    @field_validator("test_from", mode="before")
+    @classmethod
+    def _is_utc_without_a_zone(cls, moment: Any) -> Any:
+        """As a table's times are; YAML reads a plain date as one."""
+        if isinstance(moment, str):
+            with suppress(ValueError):
+                moment = datetime.fromisoformat(moment)
+        if isinstance(moment, date) and not isinstance(moment, datetime):
+            moment = datetime(moment.year, moment.month, moment.day, tzinfo=UTC)
+        if isinstance(moment, datetime) and moment.tzinfo is None:
+            return moment.replace(tzinfo=UTC)
+        return moment
+
+    @model_validator(mode="after")
+    def _time_splits_alone(self) -> Self:
+        if (self.time_column is None) != (self.test_from is None):
+            raise ValueError(
+                f"time_column and test_from belong together, found {self.time_column} and {self.test_from}; "
+                "give both or neither"
+            )
+        if self.time_column is not None and self.split_by is not None:
+            raise ValueError(
+                f"time_column {self.time_column} puts rows of one {self.split_by} on two sides, found split_by too; "
+                "leave out one of them"
+            )
+        return self
 
 
 class SearchConfig(_Section):
@@ -311,6 +361,9 @@ def parse_job(content: Mapping[str, Any], path: Path) -> TuningJob:
             for name in ("source", "labels")
             if isinstance(place := data.get(name), str) and "://" not in place
         }
+        if str(data.get("source")).startswith("sqlite:///"):
+            database = data["source"].removeprefix("sqlite:///")
+            places["source"] = f"sqlite:///{(path.parent / database).absolute()}"
         content = {**content, "data": {**data, **places}}
     if isinstance(model, str) and ".py:" in model:
         content = {**content, "model": str(path.parent / model)}

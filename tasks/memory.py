@@ -20,7 +20,7 @@ from models.space import Range
 from tasks.champion import Champion
 from tasks.drift import drift
 from tasks.job import TuningJob
-from tasks.prepare import Snapshot, read_snapshot
+from tasks.snapshots import Snapshot, read_snapshot
 from tasks.study import (
     COSTS,
     ENDED,

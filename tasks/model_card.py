@@ -5,7 +5,7 @@ After Mitchell et al., Model Cards for Model Reporting (arXiv 1810.03993). Reads
 
 from collections.abc import Mapping
 
-from tasks.prepare import Snapshot
+from tasks.snapshots import Snapshot
 from tasks.versions import Manifest
 
 

@@ -1,241 +1,303 @@
 """prepare: rows become a snapshot, an immutable folder named by the fingerprint of what is in it.
 
-A row's split is decided by a hash of its content, or of what the job names, so it never changes as data grows and exact
-duplicates never straddle splits. Knows nothing of models.
+A row's split is decided by a hash of its content, or of what the job names, so it never changes as data grows and
+exact duplicates never straddle splits. Rows are read in chunks and sorted by their hashes in buckets, so that they may
+be many times what the memory holds. Knows nothing of models.
 """
 
 import hashlib
 import json
 import logging
+import math
 import tempfile
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Literal
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from safetensors.numpy import save_file
-from safetensors.torch import load_file
-from torch import Tensor
+from scipy.stats import chi2_contingency
 
 from models.shapes import DataShape, Problem
-from models.table import Column
-from tasks.columns import Described, Finding
+from models.table import EPOCH, Column
+from tasks.columns import EXAMPLES, Finding, finding
 from tasks.job import DataConfig
-from tasks.rows import DataError, Rows
+from tasks.rows import Chunk, DataError, Rows
+from tasks.snapshots import (
+    FORMAT,
+    POSITION,
+    SPLITS,
+    Snapshot,
+    checksum,
+    move_into_place,
+    read_snapshot,
+    write_description,
+)
 from tasks.sources import read_rows
 
-SplitName = Literal["train", "validation", "test"]
-SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
-ROWS = "rows.safetensors"
-POSITION = "test.position"
+DOWNLOADS = "downloads"
+# What is sorted at once; as few rows as this are never written to a bucket.
+BUCKET_BYTES = 32 * 2**20
+# A class's share differs between splits by chance; by more than both of these it is no chance, and it matters.
+UNBALANCED_CHANCE = 1e-4
+UNBALANCED_SHARE = 0.05
 
+_Array = npt.NDArray[Any]
 _logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Snapshot:
-    """An immutable prepared dataset on disk, named by its fingerprint. `columns` are a table's features, none where the
-    rows are arrays; `described` and `findings` say what is in them, and `class_rows` how many rows a class has."""
-
-    fingerprint: str
-    source: str
-    path: Path
-    shape: DataShape
-    classes: tuple[str, ...]
-    row_counts: dict[SplitName, int]
-    class_rows: dict[str, int]
-    columns: tuple[Column, ...] = ()
-    described: tuple[Described, ...] = ()
-    findings: tuple[Finding, ...] = ()
-
-    def load(self, device: torch.device) -> dict[SplitName, tuple[Tensor, Tensor]]:
-        """Raw features float32 and target (int64 classes, or float32 values) of each split, on the device."""
-        tensors = load_file(self.path / ROWS, device=str(device))
-        return {split: (tensors[f"{split}.features"], tensors[f"{split}.target"]) for split in SPLITS}
-
-    def example(self, rows: int) -> Tensor:
-        """The first training rows, raw, as an example of what a model reads."""
-        return self.load(torch.device("cpu"))["train"][0][:rows]
-
-    def test_rows_outside(self, test_fraction: float | None) -> Tensor:
-        """Of each test row, whether it was a test row too when their fraction was another; all where it is unknown."""
-        tensors = load_file(self.path / ROWS)
-        features = tensors["test.features"]
-        if test_fraction is None:
-            return torch.ones(len(features), dtype=torch.bool)
-        if POSITION in tensors:
-            return tensors[POSITION] < test_fraction
-        return torch.tensor([position_of(row_hash) < test_fraction for row_hash in hash_rows(features.numpy())])
-
-
-def prepare(data: DataConfig, problem: Problem, snapshots: Path) -> Snapshot:
+def prepare(data: DataConfig, problem: Problem, snapshots: Path, last: Snapshot | None = None) -> Snapshot:
     """Read the source, split it, and write its snapshot unless one with this fingerprint is there already.
 
-    Raises DataError where a split is empty or a class has no training row.
+    `last` is the job's last snapshot, which tells what has changed in a way that nobody meant. Raises DataError: what
+    is read is no rows for the problem, a check stops the night, a split is empty, or a class has no training row.
     """
-    rows = read_rows(data, problem)
-    row_hashes = hash_rows(rows.features) if rows.content is None else _hash_bytes(rows.content)
-    positions = [
-        position_of(row_hash) for row_hash in (row_hashes if rows.identity is None else _hash_bytes(rows.identity))
-    ]
-    parts = _split(rows, row_hashes, positions, data)
-    fingerprint = _fingerprint(rows, row_hashes, data)
-    snapshot = Snapshot(
-        fingerprint=fingerprint,
-        source=data.source,
-        path=snapshots / fingerprint,
-        shape=DataShape(features=rows.features.shape[1:], outputs=max(1, len(rows.classes)), problem=problem),
-        classes=rows.classes,
-        row_counts={split: len(parts[split]) for split in SPLITS},
-        class_rows={name: int(count) for name, count in zip(rows.classes, np.bincount(rows.target), strict=False)}
-        if rows.classes
-        else {},
-        columns=rows.columns,
-        described=rows.described,
-        findings=rows.findings,
-    )
-    for found in rows.findings:
-        _logger.warning("%s: %s", data.source, found.sentence)
-    if not snapshot.path.is_dir():
-        _write(snapshot, rows, parts, np.array(positions))
-    _logger.info("%d rows of %s: %s, snapshot %s", len(rows.target), data.source, snapshot.row_counts, fingerprint)
+    (home := snapshots.parent).mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=home, prefix=".preparing-", ignore_cleanup_errors=True) as name:
+        rows = read_rows(data, problem, home / DOWNLOADS, Path(name))
+        changed = _changes(rows, last, data)
+        if errors := [found.sentence for found in changed if found.severity == "error"]:
+            raise DataError(f"{data.source}: " + "; and ".join(errors))
+        with _Buckets(rows, problem, Path(name)) as buckets:
+            for chunk in rows.chunks():
+                buckets.add(chunk, _positions(chunk), _splits(chunk, data))
+            counts = buckets.counts
+            _check_splits(counts, rows, data)
+            folder = Path(name) / "snapshot"
+            fingerprint = _write(buckets, rows, data, folder)
+        row_counts = {split: int(counts[place].sum()) for place, split in enumerate(SPLITS)}
+        snapshot = Snapshot(
+            fingerprint=fingerprint,
+            source=data.source,
+            path=snapshots / fingerprint,
+            shape=DataShape(features=rows.shape, outputs=max(1, len(rows.classes)), problem=problem),
+            classes=rows.classes,
+            row_counts=row_counts,
+            class_rows={split: tuple(counts[place].tolist()) for place, split in enumerate(SPLITS)}
+            if rows.classes
+            else {},
+            columns=rows.columns,
+            described=rows.described,
+            findings=(*rows.findings, *changed, *_unbalanced(counts, rows, data)),
+            checksums={path.name: checksum(path) for path in sorted(folder.iterdir())},
+        )
+        if read_snapshot(snapshots, fingerprint) is None:
+            write_description(snapshot, folder)
+            snapshots.mkdir(exist_ok=True)
+            move_into_place(folder, snapshot.path)
+    _logger.info("%d rows of %s: %s, snapshot %s", rows.count, data.source, row_counts, fingerprint)
     return snapshot
-
-
-def read_snapshot(snapshots: Path, fingerprint: str) -> Snapshot | None:
-    """An earlier night's snapshot; None where it was deleted."""
-    path = snapshots / fingerprint
-    try:
-        content = json.loads((path / "snapshot.json").read_text())
-    except FileNotFoundError:
-        return None
-    classes = tuple(content["classes"])
-    return Snapshot(
-        fingerprint=fingerprint,
-        source=content["source"],
-        path=path,
-        shape=DataShape(
-            features=tuple(content["features"]),
-            outputs=max(1, len(classes)),
-            problem=content.get("problem", "classification"),
-        ),
-        classes=classes,
-        row_counts=content["row_counts"],
-        class_rows=content.get("class_rows", {}),
-        columns=tuple(
-            Column(**(column | {name: tuple(column[name]) for name in ("categories", "missing")}))
-            for column in content.get("columns", [])
-        ),
-        described=tuple(Described(**described) for described in content.get("described", [])),
-        findings=tuple(Finding(**found) for found in content.get("findings", [])),
-    )
 
 
 def names_and_roles(columns: tuple[Column, ...]) -> list[tuple[str, str]]:
     """What two tables must have in common for a model of one to read the other's rows."""
-    return [(column.name, column.role) for column in columns]
+    return sorted((column.name, column.role) for column in columns)
 
 
-def hash_rows(features: npt.NDArray[np.float32]) -> list[bytes]:
-    """A row's identity: 16 bytes of BLAKE2b over its values as little-endian float32 (-0 counts as 0)."""
-    canonical = np.ascontiguousarray(features + np.float32(0), dtype="<f4").reshape(len(features), -1)
-    return [hashlib.blake2b(row.tobytes(), digest_size=16).digest() for row in canonical]
+def days_since_epoch(data: DataConfig) -> float:
+    """The beginning of the test rows' time, in days since 2000-01-01 UTC."""
+    assert data.test_from is not None
+    return float((data.test_from - EPOCH).total_seconds()) / 86400
 
 
-def _hash_bytes(values: list[bytes]) -> list[bytes]:
-    return [hashlib.blake2b(value, digest_size=16).digest() for value in values]
+def position_of(words: npt.NDArray[np.uint64]) -> npt.NDArray[np.float64]:
+    """Hashes (rows, 2) as numbers in [0, 1)."""
+    positions: npt.NDArray[np.float64] = words[:, 0] / 2.0**64
+    return positions
 
 
-def position_of(row_hash: bytes) -> float:
-    """The hash read as a number in [0, 1)."""
-    return int.from_bytes(row_hash[:8], "big") / 2**64
+def split_of(positions: npt.NDArray[np.float64], data: DataConfig) -> npt.NDArray[np.int64]:
+    """Each row's place in SPLITS: its position against the fractions. Test rows come first, so a changed validation
+    fraction moves no row into or out of the test split."""
+    test, validation = data.test_fraction, data.test_fraction + data.validation_fraction
+    return np.where(positions < test, 2, np.where(positions < validation, 1, 0))
 
 
-def split_of(position: float, data: DataConfig) -> SplitName:
-    """The split of a row: its position against the fractions. Test rows come first, so a
-    changed validation fraction moves no row into or out of the test split."""
-    if position < data.test_fraction:
-        return "test"
-    return "validation" if position < data.test_fraction + data.validation_fraction else "train"
+def _positions(chunk: Chunk) -> npt.NDArray[np.float64]:
+    return position_of(chunk.content if chunk.identity is None else chunk.identity)
 
 
-def _split(
-    rows: Rows, row_hashes: list[bytes], positions: list[float], data: DataConfig
-) -> dict[SplitName, npt.NDArray[np.int64]]:
-    """Row numbers of each split, in the order of their hashes, which is the same whatever the source's order."""
-    numbers: dict[SplitName, list[int]] = {split: [] for split in SPLITS}
-    for number in sorted(range(len(row_hashes)), key=lambda row: (row_hashes[row], rows.target[row])):
-        numbers[split_of(positions[number], data)].append(number)
-    parts = {split: np.array(numbers[split], dtype=np.int64) for split in SPLITS}
-    for split, part in parts.items():
-        if len(part) == 0:
-            raise DataError(
-                f"{data.source}: the {split} split must not be empty; give more rows than {len(rows.target)}"
+def _splits(chunk: Chunk, data: DataConfig) -> npt.NDArray[np.int64]:
+    """With a time column the test rows are those of its end, and all others are split by their hashes."""
+    positions = _positions(chunk)
+    if chunk.days is None:
+        return split_of(positions, data)
+    earlier = np.where(positions < data.validation_fraction, 1, 0)
+    return np.where(chunk.days >= days_since_epoch(data), 2, earlier)
+
+
+class _Buckets:
+    """Rows by the first bits of their hashes: in memory where they are few, else each bucket in a file of its own."""
+
+    def __init__(self, rows: Rows, problem: Problem, folder: Path) -> None:
+        self.dtype = np.dtype(
+            [
+                ("high", ">u8"),
+                ("low", ">u8"),
+                ("label", ">i8" if problem == "classification" else ">f4"),
+                ("split", "i1"),
+                ("position", "f8"),
+                ("features", "<f4", rows.shape),
+            ]
+        )
+        self.counts = np.zeros((len(SPLITS), max(1, len(rows.classes))), dtype=np.int64)
+        self._count = 2 ** max(0, math.ceil(math.log2(max(1, rows.count * self.dtype.itemsize / BUCKET_BYTES))))
+        self._in_memory: list[_Array] = []
+        self._folder = folder
+        self._files: list[BinaryIO] = []
+        self._stack = ExitStack()
+
+    def __enter__(self) -> "_Buckets":
+        if self._count > 1:
+            self._files = [
+                self._stack.enter_context((self._folder / f"{number}.bucket").open("w+b"))
+                for number in range(self._count)
+            ]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def add(self, chunk: Chunk, positions: npt.NDArray[np.float64], splits: npt.NDArray[np.int64]) -> None:
+        rows = np.empty(len(chunk.target), dtype=self.dtype)
+        rows["high"], rows["low"] = chunk.content.T
+        rows["label"] = chunk.target + chunk.target.dtype.type(0)
+        rows["split"], rows["features"] = splits, chunk.features
+        rows["position"] = positions if chunk.days is None else chunk.days
+        labels = chunk.target.astype(np.int64) if self.dtype["label"].kind == "i" else np.zeros(len(rows), np.int64)
+        np.add.at(self.counts, (splits, labels), 1)
+        if not self._files:
+            self._in_memory.append(rows)
+            return
+        numbers = (chunk.content[:, 0] >> np.uint64(64 - self._count.bit_length() + 1)).astype(np.int64)
+        order = np.argsort(numbers, kind="stable")
+        for number, part in zip(*_runs(numbers[order], rows[order]), strict=True):
+            part.tofile(self._files[number])
+
+    def sorted(self) -> Iterator[_Array]:
+        """All rows by hash, then by label, the same whatever order they came in."""
+        for number in range(self._count):
+            if self._files:
+                self._files[number].flush()
+                self._files[number].seek(0)
+                rows = np.fromfile(self._files[number], dtype=self.dtype)
+            else:
+                rows = np.concatenate(self._in_memory, dtype=self.dtype)  # or it has this machine's order of bytes
+                self._in_memory = []
+            label = np.ascontiguousarray(rows["label"]).view(f">u{self.dtype['label'].itemsize}")
+            yield rows[np.lexsort((label, rows["low"], rows["high"]))]
+
+
+def _runs(numbers: npt.NDArray[np.int64], rows: _Array) -> tuple[list[int], list[_Array]]:
+    """The distinct numbers of a sorted array, and the rows of each."""
+    begins = np.flatnonzero(np.diff(numbers, prepend=-1))
+    return numbers[begins].tolist(), np.split(rows, begins[1:])
+
+
+def _write(buckets: _Buckets, rows: Rows, data: DataConfig, folder: Path) -> str:
+    """The files of a snapshot; returns the fingerprint: 32 hexadecimal digits over the rows in any order, their labels,
+    and how they are split."""
+    folder.mkdir()
+    digest = hashlib.sha256()
+    header: list[Any] = [FORMAT, rows.shape, rows.classes, data.validation_fraction, data.test_fraction]
+    if rows.columns:
+        # What a column is read as, whatever the order of the columns; the categories are in the rows' hashes.
+        header += [names_and_roles(rows.columns), data.split_by]
+    if data.test_from is not None:
+        header += [data.time_column, data.test_from.isoformat()]
+    digest.update(json.dumps(header).encode())
+    target = np.dtype(np.int64 if rows.classes else np.float32)
+    totals = buckets.counts.sum(axis=1).tolist()
+    with ExitStack() as stack:
+
+        def begin(name: str, dtype: Any, shape: tuple[int, ...]) -> BinaryIO:
+            file = stack.enter_context((folder / name).open("wb"))
+            description = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(file, description)
+            return file
+
+        files = {
+            split: (
+                begin(f"{split}.features.npy", np.dtype("<f4"), (total, *rows.shape)),
+                begin(f"{split}.target.npy", target, (total,)),
             )
-    missing = set(range(len(rows.classes))) - set(rows.target[parts["train"]].tolist())
+            for split, total in zip(SPLITS, totals, strict=True)
+        }
+        position = begin(POSITION, np.dtype("<f8"), (totals[SPLITS.index("test")],))
+        for bucket in buckets.sorted():
+            digest.update(bucket[["high", "low", "label"]].astype(_packed(bucket.dtype)).tobytes())
+            for place, split in enumerate(SPLITS):
+                part = bucket[bucket["split"] == place]
+                part["features"].tofile(files[split][0])
+                part["label"].astype(target).tofile(files[split][1])
+                if split == "test":
+                    part["position"].tofile(position)
+    return digest.hexdigest()[:32]
+
+
+def _packed(dtype: "np.dtype[Any]") -> "np.dtype[Any]":
+    """The fields that the fingerprint is of, one beside the other."""
+    return np.dtype([(name, dtype[name]) for name in ("high", "low", "label")])
+
+
+def _check_splits(counts: _Array, rows: Rows, data: DataConfig) -> None:
+    for place, split in enumerate(SPLITS):
+        if counts[place].sum() == 0:
+            remedy = f"give more rows than {rows.count}"
+            if data.test_from is not None:
+                remedy = f"choose another data.test_from than {data.test_from:%Y-%m-%d}, or {remedy}"
+            raise DataError(f"{data.source}: the {split} split must not be empty; {remedy}")
+    missing = [name for name, count in zip(rows.classes, counts[0], strict=False) if count == 0]
     if missing:
-        names = ", ".join(rows.classes[index] for index in sorted(missing)[:5])
+        names = ", ".join(missing[:EXAMPLES])
         raise DataError(
             f"{data.source}: every class needs a training row, found none of {len(missing)} of {len(rows.classes)} "
             f"classes ({names}); give more rows, or choose search.objective rmse, mae or r2 if the target is a number"
         )
-    return parts
 
 
-def _fingerprint(rows: Rows, row_hashes: list[bytes], data: DataConfig) -> str:
-    """32 hexadecimal digits over the rows in any order, their labels, and how they are split."""
-    digest = hashlib.sha256()
-    header = [rows.features.shape[1:], rows.classes, data.validation_fraction, data.test_fraction]
-    if rows.columns:
-        # What a column is read as, whatever the order of the columns; the categories are in the rows' hashes.
-        header += [sorted(names_and_roles(rows.columns)), data.split_by]
-    digest.update(json.dumps(header).encode())
-    for row in sorted(row_hash + label for row_hash, label in zip(row_hashes, _target_bytes(rows.target), strict=True)):
-        digest.update(row)
-    return digest.hexdigest()[:32]
+def _unbalanced(counts: _Array, rows: Rows, data: DataConfig) -> list[Finding]:
+    """Classes whose share in a split is another than in all rows, by more than chance (a chi-squared test of the table
+    of splits and classes)."""
+    if not rows.classes or chi2_contingency(counts).pvalue > UNBALANCED_CHANCE:
+        return []
+    shares, overall = counts / counts.sum(axis=1, keepdims=True), counts.sum(axis=0) / counts.sum()
+    away = np.abs(shares - overall)
+    split, label = np.unravel_index(int(away.argmax()), away.shape)
+    if away[split, label] < UNBALANCED_SHARE:
+        return []
+    return finding(
+        "unbalanced_split", data,
+        f"each class must have about the same share of every split, found {shares[split, label]:.1%} of the "
+        f"{SPLITS[int(split)]} rows in {rows.classes[int(label)]!r} and {overall[label]:.1%} of all; give more groups "
+        "of rows, or split by another column",
+    )  # fmt: skip
 
 
-def _target_bytes(target: npt.NDArray[np.int64 | np.float32]) -> list[bytes]:
-    if target.dtype == np.int64:
-        return [int(label).to_bytes(8, "big") for label in target]
-    return [value.tobytes() for value in (target + np.float32(0)).astype(">f4")]
-
-
-def _write(
-    snapshot: Snapshot, rows: Rows, parts: dict[SplitName, npt.NDArray[np.int64]], positions: npt.NDArray[np.float64]
-) -> None:
-    """Into a folder of its own, renamed when it is complete: who finds the name finds a whole snapshot."""
-    snapshot.path.parent.mkdir(parents=True, exist_ok=True)
-    tensors: dict[str, npt.NDArray[np.generic]] = {}
-    for split, part in parts.items():
-        tensors[f"{split}.features"] = rows.features[part]
-        tensors[f"{split}.target"] = rows.target[part]
-    tensors[POSITION] = positions[parts["test"]]
-    with tempfile.TemporaryDirectory(dir=snapshot.path.parent, prefix=".partial-", ignore_cleanup_errors=True) as name:
-        partial = Path(name) / "snapshot"
-        partial.mkdir()
-        save_file(tensors, partial / ROWS)
-        (partial / "snapshot.json").write_text(
-            json.dumps(
-                {
-                    "fingerprint": snapshot.fingerprint,
-                    "source": snapshot.source,
-                    "features": snapshot.shape.features,
-                    "problem": snapshot.shape.problem,
-                    "classes": snapshot.classes,
-                    "row_counts": snapshot.row_counts,
-                    "class_rows": snapshot.class_rows,
-                    "columns": [asdict(column) for column in snapshot.columns],
-                    "described": [asdict(described) for described in snapshot.described],
-                    "findings": [asdict(found) for found in snapshot.findings],
-                },
-                indent=2,
-            )
-        )
-        try:
-            partial.rename(snapshot.path)
-        except OSError:
-            if not snapshot.path.is_dir():  # else another night wrote the same snapshot first, which is as good
-                raise
+def _changes(rows: Rows, last: Snapshot | None, data: DataConfig) -> list[Finding]:
+    """What is other than in the last snapshot, in a way that breaks a model of it: a column that is gone or read
+    otherwise, and rows that are gone."""
+    if last is None:
+        return []
+    roles = {described.name: described.role for described in rows.described}
+    known = {described.name: described.role for described in last.described} if roles else {}
+    changed = [
+        f"{name} was {role} and is {roles.get(name, 'gone')}" for name, role in known.items() if roles.get(name) != role
+    ]
+    findings = []
+    if changed:
+        findings += finding(
+            "changed_column", data,
+            f"each column must be what it was in the last snapshot, found that {', '.join(changed[:EXAMPLES])}; mend "
+            "the source, say what it is in data.roles, or set data.checks.changed_column: warn for a night",
+        )  # fmt: skip
+    lost = 1 - rows.count / last.rows
+    if lost > data.max_rows_lost:
+        findings += finding(
+            "rows_lost", data,
+            f"the source must keep its rows, found {rows.count} where the last snapshot has {last.rows}, {lost:.0%} "
+            f"less, above data.max_rows_lost {data.max_rows_lost:g}; mend the source, or set data.checks.rows_lost: "
+            "warn for a night",
+        )  # fmt: skip
+    return findings

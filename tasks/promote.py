@@ -13,6 +13,7 @@ from importlib.metadata import version as package_version
 from pathlib import Path
 
 import optuna
+import torch
 from mlflow import MlflowClient
 from mlflow.utils.git_utils import get_git_commit
 from safetensors.torch import save_file
@@ -23,9 +24,9 @@ from infra.store import Store
 from tasks.gate import Verdict
 from tasks.job import TuningJob
 from tasks.model_card import model_card
-from tasks.prepare import Snapshot
 from tasks.promotions import Promotion, append_promotion
 from tasks.serving import SERVABLE, write_servable
+from tasks.snapshots import Snapshot
 from tasks.study import FLOW_RUN, MLFLOW_RUN, number_of
 from tasks.tracking import (
     CHALLENGER_ALIAS,
@@ -108,7 +109,9 @@ def write_version(
         save_file(tensors, folder / name)
     manifest = _manifest(job, study, snapshot, verdict, describe_device(device))
     served = nn.Sequential(winner.preprocessing, winner.model).cpu()
-    write_servable(folder, served, snapshot.example(EXAMPLE_ROWS), snapshot.classes, snapshot.columns, now)
+    write_servable(
+        folder, served, torch.from_numpy(snapshot.first("train", EXAMPLE_ROWS)), snapshot.classes, snapshot.columns, now
+    )
     served.to(device)
     (folder / MODEL_CARD).write_text(model_card(manifest, snapshot, job.description), encoding="utf-8")
     files = sorted(path for path in folder.rglob("*") if path.is_file())

@@ -19,8 +19,8 @@ from tasks.confirm import Challenger
 from tasks.drift import Change, drift_table
 from tasks.gate import Verdict
 from tasks.job import TuningJob
-from tasks.prepare import Snapshot
 from tasks.promotions import Promotion
+from tasks.snapshots import Snapshot
 from tasks.study import (
     ENDED,
     HYPERPARAMETERS,
@@ -84,6 +84,20 @@ def report(
     )
     study.set_user_attr(ENDED, now.isoformat())
     return text
+
+
+def report_skipped(job: TuningJob, snapshot: Snapshot, night: str) -> str:
+    """Say in Prefect why a night did nothing; returns the reason."""
+    reason = (
+        f"nothing has changed since {night}: the same search, and the same {snapshot.rows} rows (snapshot "
+        f"{snapshot.fingerprint[:12]}); data.unchanged: continue searches on"
+    )
+    create_markdown_artifact(
+        f"# {job.name}: skipped\n\n{reason[0].upper()}{reason[1:]}.\n",
+        key=artifact_key("report", job.name),
+        description=f"skipped as {night}",
+    )
+    return reason
 
 
 def summarize(

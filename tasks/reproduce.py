@@ -16,7 +16,8 @@ from models.families import ModelError, family_named
 from tasks.champion import read_version
 from tasks.confirm import assemble, train_seeds
 from tasks.job import DataConfig
-from tasks.prepare import Snapshot, prepare, read_snapshot
+from tasks.prepare import prepare
+from tasks.snapshots import Snapshot, fetch_snapshot
 from tasks.tune import Prepared
 from tasks.versions import Manifest
 
@@ -42,9 +43,9 @@ class Reproduction:
 def reproduce(store: Store, job: str, version: str, snapshots: Path, device: torch.device) -> Reproduction:
     """Retrain a version of a job on the device.
 
-    The snapshot is the local one of that fingerprint, else the source is read again. Raises StoreError: the version
-    cannot be read, its data is gone or has changed, its code has changed, or it is of an earlier format that did not
-    record enough; DataError where the source cannot be read.
+    The snapshot is the one of that fingerprint, here or in the store, else the source is read again. Raises StoreError:
+    the version cannot be read, its data is gone or has changed, its code has changed, or it is of an earlier format
+    that did not record enough; DataError where the source cannot be read.
     """
     published = read_version(store, job, version, device)
     manifest, lineage = published.manifest, published.manifest.lineage
@@ -57,7 +58,7 @@ def reproduce(store: Store, job: str, version: str, snapshots: Path, device: tor
         raise StoreError(f"version {version} of job {job} needs its model's code, but {error}") from error
     if family.code != lineage.model_code:
         raise StoreError(f"the code of {manifest.model} has changed since version {version}; put the earlier one back")
-    snapshot = _snapshot(manifest, snapshots)
+    snapshot = _snapshot(store, manifest, snapshots)
     prepared = Prepared.load(snapshot, device)
     hyperparameters = family.hyperparameters.from_values(manifest.hyperparameters)
     together = [lineage.trained_with] if lineage.trained_with else [(seed,) for seed in lineage.seeds]
@@ -72,7 +73,7 @@ def reproduce(store: Store, job: str, version: str, snapshots: Path, device: tor
             raise StoreError(f"version {version} of job {job} cannot be trained here: {outcome}") from outcome
         models.append(outcome.model)
     model = assemble(models)
-    features, target = snapshot.load(device)["test"]
+    features, target = snapshot.features("test", device), snapshot.target("test", device)
     again = evaluate(nn.Sequential(prepared.preprocessing, model), features, target)
     was = evaluate(nn.Sequential(published.preprocessing, published.model), features, target)
     weights, weights_again = published.model.state_dict(), model.state_dict()
@@ -85,9 +86,9 @@ def reproduce(store: Store, job: str, version: str, snapshots: Path, device: tor
     )
 
 
-def _snapshot(manifest: Manifest, snapshots: Path) -> Snapshot:
+def _snapshot(store: Store, manifest: Manifest, snapshots: Path) -> Snapshot:
     lineage = manifest.lineage
-    kept = read_snapshot(snapshots, lineage.snapshot)
+    kept = fetch_snapshot(store, snapshots, lineage.snapshot)
     if kept is not None:
         return kept
     fractions = {"validation_fraction": lineage.validation_fraction, "test_fraction": lineage.test_fraction}
@@ -95,7 +96,7 @@ def _snapshot(manifest: Manifest, snapshots: Path) -> Snapshot:
     snapshot = prepare(data, manifest.problem, snapshots)
     if snapshot.fingerprint != lineage.snapshot:
         raise StoreError(
-            f"snapshot {lineage.snapshot} is not in {snapshots}, and {lineage.source} has changed since (it gives "
-            f"{snapshot.fingerprint} now); copy the snapshot from the machine that made it"
+            f"snapshot {lineage.snapshot} is neither in {snapshots} nor in {store.url}, and {lineage.source} has "
+            f"changed since (it gives {snapshot.fingerprint} now); copy the snapshot from the machine that made it"
         )
     return snapshot

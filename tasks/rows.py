@@ -1,10 +1,14 @@
-"""What a source gave, as rows: features and a target, checked before anything trains.
+"""What a source gives, as rows: features and a target, checked before anything trains, and read chunk by chunk, so
+that they may be more than the memory holds.
 
-Of a table everything that is wrong is collected and said together; what only warns goes on to the data card. Knows
-nothing of files, and of splits.
+Every source is read twice: what all values of a column are decides how each of them is read. Of a table everything
+that is wrong is collected and said together; what only warns goes on to the data card. Knows nothing of files, and of
+splits.
 """
 
+import hashlib
 from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,13 +19,17 @@ from sklearn.tree import DecisionTreeClassifier, DecisionTreeRegressor
 
 from infra.errors import ExpectedError
 from models.shapes import Problem
-from models.table import Column, encode, text_of, without_missing
-from tasks.columns import EXAMPLES, Described, Finding, find_columns, finding, labels_alike, tidy
+from models.table import Column, distinct, encode, text_of
+from tasks.columns import EXAMPLES, Described, Finding, Survey, finding, labels_alike, tidy
 from tasks.job import DataConfig
 
 LEAK_ROWS = 20_000
 LEAK_SCORE = 0.999
 SMALL_CLASS_ROWS = 10
+
+Hashes = npt.NDArray[np.uint64]
+Frames = Callable[[], Iterator[pd.DataFrame]]
+Arrays = Callable[[], Iterator[tuple[Any, Any]]]
 
 
 class DataError(ExpectedError):
@@ -29,51 +37,100 @@ class DataError(ExpectedError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rows:
-    """Features (rows, ...) float32; target (rows,): int64, an index into the classes' names, or for a regression
-    float32, and no classes.
-
-    A table's features are the matrix of its `columns`. `content` and `identity` are the bytes that a row's content and
-    its split are told by, None where those are its features. `described` and `findings` are for the data card.
-    """
+class Chunk:
+    """Some rows: features (rows, ...) float32; target (rows,) int64 classes or float32 values; and two words of 64 bits
+    for each row's content, and for what tells its split where that is something else. `days` are the moments that the
+    split goes by, in days since 2000-01-01 UTC, where the job splits by time."""
 
     features: npt.NDArray[np.float32]
     target: npt.NDArray[np.int64 | np.float32]
+    content: Hashes
+    identity: Hashes | None = None
+    days: npt.NDArray[np.float64] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """What is known of all rows, and the way to read them, from the beginning whenever `chunks` is called.
+
+    `classes` are the names that a target indexes, none for a regression. `columns` are those of a table's matrix, none
+    where the rows are arrays; `described` and `findings` are for the data card.
+    """
+
+    count: int
+    shape: tuple[int, ...]
     classes: tuple[str, ...]
+    chunks: Callable[[], Iterator[Chunk]]
     columns: tuple[Column, ...] = ()
-    content: list[bytes] | None = None
-    identity: list[bytes] | None = None
     described: tuple[Described, ...] = ()
     findings: tuple[Finding, ...] = ()
 
 
-def array_rows(source: str, features: Any, labels: Any, problem: Problem) -> Rows:
-    """Rows of arrays: features (rows, ...) and labels or target values (rows,). Raises DataError."""
-    try:
-        features = np.asarray(features, dtype=np.float32)
-    except (TypeError, ValueError) as error:
-        raise DataError(f"{source}: features must be numbers, but {error}") from error
-    labels = np.asarray(labels)
-    if features.ndim < 2 or labels.shape != features.shape[:1]:
-        raise DataError(
-            f"{source}: features must have shape (rows, ...) and labels (rows,), "
-            f"found {features.shape} and {labels.shape}"
-        )
-    bad_rows = np.flatnonzero(~np.isfinite(features).reshape(len(features), -1).all(axis=1))
-    if len(bad_rows):
-        raise DataError(
-            f"{source}: features must be finite, found NaN or infinity in {len(bad_rows)} of {len(features)} rows, "
-            f"first in row {bad_rows[0]}; fill or drop them"
-        )
-    if problem == "regression":
-        return Rows(features=features, target=_values(source, labels), classes=())
-    names, target = np.unique(labels, return_inverse=True)
-    if len(names) < 2:
-        raise DataError(f"{source}: labels must have two classes at least, found {len(names)}")
-    return Rows(features=features, target=target.astype(np.int64), classes=tuple(str(name) for name in names))
+def hash_rows(features: npt.NDArray[np.float32]) -> Hashes:
+    """The content of rows of arrays: 16 bytes of BLAKE2b over a row's values as little-endian float32 (-0 counts as
+    0)."""
+    canonical = np.ascontiguousarray(features + np.float32(0), dtype="<f4").reshape(len(features), -1)
+    return hash_bytes(row.tobytes() for row in canonical)
 
 
-def _values(source: str, labels: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+def hash_bytes(values: Iterable[bytes]) -> Hashes:
+    """16 bytes of BLAKE2b over each, as two words (values, 2), the higher first."""
+    digests = b"".join(hashlib.blake2b(value, digest_size=16).digest() for value in values)
+    return np.frombuffer(digests, dtype=">u8").reshape(-1, 2).astype(np.uint64)
+
+
+def array_rows(source: str, arrays: Arrays, problem: Problem) -> Rows:
+    """Rows of arrays: features (rows, ...) and labels or target values (rows,), in chunks. Raises DataError."""
+    count, shapes, found = 0, set(), np.array([])
+    for features, labels in _numbers(source, arrays, problem):
+        bad_rows = np.flatnonzero(~np.isfinite(features).reshape(len(features), -1).all(axis=1))
+        if len(bad_rows):
+            raise DataError(
+                f"{source}: features must be finite, found NaN or infinity in {len(bad_rows)} of {len(features)} rows, "
+                f"first in row {count + bad_rows[0]}; fill or drop them"
+            )
+        count += len(labels)
+        shapes.add(features.shape[1:])
+        # Of values the ends are enough to see that they vary.
+        known = np.unique(labels)
+        known = known[[0, -1]] if problem == "regression" and len(known) > 1 else known
+        found = np.unique(np.concatenate([found.astype(known.dtype) if found.size == 0 else found, known]))
+    if not count:
+        raise DataError(f"{source} must hold rows, found none; give it some")
+    if len(shapes) > 1:
+        raise DataError(f"{source}: all rows must have one shape, found {sorted(shapes)}; mend it")
+    if problem == "regression" and len(found) < 2:
+        raise DataError(f"{source}: the target must vary, found {found[0]} in every row")
+    if len(found) < 2:
+        raise DataError(f"{source}: labels must have two classes at least, found {len(found)}")
+
+    def chunks() -> Iterator[Chunk]:
+        for features, labels in _numbers(source, arrays, problem):
+            target = labels if problem == "regression" else np.searchsorted(found, labels).astype(np.int64)
+            yield Chunk(features=features, target=target, content=hash_rows(features))
+
+    classes = () if problem == "regression" else tuple(str(name) for name in found)
+    return Rows(count=count, shape=shapes.pop(), classes=classes, chunks=chunks)
+
+
+def _numbers(source: str, arrays: Arrays, problem: Problem) -> Iterator[tuple[npt.NDArray[np.float32], Any]]:
+    before = 0
+    for found in arrays():
+        try:
+            features, labels = np.asarray(found[0], dtype=np.float32), np.asarray(found[1])
+        except (TypeError, ValueError) as error:
+            raise DataError(f"{source}: features must be numbers, but {error}") from error
+        if features.ndim < 2 or labels.shape != features.shape[:1]:
+            raise DataError(
+                f"{source}: features must have shape (rows, ...) and labels (rows,), "
+                f"found {features.shape} and {labels.shape}"
+            )
+        yield features, _values(source, labels, before) if problem == "regression" else labels
+        before += len(labels)
+
+
+def _values(source: str, labels: npt.NDArray[Any], before: int) -> npt.NDArray[np.float32]:
+    """The target of a regression; `before` is the number of the first row."""
     try:
         values = labels.astype(np.float32)
     except (TypeError, ValueError) as error:
@@ -82,89 +139,247 @@ def _values(source: str, labels: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
         ) from error
     if not np.isfinite(values).all():
         row = int(np.flatnonzero(~np.isfinite(values))[0])
-        raise DataError(f"{source}: the target must be finite, found {labels[row]} in row {row}; fill or drop it")
-    if values.min() == values.max():
-        raise DataError(f"{source}: the target must vary, found {labels[0]} in every row")
+        raise DataError(
+            f"{source}: the target must be finite, found {labels[row]} in row {before + row}; fill or drop it"
+        )
     return values
 
 
-def table_rows(frame: pd.DataFrame, data: DataConfig, problem: Problem) -> Rows:
-    """A table's rows, with everything that is wrong with it collected: what stops the night is raised together."""
-    source = data.source
-    frame = frame.rename(columns=str)
-    if frame.empty:
-        raise DataError(f"{source} must hold rows, found none below its header; give it some")
-    target_name = data.target or str(frame.columns[-1])
-    named = [("target", target_name), ("split_by", data.split_by), *(("roles", name) for name in data.roles)]
-    for field, name in named:
-        if name is not None and name not in frame.columns:
-            known = ", ".join(frame.columns[:50])
-            raise DataError(f"data.{field} must name a column of {source}, found {name!r}; known are {known}")
-    frame = frame.apply(lambda values: without_missing(values, data.missing))
-    findings: list[Finding] = []
-    there = frame[target_name].notna()
-    if not there.all():
-        rows = ", ".join(str(row) for row in np.flatnonzero(~there)[:EXAMPLES])
-        findings += finding(
-            "missing_target", data,
-            f"column {target_name}, the target, must have a value in every row, found none in {int((~there).sum())} "
-            f"rows (row {rows}); set data.checks.missing_target: warn to leave such rows out",
-        )  # fmt: skip
-        frame = frame[there].reset_index(drop=True)
-    if frame.empty:
-        raise DataError(f"{source}: column {target_name}, the target, must have a value, found none; name another")
-    labels = frame[target_name]
-    features = frame.drop(columns=[target_name, *({data.split_by} - {None, target_name})])
-    columns, described, found = find_columns(features, data)
-    findings += found
-    if not columns:
-        raise DataError(
-            f"{source} must have a column to learn from, found none beside the target {target_name}; add one"
-        )
-    try:
-        matrix = encode(features, columns)
-    except ValueError as error:
-        raise DataError(
-            f"{source}: {error}; mend it, add the text to data.missing, or set another data.roles"
-        ) from error
-    if problem == "classification":
-        texts = text_of(labels)
-        findings += [] if data.tidy_labels else labels_alike(texts.unique(), data)
-        labels = _tidied(texts) if data.tidy_labels else texts
-        findings += _small_classes(labels, data)
-        whole = pd.to_numeric(labels, errors="coerce").notna().all()
-        names = tuple(sorted(labels.unique(), key=(lambda label: (float(label), label)) if whole else str))
-        target: npt.NDArray[Any] = pd.Index(names).get_indexer(labels).astype(np.int64)
-        if len(names) < 2:
-            raise DataError(f"{source}: labels must have two classes at least, found {len(names)}")
-    else:
-        names, target = (), _values(source, labels.to_numpy(dtype=object, na_value=np.nan))
-    findings += _leaks(matrix, target, columns, problem, data)
-    errors = [found.sentence for found in findings if found.severity == "error"]
+def table_rows(frames: Frames, data: DataConfig, problem: Problem) -> Rows:
+    """A table's rows, with everything that is wrong with it collected: what stops the night is raised together. The
+    frames have the same columns, and one index that numbers all rows."""
+    table = _Table(frames, data, problem)
+    errors = [found.sentence for found in table.findings if found.severity == "error"]
     if errors:
-        raise DataError(f"{source}: " + "; and ".join(errors))
+        raise DataError(f"{data.source}: " + "; and ".join(errors))
     return Rows(
-        features=matrix,
-        target=target,
-        classes=names,
-        columns=tuple(columns),
-        content=_content(matrix, columns),
-        identity=None if data.split_by is None else [str(value).encode() for value in text_of(frame[data.split_by])],
-        described=tuple(described),
-        findings=tuple(findings),
+        count=table.count,
+        shape=(len(table.columns),),
+        classes=table.classes,
+        chunks=table.chunks,
+        columns=table.columns,
+        described=table.described,
+        findings=tuple(table.findings),
     )
 
 
-def _tidied(texts: "pd.Series[Any]") -> "pd.Series[Any]":
-    """Each label as its most frequent spelling; the first in the alphabet where two are as frequent."""
+class _Table:
+    """A table, looked at once from its first row to its last."""
+
+    def __init__(self, frames: Frames, data: DataConfig, problem: Problem) -> None:
+        self._frames = frames
+        self._data = data
+        self._problem = problem
+        self._target = data.target or ""
+        self._labels: Counter[str] = Counter()
+        self._ends: list[float] = []
+        self._without_target: list[Any] = []
+        self._sample = _Sample()
+        self.count = 0
+        surveys = self._look()
+        # In one order whatever the source's, so that equal rows make equal files.
+        found = [column for survey in surveys if (column := survey.column) is not None]
+        self.columns = tuple(sorted(found, key=lambda column: column.name))
+        self.described = tuple(survey.described for survey in surveys)
+        self._spelled = _spelled(self._labels) if data.tidy_labels else {label: label for label in self._labels}
+        self.classes = () if problem == "regression" else _in_order(set(self._spelled.values()))
+        self._codes = (
+            {label: self.classes.index(self._spelled[label]) for label in self._labels} if self.classes else {}
+        )
+        self.findings = self._check(surveys)
+
+    def chunks(self) -> Iterator[Chunk]:
+        for frame in self._frames():
+            try:
+                frame, target = self._with_target(frame.rename(columns=str))
+            except KeyError as error:
+                raise DataError(
+                    f"{self._data.source} must stay as it is while it is read, found {error}, which was not there at "
+                    "first; run again"
+                ) from error
+            yield self._chunk(frame, target)
+
+    def _look(self) -> list[Survey]:
+        """Raises DataError for what leaves nothing to look at."""
+        data, source = self._data, self._data.source
+        surveys: dict[str, Survey] = {}
+        rows = 0
+        for frame in self._frames():
+            frame = frame.rename(columns=str)
+            if not surveys:
+                self._target = data.target or str(frame.columns[-1])
+                self._check_names(list(frame.columns))
+                left_out = {self._target, data.split_by, data.time_column}
+                surveys = {name: Survey(name, data) for name in frame.columns if name not in left_out}
+            rows += len(frame)
+            frame, target = self._with_target(frame, counted=True)
+            for name, survey in surveys.items():
+                survey.add(frame[name])
+            self._sample.add(frame)
+            self.count += len(frame)
+            if self._problem == "regression" and len(target):
+                self._ends = [min([*self._ends, target.min()]), max([*self._ends, target.max()])]
+        if not rows:
+            raise DataError(f"{source} must hold rows, found none below its header; give it some")
+        if not self.count:
+            raise DataError(f"{source}: column {self._target}, the target, must have a value, found none; name another")
+        return list(surveys.values())
+
+    def _check_names(self, known: list[str]) -> None:
+        data = self._data
+        named = [
+            ("target", self._target), ("split_by", data.split_by), ("time_column", data.time_column),
+            *(("roles", name) for name in data.roles),
+        ]  # fmt: skip
+        for field, name in named:
+            if name is not None and name not in known:
+                raise DataError(
+                    f"data.{field} must name a column of {data.source}, found {name!r}; known are "
+                    f"{', '.join(known[:50])}"
+                )
+
+    def _with_target(self, frame: pd.DataFrame, *, counted: bool = False) -> tuple[pd.DataFrame, npt.NDArray[Any]]:
+        """The rows that have a target, and what it is there: a class's code, before classes are known its place among
+        the chunk's labels, or a value. `counted` is for the first look."""
+        codes, values = distinct(frame[self._target], self._data.missing)
+        there = codes >= 0
+        if not there.all():
+            if counted:
+                self._without_target += list(frame.index[~there])
+            frame, codes = frame[there], codes[there]
+        if self._problem == "regression":
+            return frame, self._numbers_of(values, codes, frame)
+        texts = text_of(values)
+        if counted:
+            self._labels.update(dict(zip(texts, np.bincount(codes, minlength=len(texts)).tolist(), strict=True)))
+            return frame, codes
+        return frame, np.array([self._codes[text] for text in texts], dtype=np.int64)[codes]
+
+    def _numbers_of(
+        self, values: "pd.Series[Any]", codes: npt.NDArray[np.int64], frame: pd.DataFrame
+    ) -> npt.NDArray[np.float32]:
+        wide = pd.to_numeric(values, errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
+        with np.errstate(over="ignore"):
+            numbers: npt.NDArray[np.float32] = wide.astype(np.float32)
+        bad = np.flatnonzero(~np.isfinite(numbers)[codes])
+        if len(bad):
+            raise DataError(
+                f"{self._data.source}: the target of a regression must be finite numbers, found "
+                f"{values.iloc[codes[bad[0]]]!r} in row {frame.index[bad[0]]}; mend it, or choose a search.objective "
+                "for classes"
+            )
+        return numbers[codes]
+
+    def _chunk(self, frame: pd.DataFrame, target: npt.NDArray[Any]) -> Chunk:
+        data = self._data
+        matrix = self._encoded(frame)
+        identity = days = None
+        if data.split_by is not None:
+            codes, values = distinct(frame[data.split_by], data.missing)
+            names = [str(value).encode() for value in [*text_of(values), pd.NA]]
+            identity = hash_bytes(names)[codes]
+        if data.time_column is not None:
+            days = self._days(frame, data.time_column)
+        content = _content(matrix, self.columns)
+        return Chunk(features=matrix, target=target, content=content, identity=identity, days=days)
+
+    def _days(self, frame: pd.DataFrame, name: str) -> npt.NDArray[np.float64]:
+        column = Column(name=name, role="datetime", missing=self._data.missing)
+        try:
+            days = encode(frame, [column])[:, 0].astype(np.float64)
+        except ValueError as error:
+            raise DataError(f"{self._data.source}: {error}; mend it, or split by something else") from error
+        if np.isnan(days).any():
+            row = frame.index[int(np.flatnonzero(np.isnan(days))[0])]
+            raise DataError(
+                f"{self._data.source}: column {name}, data.time_column, must hold a date in every row, found none in "
+                f"row {row}; fill or drop such rows"
+            )
+        return days
+
+    def _encoded(self, frame: pd.DataFrame) -> npt.NDArray[np.float32]:
+        try:
+            return encode(frame, self.columns)
+        except ValueError as error:
+            raise DataError(
+                f"{self._data.source}: {error}; mend it, add the text to data.missing, or set another data.roles"
+            ) from error
+
+    def _check(self, surveys: list[Survey]) -> list[Finding]:
+        data, source = self._data, self._data.source
+        findings: list[Finding] = []
+        if self._without_target:
+            rows = ", ".join(str(row) for row in self._without_target[:EXAMPLES])
+            findings += finding(
+                "missing_target", data,
+                f"column {self._target}, the target, must have a value in every row, found none in "
+                f"{len(self._without_target)} rows (row {rows}); set data.checks.missing_target: warn to leave such "
+                "rows out",
+            )  # fmt: skip
+        findings += [found for survey in surveys for found in survey.findings]
+        if not self.columns:
+            raise DataError(
+                f"{source} must have a column to learn from, found none beside the target {self._target}; add one"
+            )
+        if self._problem == "classification":
+            findings += [] if data.tidy_labels else labels_alike(self._labels, data)
+            rows_of: Counter[str] = Counter()
+            for label, count in self._labels.items():
+                rows_of[self._spelled[label]] += count
+            findings += _small_classes(rows_of, data)
+            if len(self.classes) < 2:
+                raise DataError(f"{source}: labels must have two classes at least, found {len(self.classes)}")
+        elif self._ends[0] == self._ends[1]:
+            raise DataError(f"{source}: the target must vary, found {self._ends[0]:g} in every row")
+        frame, target = self._with_target(self._sample.frame())
+        self._sample = _Sample()
+        return findings + _leaks(self._encoded(frame), target, self.columns, self._problem, data)
+
+
+class _Sample:
+    """Rows of a table that is read chunk by chunk, each as likely to be among them as any other."""
+
+    def __init__(self) -> None:
+        self._draw = np.random.default_rng(0)
+        self._keys = np.array([])
+        self._parts: list[pd.DataFrame] = []
+
+    def add(self, frame: pd.DataFrame) -> None:
+        keys = self._draw.random(len(frame))
+        chosen = keys < self._highest
+        self._keys = np.concatenate([self._keys, keys[chosen]])
+        self._parts.append(frame[chosen].astype(dict.fromkeys(frame.select_dtypes("category"), object)))
+        if len(self._keys) > 2 * LEAK_ROWS:
+            self.frame()
+
+    @property
+    def _highest(self) -> float:
+        return float(self._keys.max()) if len(self._keys) == LEAK_ROWS else 1.0
+
+    def frame(self) -> pd.DataFrame:
+        """The rows whose keys are the lowest, in the order of their keys."""
+        joined = pd.concat(self._parts)
+        lowest = np.argsort(self._keys)[:LEAK_ROWS]
+        self._keys, self._parts = self._keys[lowest], [joined.iloc[lowest]]
+        return self._parts[0]
+
+
+def _spelled(counts: Counter[str]) -> dict[str, str]:
+    """Each label's most frequent spelling; the first in the alphabet where two are as frequent."""
     spelled: dict[str, str] = {}
-    for label in sorted(counts := Counter(texts), key=lambda label: (-counts[label], label)):
+    for label in sorted(counts, key=lambda label: (-counts[label], label)):
         spelled.setdefault(tidy(label), label)
-    return texts.map(lambda label: spelled[tidy(label)])
+    return {label: spelled[tidy(label)] for label in counts}
 
 
-def _small_classes(labels: "pd.Series[Any]", data: DataConfig) -> list[Finding]:
-    small = [f"{name!r} ({count})" for name, count in sorted(Counter(labels).items()) if count < SMALL_CLASS_ROWS]
+def _in_order(names: set[str]) -> tuple[str, ...]:
+    """By number where all are numbers, else by the alphabet."""
+    numbers = pd.to_numeric(pd.Series(sorted(names)), errors="coerce").notna().all()
+    return tuple(sorted(names, key=(lambda label: (float(label), label)) if numbers else str))
+
+
+def _small_classes(rows_of: Counter[str], data: DataConfig) -> list[Finding]:
+    small = [f"{name!r} ({count})" for name, count in sorted(rows_of.items()) if count < SMALL_CLASS_ROWS]
     if not small:
         return []
     return finding(
@@ -174,20 +389,24 @@ def _small_classes(labels: "pd.Series[Any]", data: DataConfig) -> list[Finding]:
 
 
 def _leaks(
-    matrix: npt.NDArray[np.float32], target: npt.NDArray[Any], columns: list[Column], problem: Problem, data: DataConfig
+    matrix: npt.NDArray[np.float32],
+    target: npt.NDArray[Any],
+    columns: tuple[Column, ...],
+    problem: Problem,
+    data: DataConfig,
 ) -> list[Finding]:
-    """Columns of which one alone predicts the target for rows that it was not fitted on, by a small tree."""
-    chosen = np.random.default_rng(0).permutation(len(matrix))[:LEAK_ROWS]
-    half = len(chosen) // 2
+    """Columns of which one alone predicts the target for rows that it was not fitted on, by a small tree; the rows are
+    in no order."""
+    half = len(matrix) // 2
     if half < 50 or (problem == "classification" and np.bincount(target).max() > LEAK_SCORE * len(target)):
         return []
     findings = []
     for place, column in enumerate(columns):
-        values = matrix[chosen, place : place + 1]
+        values = matrix[:, place : place + 1]
         tree = (DecisionTreeClassifier if problem == "classification" else DecisionTreeRegressor)(
             max_leaf_nodes=64, random_state=0
         )
-        found = tree.fit(values[:half], target[chosen[:half]]).score(values[half:], target[chosen[half:]])
+        found = tree.fit(values[:half], target[:half]).score(values[half:], target[half:])
         if found >= LEAK_SCORE:
             findings += finding(
                 "leaking_column", data,
@@ -197,7 +416,7 @@ def _leaks(
     return findings
 
 
-def _content(matrix: npt.NDArray[np.float32], columns: list[Column]) -> list[bytes]:
+def _content(matrix: npt.NDArray[np.float32], columns: tuple[Column, ...]) -> Hashes:
     """Each row's content, whatever the order of the columns, the file it came from, and today's list of categories: a
     category counts by its name, not by its code."""
     parts = {}
@@ -209,4 +428,4 @@ def _content(matrix: npt.NDArray[np.float32], columns: list[Column]) -> list[byt
         else:
             parts[column.name] = pd.util.hash_array(values + np.float32(0))
     hashes = np.column_stack([parts[name] for name in sorted(parts)])
-    return [row.tobytes() for row in np.ascontiguousarray(hashes, dtype=">u8")]
+    return hash_bytes(row.tobytes() for row in np.ascontiguousarray(hashes, dtype=">u8"))

@@ -1,20 +1,21 @@
-"""Where rows come from: files (CSV, Parquet, NumPy, IDX, folders of images), a built-in scikit-learn set, or a Python
-function of the user's own.
+"""Where rows come from: files (CSV, Parquet, NumPy, IDX, folders of images) here or in S3, a database's query, a
+built-in scikit-learn set, or a Python function of the user's own.
 
-Tables are read by pyarrow, which names the row that is ragged and which MLflow brings along anyway. Knows nothing of
-what is in a column, and of splits.
+Tables are read by pyarrow, which names the row that is ragged, keeps each distinct text of a chunk once, and which
+MLflow brings along anyway. Knows nothing of what is in a column, and of splits.
 """
 
 import csv
 import gzip
 import importlib.util
+import json
 import math
 import struct
 import zipfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -22,13 +23,16 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
+import sklearn
+import sqlalchemy
 from PIL import Image
 from sklearn import datasets
 
+from infra.downloads import download, is_in_s3, object_tags
 from models.shapes import Problem
 from tasks.columns import EXAMPLES
 from tasks.job import DataConfig
-from tasks.rows import DataError, Rows, array_rows, table_rows
+from tasks.rows import DataError, Frames, Rows, array_rows, table_rows
 
 SKLEARN_SETS: dict[str, Callable[[], Any]] = {
     "digits": datasets.load_digits,
@@ -40,49 +44,117 @@ SKLEARN_SETS: dict[str, Callable[[], Any]] = {
 CSV_SUFFIXES = (".csv", ".csv.gz", ".tsv", ".tsv.gz", ".data", ".txt")
 IDX_SUFFIXES = ("ubyte", "ubyte.gz", ".idx", ".idx.gz")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")
+DATABASES = ("postgresql", "sqlite")
 # A longer field is no value of a table, and a larger array no data for this machine, whatever a header claims.
 MOST_FIELD_LETTERS = 100_000
 MOST_ARRAY_BYTES = 16 * 2**30
+# What is read of a source at once, of a table and of arrays.
+CHUNK_VALUES = 2**20
+CHUNK_BYTES = 2**24
+QUERY_ROWS = 2**15
+# gzip makes a file at most 1,032 times smaller. What people keep in tables shrinks 3 to 20 times.
+MOST_INFLATION = 200
+LEAST_BOMB_BYTES = 2**30
+NUMPY_TYPES = {
+    pa.bool_(): pd.BooleanDtype(),
+    **{kind: pd.Int64Dtype() for kind in (pa.int8(), pa.int16(), pa.int32(), pa.int64())},
+}
 
 
-def read_rows(data: DataConfig, problem: Problem) -> Rows:
-    """Read a source.
+def read_rows(data: DataConfig, problem: Problem, downloads: Path, scratch: Path) -> Rows:
+    """Find out what a source holds, and how its rows are read, chunk by chunk.
 
     `path/to/*.csv` (or .tsv, gzip or not) and `path/to/*.parquet`: a table, of one file or of all that match.
     `path/to/rows.npz`: arrays `features` and `target`. `images-idx3-ubyte.gz` with `data.labels`: MNIST's format.
-    `path/to/folder`: images, a sub-folder a class. `sklearn://digits`. `path/to/load.py:rows`: a function without
+    `path/to/folder`: images, a sub-folder a class. Each of these may be `s3://bucket/key` instead, and is then copied
+    into the folder `downloads`, which is kept. `postgresql://host/database` or `sqlite:///file` with `data.query`: what
+    the query gives, copied into the folder `scratch`. `sklearn://digits`. `path/to/load.py:rows`: a function without
     arguments that returns a DataFrame, or features (rows, ...) and labels or target values (rows,).
 
     Raises DataError: the source is unknown or cannot be read, or what it gives does not make rows for the problem.
+    StoreError where S3 refuses or does not answer.
     """
+    if is_in_s3(data.source):
+        here = {"source": download(data.source, downloads)}
+        if data.labels is not None and is_in_s3(data.labels):
+            here["labels"] = download(data.labels, downloads)
+        try:
+            return _read(data.model_copy(update=here), problem, scratch)
+        except DataError as error:
+            raise DataError(str(error).replace(here["source"], data.source)) from error
+    return _read(data, problem, scratch)
+
+
+def source_stamp(data: DataConfig) -> str | None:
+    """A text that changes whenever the source does: names, sizes and times of its files, or what S3 says of its
+    objects; None where only reading it tells, as of a function or a query. Raises StoreError, OSError."""
+    if data.source.startswith("sklearn://"):
+        return f"{data.source} {sklearn.__version__}"
+    if ".py:" in data.source or data.query is not None:
+        return None
+    return json.dumps([_stamp(place) for place in (data.source, data.labels) if place is not None])
+
+
+def _stamp(place: str) -> list[Any]:
+    if is_in_s3(place):
+        return sorted(object_tags(place).items())
+    path = Path(place)
+    found = path.glob("*/*") if path.is_dir() else _matching(path)
+    stats = {file.as_posix(): file.stat() for file in found}
+    return sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats.items())
+
+
+def _matching(path: Path) -> list[Path]:
+    """All files that a pattern matches, in the order of their names; the path itself where it is none."""
+    return sorted(path.parent.glob(path.name)) if {"*", "?", "["} & set(path.name) else [path]
+
+
+def _read(data: DataConfig, problem: Problem, scratch: Path) -> Rows:
     source = data.source
     name = Path(source).name.lower()
     try:
         if source.startswith("sklearn://"):
-            return array_rows(source, *_built_in(source), problem)
+            return array_rows(source, _slices(*_built_in(source)), problem)
+        if source.partition(":")[0].partition("+")[0] in DATABASES:
+            return table_rows(_frames_of_query(data, scratch), data, problem)
         if ".py:" in source:
             found = _call(source)
             if isinstance(found, pd.DataFrame):
-                return table_rows(found, data, problem)
-            return array_rows(source, *_pair(source, found), problem)
+                return table_rows(_frames_of(found), data, problem)
+            return array_rows(source, _slices(*_pair(source, found)), problem)
         if name.endswith((*CSV_SUFFIXES, ".parquet")):
-            read = _read_parquet if name.endswith(".parquet") else _read_csv
-            return table_rows(_read_files(data, read), data, problem)
+            return table_rows(_frames_of_files(data), data, problem)
         if name.endswith(".npz"):
-            return array_rows(source, *_read_npz(Path(source)), problem)
+            return array_rows(source, _slices(*_read_npz(Path(source))), problem)
         if name.endswith(IDX_SUFFIXES):
-            return array_rows(source, *_read_idx_pair(data), problem)
+            return array_rows(source, _idx_pairs(data), problem)
         if Path(source).is_dir():
-            return array_rows(source, *_read_images(Path(source)), problem)
+            return array_rows(source, _images(Path(source)), problem)
     except FileNotFoundError as error:
         raise DataError(f"data.source: {error.filename or source} does not exist; correct the path") from error
     except (OSError, EOFError, pa.ArrowException, zipfile.BadZipFile, struct.error) as error:
         reason = str(error).strip().partition("\n")[0]
         raise DataError(f"{source} must be readable whole, but {reason}; mend it or fetch it again") from error
     raise DataError(
-        f"data.source must name a file (.csv, .tsv, .parquet, .npz, IDX), a folder of images, sklearn://NAME or "
-        f"path/to/load.py:function, found {source!r}; name one of them"
+        "data.source must name a file (.csv, .tsv, .parquet, .npz, IDX) or a folder of images, here or as s3://..., "
+        "a database (postgresql://... or sqlite:///...), sklearn://NAME or path/to/load.py:function, found "
+        f"{source!r}; name one of them"
     )
+
+
+def _slices(features: Any, labels: Any) -> Callable[[], Iterator[tuple[Any, Any]]]:
+    """What is in memory already, in pieces; arrays that do not fit together are left for whoever checks them."""
+    features, labels = np.asarray(features), np.asarray(labels)
+
+    def pieces() -> Iterator[tuple[Any, Any]]:
+        if not (features.ndim and labels.shape == features.shape[:1]):
+            yield features, labels
+            return
+        step = max(1, CHUNK_BYTES * len(labels) // max(1, features.nbytes))
+        for begin in range(0, len(labels), step):
+            yield features[begin : begin + step], labels[begin : begin + step]
+
+    return pieces
 
 
 def _built_in(source: str) -> tuple[Any, Any]:
@@ -118,24 +190,49 @@ def _call(source: str) -> Any:
         ) from error
 
 
-def _read_files(data: DataConfig, read: Callable[[Path, DataConfig], pd.DataFrame]) -> pd.DataFrame:
+def _frames_of(frame: pd.DataFrame) -> Frames:
+    numbered, step = frame.reset_index(drop=True), _chunk_rows(frame.columns)
+    return lambda: (numbered.iloc[begin : begin + step] for begin in range(0, max(1, len(numbered)), step))
+
+
+def _chunk_rows(columns: Collection[Any]) -> int:
+    return max(1, CHUNK_VALUES // max(1, len(columns)))
+
+
+def _frames_of_files(data: DataConfig) -> Frames:
     """All files that match, in the order of their names; they must have the same columns."""
     source = Path(data.source)
-    paths = sorted(source.parent.glob(source.name)) if {"*", "?", "["} & set(source.name) else [source]
+    paths = _matching(source)
     if not paths:
         raise DataError(f"data.source: no file matches {data.source}; correct the pattern")
-    frames = [read(path, data) for path in paths]
-    for path, frame in zip(paths[1:], frames[1:], strict=True):
-        if list(frame.columns) != list(frames[0].columns):
-            odd = sorted(set(frame.columns) ^ set(frames[0].columns))
-            raise DataError(
-                f"{path} must have the columns of {paths[0].name}, found a difference in "
-                f"{', '.join(map(str, odd[:EXAMPLES])) or 'their order'}; mend it or match fewer files"
-            )
-    return pd.concat(frames, ignore_index=True) if len(frames) > 1 else frames[0]
+    read = _parquet_frames if source.name.lower().endswith(".parquet") else _csv_frames
+    return lambda: _numbered(_alike((path, read(path, data)) for path in paths))
 
 
-def _read_csv(path: Path, data: DataConfig) -> pd.DataFrame:
+def _alike(files: Iterable[tuple[Path, Iterable[pd.DataFrame]]]) -> Iterator[pd.DataFrame]:
+    """The frames of all files. Raises DataError where one has other columns than the first."""
+    known: list[Any] = []
+    first = ""
+    for path, frames in files:
+        for frame in frames:
+            known, first = known or list(frame.columns), first or path.name
+            if list(frame.columns) != known:
+                odd = sorted(set(frame.columns) ^ set(known))
+                raise DataError(
+                    f"{path} must have the columns of {first}, found a difference in "
+                    f"{', '.join(map(str, odd[:EXAMPLES])) or 'their order'}; mend it or match fewer files"
+                )
+            yield frame
+
+
+def _numbered(frames: Iterable[pd.DataFrame]) -> Iterator[pd.DataFrame]:
+    begin = 0
+    for frame in frames:
+        yield frame.set_axis(pd.RangeIndex(begin, begin + len(frame)))
+        begin += len(frame)
+
+
+def _csv_frames(path: Path, data: DataConfig) -> Iterator[pd.DataFrame]:
     """Every cell as a text, as it stands in the file; what it means is seen when the whole column is known."""
     delimiter = "\t" if ".tsv" in path.name and data.delimiter == "," else data.delimiter
     with (
@@ -150,38 +247,95 @@ def _read_csv(path: Path, data: DataConfig) -> pd.DataFrame:
     names = [name.strip() for name in first] if data.header else [str(place) for place in range(len(first))]
     if repeated := [name for name, count in Counter(names).items() if count > 1]:
         raise DataError(f"{path}: each column must have a name of its own, found {repeated[0]!r} twice; rename one")
-    table = pyarrow.csv.read_csv(
+    text = pa.dictionary(pa.int32(), pa.string())
+    reader = pyarrow.csv.open_csv(
         path,
-        read_options=pyarrow.csv.ReadOptions(column_names=names, skip_rows=int(data.header), block_size=2**24),
+        read_options=pyarrow.csv.ReadOptions(column_names=names, skip_rows=int(data.header), block_size=CHUNK_BYTES),
         parse_options=pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
-        convert_options=pyarrow.csv.ConvertOptions(
-            column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=False
-        ),
+        convert_options=pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(names, text), strings_can_be_null=False),
     )
-    frame = table.to_pandas()
-    for name in frame.columns:
-        if (longest := frame[name].str.len().max()) > MOST_FIELD_LETTERS:
+    rows = size = 0
+    for batch in reader:
+        size += batch.nbytes
+        if path.suffix == ".gz" and size > max(LEAST_BOMB_BYTES, MOST_INFLATION * path.stat().st_size):
             raise DataError(
-                f"{path}: column {name} must hold at most {MOST_FIELD_LETTERS} letters a field, found {longest}; look "
-                "for a quote that is never closed"
+                f"{path} must unpack to at most {MOST_INFLATION} times its size, found more after {rows} rows; look "
+                "where it comes from, or unpack it yourself"
             )
-        zero = frame[name].str.contains("\0", regex=False)
-        if zero.any():
-            raise DataError(
-                f"{path}: column {name} must be text, found a NUL byte in row {int(np.flatnonzero(zero)[0])}; "
-                "write the file again"
-            )
-    return frame
+        frame = batch.to_pandas()
+        for name in frame.columns:
+            _check_texts(path, frame[name], rows)
+        yield frame
+        rows += len(frame)
 
 
-def _read_parquet(path: Path, _: DataConfig) -> pd.DataFrame:
-    table = pyarrow.parquet.read_table(path)
-    for field in table.schema:
+def _check_texts(path: Path, column: "pd.Series[Any]", before: int) -> None:
+    texts = pd.Series(column.cat.categories)
+    if texts.empty:
+        return
+    if (longest := texts.str.len().max()) > MOST_FIELD_LETTERS:
+        raise DataError(
+            f"{path}: column {column.name} must hold at most {MOST_FIELD_LETTERS} letters a field, found {longest}; "
+            "look for a quote that is never closed"
+        )
+    zero = texts.str.contains("\0", regex=False).to_numpy(dtype=bool)
+    if zero.any():
+        row = before + int(np.flatnonzero(zero[column.cat.codes])[0])
+        raise DataError(f"{path}: column {column.name} must be text, found a NUL byte in row {row}; write it again")
+
+
+def _parquet_frames(path: Path, _: DataConfig) -> Iterator[pd.DataFrame]:
+    with pyarrow.parquet.ParquetFile(path) as file:
+        schema = file.schema_arrow
+    for field in schema:
         if pa.types.is_nested(field.type) or pa.types.is_binary(field.type):
             raise DataError(
                 f"{path}: column {field.name} must hold plain values, found {field.type}; leave it out of the file"
             )
-    return table.to_pandas()
+    texts = [field.name for field in schema if pa.types.is_string(field.type) or pa.types.is_large_string(field.type)]
+    with pyarrow.parquet.ParquetFile(path, read_dictionary=texts, pre_buffer=False, buffer_size=2**20) as file:
+        if file.metadata.num_rows == 0:
+            yield schema.empty_table().to_pandas()
+        for batch in file.iter_batches(_chunk_rows(schema.names), columns=schema.names):
+            yield batch.to_pandas(types_mapper=NUMPY_TYPES.get)
+
+
+def _frames_of_query(data: DataConfig, scratch: Path) -> Frames:
+    """What the query gives, copied to Parquet files in chunks and read from there: two runs of it may give two
+    tables."""
+    if data.query is None:
+        raise DataError(f"data.query must say what to select from {data.source}, found none; add it")
+    paths: list[Path] = []
+    try:
+        url = sqlalchemy.make_url(data.source)
+        if url.drivername == "postgresql":
+            url = url.set(drivername="postgresql+psycopg")
+        engine = sqlalchemy.create_engine(url, poolclass=sqlalchemy.NullPool)
+        with engine.connect().execution_options(stream_results=True) as connection:
+            for frame in pd.read_sql_query(sqlalchemy.text(data.query), connection, chunksize=QUERY_ROWS):
+                _check_query_names(frame)
+                paths.append(scratch / f"{len(paths):06}.parquet")
+                _plain(frame).to_parquet(paths[-1])
+    except (sqlalchemy.exc.SQLAlchemyError, pd.errors.DatabaseError, ImportError) as error:
+        # The database's own words, without the query around them.
+        cause = error.__cause__ if isinstance(error, pd.errors.DatabaseError) else error
+        reason = str(getattr(cause, "orig", None) or cause).strip().partition("\n")[0]
+        raise DataError(
+            f"data.query must be answered by {data.source}, but {reason}; mend the query, the URL or the password "
+            "(PGPASSWORD, ~/.pgpass)"
+        ) from error
+    return lambda: _numbered(_alike((path, _parquet_frames(path, data)) for path in paths))
+
+
+def _check_query_names(frame: pd.DataFrame) -> None:
+    if repeated := [name for name, count in Counter(frame.columns).items() if count > 1]:
+        raise DataError(f"data.query must name each column once, found {repeated[0]!r} twice; rename one with AS")
+
+
+def _plain(frame: pd.DataFrame) -> pd.DataFrame:
+    """Numbers, truths, moments and texts; whatever else a database has (UUIDs, dates, decimals) as its text."""
+    odd = [name for name, dtype in frame.dtypes.items() if pd.api.types.is_object_dtype(dtype)]
+    return frame.astype(dict.fromkeys(odd, "string"))
 
 
 def _read_npz(path: Path) -> tuple[Any, Any]:
@@ -199,48 +353,81 @@ def _read_npz(path: Path) -> tuple[Any, Any]:
             ) from error
 
 
-def _read_idx_pair(data: DataConfig) -> tuple[Any, Any]:
+def _idx_pairs(data: DataConfig) -> Callable[[], Iterator[tuple[Any, Any]]]:
+    """Images as values from 0 to 1, (rows, 1, height, width), and their labels, which are few bytes."""
     if data.labels is None:
         raise DataError(f"data.labels must name the file of labels beside {data.source}, found none; add it")
-    images = _read_idx(Path(data.source))
-    if images.ndim < 2:
+    path = Path(data.source)
+    with _open(path) as file:
+        shape = _idx_shape(path, file)
+    if len(shape) < 2:
+        raise DataError(f"{data.source} must hold images, found a list of {shape[0]} numbers; swap it with data.labels")
+    with _open(Path(data.labels)) as file:
+        label_shape = _idx_shape(Path(data.labels), file)
+        labels = np.concatenate([*_idx_values(Path(data.labels), file, label_shape), np.zeros(0, dtype=np.uint8)])
+    if labels.shape != shape[:1]:
         raise DataError(
-            f"{data.source} must hold images, found a list of {len(images)} numbers; swap it with data.labels"
+            f"{data.labels} must hold a label for each of {shape[0]} images, found {labels.shape}; name another"
         )
-    scaled = images.astype(np.float32) / np.float32(255)
-    return (scaled[:, None] if images.ndim == 3 else scaled), _read_idx(Path(data.labels))
+
+    def pairs() -> Iterator[tuple[Any, Any]]:
+        begin = 0
+        with _open(path) as file:
+            for images in _idx_values(path, file, _idx_shape(path, file)):
+                scaled = images.astype(np.float32) / np.float32(255)
+                yield (scaled[:, None] if images.ndim == 3 else scaled), labels[begin : begin + len(images)]
+                begin += len(images)
+
+    return pairs
 
 
-def _read_idx(path: Path) -> npt.NDArray[np.uint8]:
+def _open(path: Path) -> BinaryIO:
+    return gzip.open(path) if path.suffix == ".gz" else path.open("rb")  # type: ignore[return-value]
+
+
+def _idx_shape(path: Path, file: BinaryIO) -> tuple[int, ...]:
     """Two zero bytes, the type (8: unsigned byte), the number of dimensions, their sizes as big-endian 32-bit numbers,
-    then the bytes (yann.lecun.com/exdb/mnist). What the header claims is compared before anything is allocated."""
-    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-        magic = file.read(4)
-        if len(magic) < 4 or magic[:3] != b"\0\0\x08" or not 1 <= magic[3] <= 4:
-            raise DataError(
-                f"{path} must begin as an IDX file of bytes does (00 00 08), found {magic.hex(' ')}; name another"
-            )
-        shape = struct.unpack(f">{magic[3]}I", file.read(4 * magic[3]))
-        wanted = math.prod(shape)
-        if wanted > MOST_ARRAY_BYTES:
-            raise DataError(f"{path} claims {wanted} bytes, above the {MOST_ARRAY_BYTES} that are read; split it")
-        content = file.read(wanted + 1)
-    if len(content) != wanted:
-        found = "more" if len(content) > wanted else len(content)
-        raise DataError(f"{path} must hold the {wanted} bytes that its header claims, found {found}; fetch it again")
-    return np.frombuffer(content, dtype=np.uint8).reshape(shape)
+    then the bytes (yann.lecun.com/exdb/mnist)."""
+    magic = file.read(4)
+    if len(magic) < 4 or magic[:3] != b"\0\0\x08" or not 1 <= magic[3] <= 4:
+        raise DataError(
+            f"{path} must begin as an IDX file of bytes does (00 00 08), found {magic.hex(' ')}; name another"
+        )
+    shape = struct.unpack(f">{magic[3]}I", file.read(4 * magic[3]))
+    if (claimed := math.prod(shape)) > MOST_ARRAY_BYTES:
+        raise DataError(f"{path} claims {claimed} bytes, above the {MOST_ARRAY_BYTES} that are read; split it")
+    return shape
 
 
-def _read_images(folder: Path) -> tuple[Any, Any]:
+def _idx_values(path: Path, file: BinaryIO, shape: tuple[int, ...]) -> Iterator[npt.NDArray[np.uint8]]:
+    """The rows that follow the header, in chunks, and not a byte less or more than it claims."""
+    each, wanted = math.prod(shape[1:]), math.prod(shape)
+    step = max(1, CHUNK_BYTES // max(1, each))
+    found = 0
+    for begin in range(0, shape[0], step):
+        rows = min(step, shape[0] - begin)
+        content = file.read(rows * each)
+        found += len(content)
+        if len(content) == rows * each:
+            yield np.frombuffer(content, dtype=np.uint8).reshape(rows, *shape[1:])
+    if found != wanted or file.read(1):
+        much = "more" if found == wanted else found
+        raise DataError(f"{path} must hold the {wanted} bytes that its header claims, found {much}; fetch it again")
+
+
+def _images(folder: Path) -> Callable[[], Iterator[tuple[Any, Any]]]:
     """Values from 0 to 1, (rows, channels, height, width): one channel where every image is grey, else three."""
     paths = sorted(path for path in folder.glob("*/*") if path.suffix.lower() in IMAGE_SUFFIXES)
     if not paths:
         raise DataError(f"{folder} must hold a sub-folder of images for each class, found no image; fill it")
-    images, bad = [], []
+    sizes: dict[Path, tuple[int, int]] = {}
+    modes, bad = set(), []
     for path in paths:
         try:
             with Image.open(path) as image:
-                images.append(np.asarray(image.convert("L" if image.mode in ("1", "L") else "RGB")))
+                image.load()
+                sizes[path] = image.size
+                modes.add("L" if image.mode in ("1", "L") else "RGB")
         except (OSError, Image.DecompressionBombError, SyntaxError):
             bad.append(path.relative_to(folder).as_posix())
     if bad:
@@ -248,21 +435,27 @@ def _read_images(folder: Path) -> tuple[Any, Any]:
             f"{folder}: every image must be readable, found {len(bad)} that are not "
             f"({', '.join(bad[:EXAMPLES])}); replace or delete them"
         )
-    sizes = Counter(image.shape[:2] for image in images)
-    if len(sizes) > 1:
-        height, width = sizes.most_common(1)[0][0]
-        odd = [
-            path.relative_to(folder).as_posix()
-            for path, image in zip(paths, images, strict=True)
-            if image.shape[:2] != (height, width)
-        ]
+    (width, height), _ = Counter(sizes.values()).most_common(1)[0]
+    odd = [path.relative_to(folder).as_posix() for path, size in sizes.items() if size != (width, height)]
+    if odd:
         raise DataError(
             f"{folder}: every image must have the same size, found {len(odd)} that are not {width} by {height} "
             f"({', '.join(odd[:EXAMPLES])}); resize them"
         )
-    if len({image.ndim for image in images}) > 1:
-        images = [image if image.ndim == 3 else np.repeat(image[..., None], 3, axis=2) for image in images]
-    stacked = np.stack(images).astype(np.float32) / np.float32(255)
-    return (stacked[:, None] if stacked.ndim == 3 else stacked.transpose(0, 3, 1, 2)), [
-        path.parent.name for path in paths
-    ]
+    mode = "RGB" if "RGB" in modes else "L"
+    step = max(1, CHUNK_BYTES // (width * height * len(mode)))
+
+    def pairs() -> Iterator[tuple[Any, Any]]:
+        for begin in range(0, len(paths), step):
+            some = paths[begin : begin + step]
+            stacked = np.stack([_pixels(path, mode) for path in some]).astype(np.float32) / np.float32(255)
+            yield stacked, [path.parent.name for path in some]
+
+    return pairs
+
+
+def _pixels(path: Path, mode: str) -> npt.NDArray[np.uint8]:
+    """(channels, height, width)."""
+    with Image.open(path) as image:
+        pixels = np.asarray(image.convert(mode))
+    return pixels[None] if mode == "L" else pixels.transpose(2, 0, 1)

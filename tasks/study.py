@@ -79,6 +79,15 @@ def last_study(job_name: str, studies: Path) -> optuna.Study | None:
     return next(earlier_studies(job_name, studies), None)
 
 
+def unchanged_night(job: TuningJob, fingerprint: str, studies: Path) -> str | None:
+    """The job's last study, if it came to its end and meant the same: the same search on the same snapshot."""
+    last = last_study(job.name, studies)
+    if last is None or ENDED not in last.user_attrs:
+        return None
+    known = (last.user_attrs.get(SEARCH_DIGEST), last.user_attrs.get(FINGERPRINT))
+    return last.study_name if known == (job.search_digest, fingerprint) else None
+
+
 def earlier_studies(job_name: str, studies: Path) -> Iterator[optuna.Study]:
     """The job's studies, the newest first."""
     for journal in sorted((studies / job_name).glob("*.journal"), reverse=True):

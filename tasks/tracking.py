@@ -26,7 +26,7 @@ from infra.errors import ExpectedError
 from models.solo import Epoch
 from tasks.data_card import data_card
 from tasks.job import TuningJob
-from tasks.prepare import Snapshot
+from tasks.snapshots import Snapshot
 from tasks.study import (
     FAILURE,
     FIXED,

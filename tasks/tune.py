@@ -29,9 +29,10 @@ from optuna.trial import FrozenTrial, TrialState
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 
 from infra.deploy import artifact_key
-from infra.device import describe_device
+from infra.device import describe_device, memory_bytes
 from infra.errors import ExpectedError
 from models.batches import Split
+from models.checkpoints import Checkpoint
 from models.diagnosis import Diagnosis, diagnose
 from models.evaluate import MetricName, latency_ms, parameter_count
 from models.families import Family, build_model
@@ -43,8 +44,8 @@ from models.solo import Diverged, Epoch, Resumable, Setting, Trained, Training
 from models.training import fusion_for, train_all
 from tasks.job import TuningJob
 from tasks.memory import BASELINE
-from tasks.prepare import Snapshot
 from tasks.samplers import GRID_EXHAUSTED, ORDINAL
+from tasks.snapshots import Snapshot, SplitName
 from tasks.study import (
     COSTS,
     FAILURE,
@@ -66,6 +67,8 @@ from tasks.tracking import CURVE, DEVICE, DIAGNOSIS, SECONDS, TRACEBACK, VALIDAT
 
 FUTILE_FAILURES = 3
 CHECKPOINT_SECONDS = 10
+# Of the memory of the whole device; beside the rows lie their raw form for a moment, models, and other processes.
+MEMORY_SHARE = 0.25
 # A CPU gains from 8 nearly what it gains from 16, and the search sees twice as many structures.
 WAVE_TRIALS = {"cpu": 8, "cuda": 64}
 LEAST_WAVES = 8
@@ -83,7 +86,8 @@ class Infeasible(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """A snapshot on the device, standardised by its own training rows: what trials train on."""
+    """A snapshot, standardised by its own training rows: what trials train on. On the device, or streamed from the disk
+    where the device's memory does not hold it."""
 
     snapshot: Snapshot
     preprocessing: Preprocessing
@@ -116,16 +120,23 @@ class Prepared:
 
     @classmethod
     def load(cls, snapshot: Snapshot, device: torch.device) -> "Prepared":
-        splits = snapshot.load(device)
-        rows = splits["train"][0]
+        raw = snapshot.features("train", device)
         preprocessing: Preprocessing = (
-            TablePreprocessing.fit(rows, snapshot.columns) if snapshot.columns else Standardization.fit(rows)
+            TablePreprocessing.fit(raw, snapshot.columns) if snapshot.columns else Standardization.fit(raw)
         )
-        training, validation = (
-            Split(features=preprocessing(features), target=target)
-            for features, target in (splits["train"], splits["validation"])
+        row_bytes = 4 * math.prod(preprocessing.shape_of(snapshot.shape.features))
+        needed = row_bytes * (snapshot.row_counts["train"] + snapshot.row_counts["validation"])
+        is_streamed = needed > MEMORY_SHARE * memory_bytes(device)
+        if is_streamed:
+            _logger.info("the rows take %.1f GB and are streamed from %s", needed / 1e9, snapshot.path)
+
+        def split(name: SplitName) -> Split:
+            rows = replace(snapshot.features(name, device), transform=preprocessing)
+            return Split(features=rows if is_streamed else rows[:], target=snapshot.target(name, device))
+
+        return cls(
+            snapshot=snapshot, preprocessing=preprocessing, training=split("train"), validation=split("validation")
         )
-        return cls(snapshot=snapshot, preprocessing=preprocessing, training=training, validation=validation)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -285,7 +296,7 @@ class _Candidate:
             self.trial.set_user_attr(DIAGNOSIS, diagnosis)
         finished = self._study.tell(self.trial, values, state)
         if not keep_checkpoint:
-            self._checkpoint.unlink(missing_ok=True)
+            Checkpoint.delete(self._checkpoint)
         return finished
 
 

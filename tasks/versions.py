@@ -257,6 +257,13 @@ def collect_garbage(store: Store, now: datetime) -> list[str]:
     return gone
 
 
+def promoted_snapshots(store: Store) -> set[str]:
+    """The fingerprints of the snapshots that promoted versions were made of. Raises StoreError, DamagedLog."""
+    jobs = {key.split("/")[1] for key in store.created("models/")}
+    named = {(job, entry.version) for job in jobs for entry in history(store, job)}
+    return {read_manifest(store, job, version).lineage.snapshot for job, version in named}
+
+
 def describe_file(path: Path) -> File:
     """What the manifest says of a file."""
     with path.open("rb") as file:

@@ -24,9 +24,19 @@ from models.families import family_named
 from models.shapes import DataShape
 from models.solo import Epoch, Resumable, Trained, Training, train
 from tasks.job import DataConfig, TuningJob, parse_job
-from tasks.prepare import Snapshot, prepare
+from tasks.prepare import prepare
+from tasks.snapshots import Snapshot
 from tasks.tune import Prepared
-from tests.servers import S3Server, ceph_gateway, free_port, has_ceph, ministack_server
+from tests.servers import (
+    PostgresServer,
+    S3Server,
+    ceph_gateway,
+    free_port,
+    has_ceph,
+    ministack_server,
+    postgres_programs,
+    postgres_server,
+)
 
 CPU = torch.device("cpu")
 
@@ -109,6 +119,14 @@ def rgw(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     if not has_ceph():
         require("Ceph's gateway is not installed (Debian: ceph-mon ceph-osd radosgw ceph-common)")
     with ceph_gateway(tmp_path_factory.mktemp("rgw")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[PostgresServer]:
+    if postgres_programs() is None:
+        require("PostgreSQL's server is not installed (Debian: postgresql)")
+    with postgres_server() as server:
         yield server
 
 

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -102,6 +103,66 @@ def ceph_gateway(folder: Path) -> Iterator[S3Server]:
         wait_for(lambda: (folder / "ready").exists() or process.poll() is not None, 120, "Ceph's gateway")
         assert process.poll() is None, (folder / "log").read_text()[-2000:]
         yield S3Server(f"http://127.0.0.1:{port}", ceph=folder)
+
+
+def postgres_programs() -> Path | None:
+    """The folder of PostgreSQL's server programs, as Debian lays them, or wherever they are on the PATH."""
+    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+    on_path = shutil.which("initdb")
+    return found[-1].parent if found else Path(on_path).resolve().parent if on_path else None
+
+
+@dataclass(frozen=True)
+class PostgresServer:
+    """Where a PostgreSQL server listens; its user `nightly` needs the password."""
+
+    port: int
+    password: str
+
+    @property
+    def url(self) -> str:
+        return f"postgresql://nightly@127.0.0.1:{self.port}/postgres"
+
+
+@contextmanager
+def postgres_server() -> Iterator[PostgresServer]:
+    """A PostgreSQL server that asks for a password. It refuses to run as root, so root runs it as `postgres`."""
+    programs = postgres_programs()
+    assert programs is not None
+    port, password = free_port(), "a password that only these tests know"
+    account = "postgres" if os.geteuid() == 0 else None
+    with tempfile.TemporaryDirectory(prefix="nightly-postgres-", ignore_cleanup_errors=True) as name:
+        folder = Path(name)
+        (folder / "password").write_text(password)
+        if account is not None:
+            for path in (folder, folder / "password"):
+                shutil.chown(path, account, account)
+        initdb = [str(programs / "initdb"), "-D", str(folder / "data"), "-U", "nightly", "-A", "scram-sha-256"]
+        subprocess.run(
+            [*initdb, "-N", f"--pwfile={folder / 'password'}"],
+            check=True,
+            capture_output=True,
+            cwd=folder,
+            user=account,
+            group=account,
+        )
+        command = [str(programs / "postgres"), "-D", str(folder / "data"), "-p", str(port), "-h", "127.0.0.1"]
+        with (folder / "log").open("wb") as log:
+            process = subprocess.Popen(
+                [*command, "-k", str(folder), "-F"],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                cwd=folder,
+                user=account,
+                group=account,
+            )
+        try:
+            wait_for(lambda: _listens(port) or process.poll() is not None, 60, "PostgreSQL")
+            assert process.poll() is None, (folder / "log").read_text()[-2000:]
+            yield PostgresServer(port, password)
+        finally:
+            process.send_signal(signal.SIGINT)  # its fast shutdown
+            process.wait(30)
 
 
 def free_port() -> int:

@@ -23,7 +23,8 @@ from models.solo import Training, train
 from tasks.confirm import confirm
 from tasks.job import TuningJob, parse_job
 from tasks.memory import recall
-from tasks.prepare import Snapshot, prepare
+from tasks.prepare import prepare
+from tasks.snapshots import Snapshot
 from tasks.study import open_study
 from tasks.tune import Prepared, tune
 from tests.benchmarks.datasets import DATASETS

@@ -167,7 +167,7 @@ def _plain_cnns(prepared: Prepared, seed: int) -> None:
     torch.manual_seed(seed)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     training, validation = prepared.training, prepared.validation
-    unseen = DataLoader(TensorDataset(validation.features, validation.target), batch_size=256)
+    unseen = DataLoader(TensorDataset(validation.all_features, validation.target), batch_size=256)
 
     def objective(trial: optuna.Trial) -> float:
         channels = trial.suggest_categorical("channels", _CNN_CHANNELS)
@@ -185,7 +185,7 @@ def _plain_cnns(prepared: Prepared, seed: int) -> None:
             else torch.optim.SGD(model.parameters(), rate, momentum=0.9, weight_decay=decay)
         )
         batch_size = trial.suggest_categorical("batch_size", _CNN_BATCH_SIZES)
-        batches = DataLoader(TensorDataset(training.features, training.target), batch_size=batch_size, shuffle=True)
+        batches = DataLoader(TensorDataset(training.all_features, training.target), batch_size=batch_size, shuffle=True)
         right = 0
         for _ in range(_CNN_EPOCHS):
             model.train()

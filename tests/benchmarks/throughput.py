@@ -246,7 +246,7 @@ def _rows() -> Rows:
     with tempfile.TemporaryDirectory() as name:
         prepared = prepared_by(_job(1, 0), Path(name))
     training, validation = prepared.training, prepared.validation
-    return training.features, training.target, validation.features, validation.target
+    return training.all_features, training.target, validation.all_features, validation.target
 
 
 def train_plainly(chosen: dict[str, Any], rows: Rows, *, loaders: bool = True) -> float:

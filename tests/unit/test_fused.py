@@ -43,7 +43,7 @@ def setting_of(prepared: Prepared, model: str = "mlp", rows: int = 300) -> Setti
     def doubled(split: Split) -> Split:
         floats = torch.get_default_dtype()
         target = split.target.to(floats) if split.target.is_floating_point() else split.target
-        return Split(features=split.features.to(floats), target=target).first(rows)
+        return Split(features=split.all_features.to(floats), target=target).first(rows)
 
     regression = prepared.snapshot.shape.problem == "regression"
     setting = prepared.setting(family_named(model), "rmse" if regression else "accuracy")

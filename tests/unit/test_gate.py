@@ -16,8 +16,8 @@ from tasks.champion import Champion
 from tasks.confirm import Challenger, Confirmed
 from tasks.gate import GuardRail, Verdict, gate, judge
 from tasks.job import TuningJob
-from tasks.prepare import Snapshot
 from tasks.promotions import Promotion
+from tasks.snapshots import Snapshot
 from tasks.tune import Prepared
 from tasks.versions import Lineage, Manifest
 from tests.conftest import CPU, make_job, train_on

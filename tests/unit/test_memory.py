@@ -18,8 +18,9 @@ from tasks.champion import Champion
 from tasks.drift import changes, drift, drift_table, since
 from tasks.job import DataConfig, TuningJob, load_job
 from tasks.memory import BASELINE, NIGHTS, recall
-from tasks.prepare import Snapshot, prepare
+from tasks.prepare import prepare
 from tasks.promotions import Promotion
+from tasks.snapshots import Snapshot
 from tasks.study import (
     ENDED,
     HYPERPARAMETERS,
@@ -260,10 +261,10 @@ def test_what_moved_in_a_table_is_told_column_by_column(tmp_path: Path) -> None:
         return prepare(DataConfig(source=str(tmp_path / "rows.csv")), "classification", tmp_path / "snapshots")
 
     before, now = snapshot(["Bonn", "Ulm"], 0, 0.0), snapshot(["Bonn", "Köln", "Ulm"], 20, 0.3)
-    moved = {change.column: change for change in since(before.fingerprint, now)}
+    moved = {change.column: change for change in since(before, now)}
     assert [name for name, change in moved.items() if change.is_large] == ["age", "town"]
     assert moved["steady"].stability_index < 0.05
     assert moved["town"].new_categories == ("Köln",)
     assert (moved["age"].missing_before, moved["age"].missing_now) == pytest.approx((0.0, 0.3), abs=0.05)
     assert "| age **moved** | " in drift_table(changes(before, now))
-    assert since(None, now) == since("gone", now) == since(now.fingerprint, now) == ()
+    assert since(None, now) == since(now, now) == ()

@@ -1,6 +1,7 @@
 """Training: reproducible from its seed, resumed as if it had never stopped, finite or refused."""
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from models.checkpoints import Checkpoint
 from models.families import Unscale
 from models.solo import Diverged, Epoch, Resumable, Trained, gains_from_mixed_precision, mean_loss
 from tasks.tune import Prepared
@@ -77,21 +79,41 @@ def test_a_resumed_training_ends_as_one_that_never_stopped(prepared: Prepared, t
     assert_equal(resumed, train_on(prepared, **chosen))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("damage", ["cut", "altered", "another trial's", "empty"])
-def test_a_checkpoint_that_cannot_be_trusted_is_passed_over(prepared: Prepared, tmp_path: Path, damage: str) -> None:
+DAMAGES: dict[str, Callable[[bytes], bytes]] = {
+    "cut": lambda content: content[: len(content) // 2],
+    "a flipped bit among the numbers": lambda content: content[:-1000] + bytes([content[-1000] ^ 1]) + content[-999:],
+    "a header that claims too much": lambda content: b"\xff" * 8 + content[8:],
+    "empty": lambda _: b"",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_of_a_damaged_checkpoint_the_one_before_is_taken(prepared: Prepared, tmp_path: Path, damage: str) -> None:
     path = tmp_path / "trial.safetensors"
     resumable = Resumable(path=path, key="one", interval_seconds=0)
+
+    def kill(epoch: Epoch) -> None:
+        if epoch.number == 3:
+            raise Killed
+
+    with pytest.raises(Killed):
+        train_on(prepared, resumable=resumable, report=kill, epochs=5)
+    path.write_bytes(DAMAGES[damage](path.read_bytes()))
+    found = Checkpoint.read(path, "one")
+    assert found is not None
+    assert len(found.curve) == 2
+    resumed = train_on(prepared, resumable=resumable, epochs=5)
+    assert_equal(resumed, train_on(prepared, epochs=5))
+    for file in tmp_path.iterdir():
+        file.write_bytes(DAMAGES[damage](file.read_bytes()))
+    assert Checkpoint.read(path, "one") is None
+
+
+def test_another_training_s_checkpoint_is_passed_over(prepared: Prepared, tmp_path: Path) -> None:
+    resumable = Resumable(path=tmp_path / "trial.safetensors", key="one", interval_seconds=0)
     train_on(prepared, seed=7, epochs=2, resumable=resumable)
-    content = path.read_bytes()
-    if damage == "cut":
-        path.write_bytes(content[: len(content) // 2])
-    elif damage == "altered":
-        path.write_bytes(b"\xff" * 8 + content[8:])
-    elif damage == "empty":
-        path.write_bytes(b"")
-    else:
-        resumable = replace(resumable, key="other")
-    assert_equal(train_on(prepared, seed=1, resumable=resumable), train_on(prepared, seed=1))
+    other = replace(resumable, key="other")
+    assert_equal(train_on(prepared, seed=1, resumable=other), train_on(prepared, seed=1))
 
 
 def test_a_checkpoint_is_written_as_often_as_its_interval_says(prepared: Prepared, tmp_path: Path) -> None:

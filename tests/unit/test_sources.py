@@ -2,8 +2,11 @@
 
 import gzip
 import os
+import sqlite3
 import struct
+import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +16,18 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from PIL import Image
 
 from models.preprocessing import FREQUENT_ROWS, TablePreprocessing, preprocessing_of
+from models.shapes import Problem
 from models.table import Column, encode, recode
+from tasks import prepare as prepare_module
+from tasks import sources
 from tasks.job import DataConfig
 from tasks.prepare import prepare
 from tasks.rows import DataError, Rows
-from tasks.sources import read_rows
+from tasks.sources import read_rows, source_stamp
 from tests.conftest import CPU, require
 
 
@@ -48,8 +55,20 @@ def people(rows: int = 200, seed: int = 0) -> pd.DataFrame:
     )
 
 
-def read(path: Path, **data: Any) -> Rows:
-    return read_rows(DataConfig(source=str(path), **data), "classification")
+@dataclass(frozen=True)
+class Read:
+    """All rows of a source."""
+
+    known: Rows
+    features: NDArray[np.float32]
+    target: NDArray[Any]
+
+
+def read(path: Path | str, problem: Problem = "classification", **data: Any) -> Read:
+    with tempfile.TemporaryDirectory() as scratch:
+        known = read_rows(DataConfig(source=str(path), **data), problem, Path(scratch), Path(scratch))
+        chunks = list(known.chunks())
+    return Read(known, *(np.concatenate([getattr(chunk, name) for chunk in chunks]) for name in ("features", "target")))
 
 
 def roles_of(rows: Rows) -> dict[str, str]:
@@ -68,7 +87,7 @@ def test_a_csv_file_and_a_parquet_file_of_the_same_rows_are_the_same_snapshot(tm
         for name in ("rows.csv", "rows.csv.gz", "rows.parquet", "shuffled.tsv")
     ]
     assert len({snapshot.fingerprint for snapshot in snapshots}) == 1
-    assert roles_of(read(tmp_path / "rows.csv")) == {
+    assert roles_of(read(tmp_path / "rows.csv").known) == {
         "number": "ignored", "age": "numeric", "town": "categorical", "member": "boolean", "since": "datetime",
     }  # fmt: skip
 
@@ -103,24 +122,23 @@ def test_rows_of_one_customer_stay_on_one_side(tmp_path: Path) -> None:
 
 def test_the_census_is_read_with_its_dirt_named_and_mended() -> None:
     folder = shared_data() / "adult"
-    names = {"header": False, "target": "14"}
+    names: dict[str, Any] = {"header": False, "target": "14"}
     rows = read(folder / "adult-train.csv", **names)
-    assert (len(rows.target), rows.classes) == (32561, ("<=50K", ">50K"))
-    assert roles_of(rows)["0"] == "numeric"
-    assert roles_of(rows)["13"] == "categorical"
-    assert next(line.missing for line in rows.described if line.name == "1") == 1836
+    assert (len(rows.target), rows.known.classes) == (32561, ("<=50K", ">50K"))
+    assert roles_of(rows.known)["0"] == "numeric"
+    assert roles_of(rows.known)["13"] == "categorical"
+    assert next(line.missing for line in rows.known.described if line.name == "1") == 1836
     with pytest.raises(DataError, match=r"'<=50K' and '<=50K\.'.*set data\.tidy_labels: true"):
         read(folder / "adult-t*.csv", **names)
     both = read(folder / "adult-t*.csv", tidy_labels=True, **names)
-    assert (len(both.target), both.classes) == (48842, ("<=50K", ">50K"))
+    assert (len(both.target), both.known.classes) == (48842, ("<=50K", ">50K"))
 
 
 def test_mnist_and_the_wines_are_read() -> None:
     mnist = shared_data() / "mnist"
     rows = read(mnist / "t10k-images-idx3-ubyte.gz", labels=str(mnist / "t10k-labels-idx1-ubyte.gz"))
-    assert (rows.features.shape, len(rows.classes), rows.features.max()) == ((10000, 1, 28, 28), 10, 1.0)
-    wines = DataConfig(source=str(shared_data() / "winequality" / "winequality-white.csv"), header=False)
-    scores = read_rows(wines, "regression")
+    assert (rows.features.shape, len(rows.known.classes), rows.features.max()) == ((10000, 1, 28, 28), 10, 1.0)
+    scores = read(shared_data() / "winequality" / "winequality-white.csv", "regression", header=False)
     assert (scores.features.shape, scores.target.min(), scores.target.max()) == ((4898, 11), 3, 9)
 
 
@@ -132,13 +150,11 @@ def test_arrays_images_and_frames_are_read(tmp_path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.full((4, 6), number * 20, dtype=np.uint8)).save(path)
     pictures = read(tmp_path / "images")
-    assert (pictures.features.shape, pictures.classes) == ((12, 1, 4, 6), ("cat", "dog"))
+    assert (pictures.features.shape, pictures.known.classes) == ((12, 1, 4, 6), ("cat", "dog"))
     frame = "pd.DataFrame({'a': [1.5, 2, 4] * 9, 'b': ['x', 'y', 'y'] * 9})"
     (tmp_path / "load.py").write_text(f"import pandas as pd\n\n\ndef rows():\n    return {frame}\n")
-    found = read_rows(
-        DataConfig(source=f"{tmp_path}/load.py:rows", checks={"leaking_column": "warn"}), "classification"
-    )
-    assert (found.features.shape, found.classes) == ((27, 1), ("x", "y"))
+    found = read(f"{tmp_path}/load.py:rows", checks={"leaking_column": "warn"})
+    assert (found.features.shape, found.known.classes) == ((27, 1), ("x", "y"))
 
 
 def a_csv(text: str) -> Callable[[Path], dict[str, Any]]:
@@ -201,6 +217,16 @@ def an_npz(**arrays: Any) -> Callable[[Path], dict[str, Any]]:
     return write
 
 
+def an_idx_pair(images: bytes, name: str = "i.idx") -> Callable[[Path], dict[str, Any]]:
+    """Images, and good labels for two."""
+
+    def write(folder: Path) -> dict[str, Any]:
+        (folder / "labels.idx").write_bytes(an_idx(2, content=b"\0\1"))
+        return some_bytes(name, images, labels=str(folder / "labels.idx"))(folder)
+
+    return write
+
+
 WORDS = ["yes", "no"] * 20
 ZIPPED = gzip.compress(b"".join(b"%d,%d\n" % (number * 7919 % 104729, number % 2) for number in range(20000)))
 
@@ -249,13 +275,14 @@ CUBE = an_idx(2, 2, 2, content=bytes(8))
         (an_npz(x=np.eye(4)), "must hold arrays features and target, found x"),
         (an_npz(features=np.eye(4), target=np.array([1, "a", None, 2], dtype=object)), "without objects"),
         (some_bytes("i.idx", b"\0\0\x0d" + CUBE[3:], labels="l"), "must begin as an IDX file"),
-        (some_bytes("i.idx", CUBE[:-1], labels="l"), "the 8 bytes that its header claims, found 7"),
-        (some_bytes("i.idx", CUBE + b"1", labels="l"), "the 8 bytes that its header claims, found more"),
+        (an_idx_pair(CUBE[:-1]), "the 8 bytes that its header claims, found 7"),
+        (an_idx_pair(CUBE + b"1"), "the 8 bytes that its header claims, found more"),
         (some_bytes("i.idx", an_idx(2**31, 2**10, 2**10), labels="l"), "claims 2251799813685248 bytes, above"),
         (some_bytes("i.idx", an_idx(8, content=bytes(8)), labels="l"), "must hold images, found a list"),
         (some_bytes("i.idx", CUBE), "data.labels must name the file of labels"),
+        (an_idx_pair(an_idx(3, 2, 2, content=bytes(12))), "must hold a label for each of 3 images, found (2,)"),
         (some_bytes("i.idx", CUBE, labels="gone.idx"), "gone.idx does not exist"),
-        (some_bytes("i.idx.gz", gzip.compress(CUBE)[:-12], labels="l"), "must be readable whole"),
+        (an_idx_pair(gzip.compress(CUBE)[:-12], "i.idx.gz"), "must be readable whole"),
         (images(("cat/1.png", (4, 4)), ("dog/1.png", b"<html>404</html>")), "1 that are not (dog/1.png)"),
         (images(("cat/1.png", (4, 4)), ("cat/2.png", (4, 4)), ("dog/1.png", (5, 4))), "the same size, found 1"),
         (images(("readme.txt", b"nothing")), "must hold a sub-folder of images for each class, found no image"),
@@ -278,7 +305,7 @@ def test_everything_that_is_wrong_is_said_at_once_and_a_job_may_ignore_it(tmp_pa
     with pytest.raises(DataError, match=r"column x must hold.*; and labels must differ"):
         read(path)
     rows = read(path, checks={"mixed_values": "warn", "labels_alike": "ignore", "constant_column": "ignore"})
-    assert [finding.check for finding in rows.findings] == ["mixed_values", "empty_column", "small_class"]
+    assert [finding.check for finding in rows.known.findings] == ["mixed_values", "empty_column", "small_class"]
 
 
 @given(st.lists(st.one_of(st.none(), st.floats(-1e6, 1e6, width=32), st.integers(-100, 100)), min_size=1))
@@ -313,3 +340,75 @@ def test_rare_unseen_and_missing_values_have_a_place_and_nothing_is_nan() -> Non
     assert rows[1].tolist()[-3:] == [1.0, 0.0, 0.0]
     again = preprocessing_of(dict(preprocessing.state_dict()))
     assert torch.equal(again(torch.from_numpy(encode(served, columns))), rows)
+
+
+def test_a_query_s_answer_is_a_table_whatever_types_it_has(tmp_path: Path) -> None:
+    frame = people(300).drop(columns="number")
+    frame["since"] = frame["since"].dt.date
+    with sqlite3.connect(tmp_path / "people.db") as connection:
+        frame.to_sql("people", connection, index=False)
+        connection.execute("UPDATE people SET age = NULL WHERE town = 'Ulm'")
+    connection.close()
+    source = f"sqlite:///{tmp_path / 'people.db'}"
+    rows = read(source, query="SELECT * FROM people ORDER BY age", target="bought")
+    assert roles_of(rows.known) == {
+        "age": "numeric", "town": "categorical", "member": "boolean", "since": "datetime",
+    }  # fmt: skip
+    assert np.isnan(rows.features[:, 0]).sum() == (frame["age"].isna() | (frame["town"] == "Ulm")).sum()
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        ({}, "data.query must say what to select"),
+        ({"query": "SELECT * FROM nowhere"}, "no such table: nowhere"),
+        ({"query": "SELECT 1 AS a, 2 AS a"}, "must name each column once, found 'a' twice"),
+        ({"query": "SELECT x, y FROM rows WHERE x > 10"}, "must hold rows, found none"),
+    ],
+)
+def test_a_bad_query_is_one_sentence(tmp_path: Path, data: dict[str, Any], says: str) -> None:
+    with sqlite3.connect(tmp_path / "rows.db") as connection:
+        connection.execute("CREATE TABLE rows (x, y)")
+    connection.close()
+    with pytest.raises(DataError) as error:
+        read(f"sqlite:///{tmp_path / 'rows.db'}", **data)
+    assert says in str(error.value)
+
+
+def test_a_file_that_unpacks_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "LEAST_BOMB_BYTES", 2**22)
+    with gzip.open(tmp_path / "rows.csv.gz", "wb") as file:
+        for _ in range(40):
+            file.write(b"0,aaaaaaaaaaaaaaa,b\n" * 50_000)
+    with pytest.raises(DataError, match="must unpack to at most 200 times its size, found more after"):
+        read(tmp_path / "rows.csv.gz", header=False)
+
+
+@pytest.mark.parametrize("chunk", [7, 64, 10**6])
+def test_how_a_source_is_cut_into_chunks_and_buckets_changes_nothing(
+    chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frame = people(500).assign(code=lambda frame: np.where(frame.index < 400, 1.0, 2.5))
+    for name in ("code", "town"):
+        frame.loc[frame.index % 50 == 3, name] = None
+    frame.to_parquet(tmp_path / "rows.parquet")
+    data = DataConfig(source=str(tmp_path / "rows.parquet"), target="bought", roles={"code": "categorical"})
+    whole = prepare(data, "classification", tmp_path / "whole")
+    monkeypatch.setattr(sources, "CHUNK_VALUES", 7 * chunk)
+    monkeypatch.setattr(prepare_module, "BUCKET_BYTES", 40 * chunk)
+    cut = prepare(data, "classification", tmp_path / "cut")
+    assert replace(cut, path=whole.path) == whole
+    assert [column.categories for column in cut.columns if column.name == "code"] == [("1", "2.5")]
+
+
+def test_a_source_s_stamp_changes_with_the_source_alone(tmp_path: Path) -> None:
+    data = DataConfig(source=str(tmp_path / "day-*.csv"))
+    (tmp_path / "day-1.csv").write_text("a,b\n1,2\n")
+    first = source_stamp(data)
+    assert first == source_stamp(data)
+    (tmp_path / "day-2.csv").write_text("a,b\n1,2\n")
+    second = source_stamp(data)
+    os.utime(tmp_path / "day-1.csv", (0, 0))
+    assert len({first, second, source_stamp(data)}) == 3
+    assert source_stamp(DataConfig(source="load.py:rows")) is None
+    assert source_stamp(DataConfig(source="sqlite:///rows.db", query="SELECT 1")) is None

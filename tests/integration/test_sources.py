@@ -1,0 +1,175 @@
+"""Rows from real servers: S3 with and without faults on the way, and PostgreSQL."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import boto3
+import numpy as np
+import pandas as pd
+import psycopg
+import pytest
+from PIL import Image
+
+from infra.downloads import object_tags
+from infra.store import StoreError
+from tasks.job import DataConfig
+from tasks.prepare import prepare
+from tasks.rows import DataError
+from tasks.snapshots import Snapshot
+from tasks.sources import source_stamp
+from tests.faulty_proxy import Fault, Request, faulty_proxy
+from tests.servers import PostgresServer, S3Server
+
+BUCKET = "rows"
+
+
+def day(number: int, rows: int = 300) -> pd.DataFrame:
+    draw = np.random.default_rng(number)
+    frame = pd.DataFrame({"x": draw.normal(size=rows).round(6), "town": draw.choice(["Bonn", "Ulm"], rows)})
+    return frame.assign(y=draw.choice(["a", "b"], rows))
+
+
+@pytest.fixture(params=["ministack", "rgw"])
+def s3(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A client of each server, with its environment set and a bucket that is empty."""
+    server: S3Server = request.getfixturevalue(request.param)
+    for name, value in server.environment.items():
+        monkeypatch.setenv(name, value)
+    client: Any = boto3.Session().client("s3")
+    names = [bucket["Name"] for bucket in client.list_buckets()["Buckets"]]
+    if BUCKET not in names:
+        server.make_bucket(BUCKET)
+    for item in client.list_objects_v2(Bucket=BUCKET).get("Contents", []):
+        client.delete_object(Bucket=BUCKET, Key=item["Key"])
+    return client
+
+
+def put(s3: Any, key: str, content: bytes | str) -> None:
+    s3.put_object(Bucket=BUCKET, Key=key, Body=content)
+
+
+def snapshot_of(source: str, folder: Path, **data: Any) -> Snapshot:
+    return prepare(DataConfig(source=source, **data), "classification", folder / "snapshots")
+
+
+def test_a_pattern_in_s3_is_the_table_that_the_files_are_here(s3: Any, tmp_path: Path) -> None:
+    for number in (1, 2):
+        day(number).to_csv(tmp_path / f"day-{number}.csv", index=False)
+        put(s3, f"sales/day-{number}.csv", (tmp_path / f"day-{number}.csv").read_bytes())
+    put(s3, "sales/readme.txt", "no rows")
+    put(s3, "sales/old/day-0.csv", "other,columns\n1,2\n")
+    url = f"s3://{BUCKET}/sales/day-*.csv"
+    there, here = snapshot_of(url, tmp_path), snapshot_of(str(tmp_path / "day-*.csv"), tmp_path)
+    assert (there.fingerprint, there.source) == (here.fingerprint, url)
+    stamp = source_stamp(DataConfig(source=url))
+    assert stamp == source_stamp(DataConfig(source=url))
+    files = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "downloads").rglob("*.csv")}
+    assert sorted(files) == ["day-1.csv", "day-2.csv"]
+    put(s3, "sales/day-2.csv", day(3).to_csv(index=False))
+    put(s3, "sales/day-4.csv", day(4).to_csv(index=False))
+    assert source_stamp(DataConfig(source=url)) != stamp
+    assert snapshot_of(url, tmp_path).rows > there.rows
+    again = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "downloads").rglob("*.csv")}
+    assert (again["day-1.csv"], again["day-2.csv"] > files["day-2.csv"]) == (files["day-1.csv"], True)
+    s3.delete_object(Bucket=BUCKET, Key="sales/day-1.csv")
+    assert sorted(object_tags(url)) == ["day-2.csv", "day-4.csv"]
+    assert snapshot_of(url, tmp_path).rows < there.rows + 300
+
+
+def test_other_kinds_of_files_come_from_s3_too(s3: Any, tmp_path: Path) -> None:
+    day(1).to_parquet(tmp_path / "rows.parquet")
+    put(s3, "rows.parquet", (tmp_path / "rows.parquet").read_bytes())
+    assert snapshot_of(f"s3://{BUCKET}/rows.parquet", tmp_path).rows == 300
+    for number in range(40):
+        Image.fromarray(np.full((4, 6), number, dtype=np.uint8)).save(tmp_path / "one.png")
+        put(s3, f"pictures/{'cat' if number % 2 else 'dog'}/{number}.png", (tmp_path / "one.png").read_bytes())
+    pictures = snapshot_of(f"s3://{BUCKET}/pictures", tmp_path)
+    assert (pictures.shape.features, pictures.classes, pictures.rows) == ((1, 4, 6), ("cat", "dog"), 40)
+
+
+@pytest.mark.parametrize(
+    ("key", "says"),
+    [
+        ("gone.csv", "must name an object, a pattern or a folder of objects, found none"),
+        ("day-*.csv", "must name an object, a pattern or a folder of objects, found none"),
+        ("pictures", "an object's name must lead to a file below it, found '../../evil.png'"),
+    ],
+)
+def test_what_s3_does_not_have_is_one_sentence(s3: Any, tmp_path: Path, key: str, says: str) -> None:
+    put(s3, "pictures/../../evil.png", b"x")
+    with pytest.raises(StoreError) as error:
+        snapshot_of(f"s3://{BUCKET}/{key}", tmp_path)
+    assert says in str(error.value)
+    assert not (tmp_path / "snapshots").exists()
+
+
+FAULTS: dict[str, tuple[Callable[[Request], Fault | None], str | None]] = {
+    "a broken connection": (lambda request: "cut" if "day-1" in request.path and request.number == 1 else None, None),
+    "an answer of 500": (lambda request: "500" if request.number < 2 else None, None),
+    "always cut": (lambda request: "cut" if "day-1" in request.path else None, "cannot be reached"),
+    "altered on the way": (
+        lambda request: "altered" if "day-1" in request.path and request.method == "GET" else None,
+        "",
+    ),
+    "refused": (lambda _: "403 AccessDenied", "refused: AccessDenied"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_download_that_breaks_goes_on_or_is_refused(
+    ministack: S3Server, tmp_path: Path, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choose, says = FAULTS[fault]
+    for name, value in ministack.environment.items():
+        monkeypatch.setenv(name, value)
+    client: Any = boto3.Session().client("s3")
+    bucket = f"faults-{list(FAULTS).index(fault)}"
+    ministack.make_bucket(bucket)
+    day(1, rows=3000).to_csv(tmp_path / "day-1.csv", index=False)
+    client.upload_file(str(tmp_path / "day-1.csv"), bucket, "day-1.csv")
+    with faulty_proxy(ministack.endpoint, choose) as endpoint:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", endpoint)
+        if says is None:
+            found = snapshot_of(f"s3://{bucket}/day-*.csv", tmp_path)
+            assert found.fingerprint == snapshot_of(str(tmp_path / "day-1.csv"), tmp_path).fingerprint
+            return
+        with pytest.raises(StoreError) as error:
+            snapshot_of(f"s3://{bucket}/day-*.csv", tmp_path)
+    assert says in str(error.value)
+    assert not (tmp_path / "snapshots").exists()
+    assert not list((tmp_path / "downloads").rglob("*.csv"))
+
+
+def test_a_query_is_read_from_postgresql(
+    postgres: PostgresServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PGPASSWORD", postgres.password)
+    with psycopg.connect(postgres.url) as connection:
+        connection.execute(
+            "CREATE TABLE sales AS SELECT n AS id, md5(n::text)::uuid AS code, (n % 7)::numeric(8, 2) / 3 AS price, "
+            "CASE WHEN n % 11 = 0 THEN NULL ELSE n % 5 END AS age, n % 3 = 0 AS member, "
+            "date '2026-01-01' + n % 300 AS day, timestamptz '2026-01-01' + n * interval '1 hour' AS moment, "
+            "CASE WHEN n % 2 = 0 THEN 'Köln' ELSE 'Ulm' END AS town, "
+            "CASE WHEN (n * 7919) % 10 < 3 THEN 'yes' ELSE 'no' END AS bought FROM generate_series(1, 70000) AS n"
+        )
+    data = {"query": "SELECT * FROM sales", "target": "bought", "checks": {"leaking_column": "warn"}}
+    found = snapshot_of(postgres.url, tmp_path, **data)
+    assert found.rows == 70_000
+    assert {described.name: described.role for described in found.described} == {
+        "id": "ignored", "code": "ignored", "price": "numeric", "age": "numeric", "member": "boolean",
+        "day": "datetime", "moment": "datetime", "town": "categorical",
+    }  # fmt: skip
+    assert next(described.missing for described in found.described if described.name == "age") == 70_000 // 11
+    again = snapshot_of(postgres.url, tmp_path, **data | {"query": "SELECT * FROM sales ORDER BY code"})
+    assert again.fingerprint == found.fingerprint
+    with pytest.raises(DataError, match='relation "nowhere" does not exist'):
+        snapshot_of(postgres.url, tmp_path, query="SELECT * FROM nowhere")
+    monkeypatch.setenv("PGPASSWORD", "wrong")
+    with pytest.raises(DataError, match=r"password authentication failed.*or the password") as error:
+        snapshot_of(postgres.url, tmp_path, **data)
+    assert postgres.password not in str(error.value)
+    monkeypatch.setenv("PGPASSWORD", postgres.password)
+    gone = postgres.url.replace(str(postgres.port), "1")
+    with pytest.raises(DataError, match="refused"):
+        snapshot_of(gone, tmp_path, **data)
