@@ -143,15 +143,18 @@ def _snapshot(job: TuningJob, snapshots: Path, studies: Path, store: Store) -> S
     """Read from the source again where anything in it changed, or what was read before is gone."""
     study = last_study(job.name, studies)
     last = None if study is None else read_snapshot(snapshots, study.user_attrs[FINGERPRINT])
-    fingerprint = prepare_step(job.data, job.objective.problem, snapshots, last, store)
-    snapshot = read_snapshot(snapshots, fingerprint)
+    snapshot = read_snapshot(snapshots, prepare_step(job.data, job.objective.problem, snapshots, last))
     if snapshot is None:
         again = prepare_step.with_options(refresh_cache=True)
-        snapshot = read_snapshot(snapshots, again(job.data, job.objective.problem, snapshots, last, store))
+        snapshot = read_snapshot(snapshots, again(job.data, job.objective.problem, snapshots, last))
     assert snapshot is not None
     for found in snapshot.findings:
         _logger.warning("%s: %s", snapshot.source, found.sentence)
     mark_as_used(snapshot, _now())
+    try:
+        publish_snapshot(store, snapshot)
+    except StoreUnavailable as error:
+        _logger.warning("the snapshot is on this machine only, until a later night: %s", error)
     return snapshot
 
 
@@ -164,10 +167,8 @@ def _snapshot_of(champion: Champion | None, snapshots: Path, store: Store) -> Sn
         return None
 
 
-def _prepare(data: DataConfig, problem: Problem, snapshots: Path, last: Snapshot | None, store: Store) -> str:
-    snapshot = prepare(data, problem, snapshots, last)
-    publish_snapshot(store, snapshot)
-    return snapshot.fingerprint
+def _prepare(data: DataConfig, problem: Problem, snapshots: Path, last: Snapshot | None) -> str:
+    return prepare(data, problem, snapshots, last).fingerprint
 
 
 def _source_and_its_stamp(_: Any, parameters: dict[str, Any]) -> str | None:

@@ -6,6 +6,8 @@ writers exactly one wins. Knows nothing of models or promotions.
 """
 
 import contextlib
+import logging
+import time
 import uuid
 from collections.abc import Callable
 from datetime import datetime
@@ -16,8 +18,11 @@ from urllib.parse import unquote, urlsplit
 from infra.errors import ExpectedError
 from infra.settings import S3Options
 
+PROGRESS_SECONDS = 5.0
 PROBE_KEY = "probe/conditional-create"
 PROBE_CONTENT = b"Nightly Tuner created this to learn whether the store refuses to create a key twice.\n"
+
+_logger = logging.getLogger(__name__)
 
 
 class StoreError(ExpectedError):
@@ -66,6 +71,22 @@ class Store(Protocol):
 
     def drop_unfinished(self, before: datetime) -> int:
         """Remove what uploads that began before then and never ended left behind; returns how many."""
+
+
+class UploadProgress:
+    """A line every few seconds, where an upload takes longer than that; for `Store.upload` to call."""
+
+    def __init__(self, what: str, total: int) -> None:
+        self._what = what
+        self._total = total
+        self._sent = 0
+        self._said_at = time.monotonic()
+
+    def __call__(self, sent: int) -> None:
+        self._sent += sent
+        if time.monotonic() - self._said_at >= PROGRESS_SECONDS:
+            self._said_at = time.monotonic()
+            _logger.info("%s: %.0f of %.0f MB uploaded", self._what, self._sent / 1e6, self._total / 1e6)
 
 
 def open_store(url: str) -> Store:

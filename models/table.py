@@ -112,15 +112,16 @@ def _read(values: "pd.Series[Any]", column: Column) -> npt.NDArray[np.float64]:
 
 
 def _numbers(values: "pd.Series[Any]", column: Column) -> npt.NDArray[np.float64]:
-    numbers = pd.to_numeric(values, errors="coerce").astype("float64")
-    _refuse(values, numbers.isna() | np.isinf(numbers), column, "a finite number")
-    return _floats(numbers)
+    is_number = pd.api.types.is_numeric_dtype(values)
+    numbers = _floats(values if is_number else pd.to_numeric(values, errors="coerce"))
+    _refuse(values, np.isinf(numbers) if is_number else ~np.isfinite(numbers), column, "a finite number")
+    return numbers
 
 
 def _truths(values: "pd.Series[Any]", column: Column) -> npt.NDArray[np.float64]:
     words = {"1": 1.0, "0": 0.0} | dict.fromkeys(TRUE_WORDS, 1.0) | dict.fromkeys(FALSE_WORDS, 0.0)
     truths = text_of(values).str.casefold().map(words).astype("float64")
-    _refuse(values, truths.isna(), column, "true or false")
+    _refuse(values, truths.isna().to_numpy(), column, "true or false")
     return _floats(truths)
 
 
@@ -133,7 +134,7 @@ def _codes(values: "pd.Series[Any]", column: Column) -> npt.NDArray[np.float64]:
 
 def _days(values: "pd.Series[Any]", column: Column) -> npt.NDArray[np.float64]:
     moments = pd.to_datetime(values, errors="coerce", format="ISO8601", utc=True)
-    _refuse(values, moments.isna(), column, "a date such as 2026-11-23 or 2026-11-23T02:00:00Z")
+    _refuse(values, moments.isna().to_numpy(), column, "a date such as 2026-11-23 or 2026-11-23T02:00:00Z")
     return _floats((moments - EPOCH) / pd.Timedelta(days=1))
 
 
@@ -143,9 +144,11 @@ def _floats(values: "pd.Series[Any]") -> npt.NDArray[np.float64]:
 
 
 def _refuse(values: "pd.Series[Any]", unread: Any, column: Column, rule: str) -> None:
-    bad = unread & values.notna()
-    if bad.any():
-        row = int(np.flatnonzero(bad.to_numpy())[0])
+    if not unread.any():
+        return
+    bad = np.flatnonzero(unread & values.notna().to_numpy())
+    if len(bad):
+        row = int(bad[0])
         raise ValueError(
             f"column {column.name} must hold {rule}, found {values.iloc[row]!r} in row {values.index[row]}"
         )

@@ -50,7 +50,8 @@ class Finding:
 
 @dataclass(frozen=True, kw_only=True)
 class Described:
-    """A line of the data card about a column: what it is used as, how many values are missing, and what is in it."""
+    """A line of the data card about a column: what it is used as (a feature's role, identifier, ignored, target, split
+    by or time), how many values are missing, and what is in it."""
 
     name: str
     role: Role | Any
@@ -86,6 +87,9 @@ class Survey:
 
     def add(self, column: "pd.Series[Any]") -> None:
         """The next rows; the index numbers them."""
+        if self._too_many and self._hashes is None and self._kinds == {"number"} and _kind_of(column) == "number":
+            self._add_measurements(column)
+            return
         codes, values = distinct(column, self._data.missing)
         self._rows += len(codes)
         self._missing += int((codes < 0).sum())
@@ -113,7 +117,7 @@ class Survey:
     @property
     def column(self) -> Column | None:
         role = self.role
-        if role == "ignored":
+        if role in ("ignored", "identifier"):
             return None
         categories = tuple(sorted(self._categories)) if role == "categorical" else ()
         return Column(name=self._name, role=role, categories=categories, missing=self._data.missing)
@@ -124,9 +128,9 @@ class Survey:
 
     @property
     def findings(self) -> list[Finding]:
-        role, found = self._role_and_findings()
+        _, found = self._role_and_findings()
         is_constant = len(self._categories) == 1
-        if role == "ignored" or not is_constant:
+        if self.column is None or not is_constant:
             return found
         (value,) = self._categories
         return found + finding(
@@ -138,13 +142,28 @@ class Survey:
     def _is_identifier(self) -> bool:
         return self._hashes is not None and self._missing == 0 and self._rows >= LEAST_IDENTIFIERS
 
+    def _add_measurements(self, column: "pd.Series[Any]") -> None:
+        """Of numbers that are no categories and no identifier less is asked, and nothing of each distinct one."""
+        numbers = column.to_numpy(dtype=np.float64, na_value=np.nan)
+        there = ~np.isnan(numbers)
+        finite = np.isfinite(numbers)
+        self._rows += len(numbers)
+        self._missing += len(numbers) - int(there.sum())
+        if len(self._odd_numbers) < EXAMPLES:
+            odd = np.flatnonzero(there & ~finite)[: EXAMPLES - len(self._odd_numbers)]
+            self._odd_numbers += [(column.index[row], column.iloc[row]) for row in odd]
+        found = numbers[finite]
+        self._count_numbers(found, np.ones(len(found), dtype=np.int64))
+
     def _add_numbers(
         self, column: "pd.Series[Any]", codes: npt.NDArray[np.int64], values: "pd.Series[Any]", counts: npt.NDArray[Any]
     ) -> None:
         numbers = pd.to_numeric(values, errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
         readable = np.isfinite(numbers)
         self._odd_numbers += _examples(column, codes, values, ~readable, EXAMPLES - len(self._odd_numbers))
-        found, often = numbers[readable], counts[readable]
+        self._count_numbers(numbers[readable], counts[readable])
+
+    def _count_numbers(self, found: npt.NDArray[np.float64], often: npt.NDArray[Any]) -> None:
         if len(found):
             self._readable += int(often.sum())
             self._low, self._high = min(self._low, found.min()), max(self._high, found.max())
@@ -194,7 +213,7 @@ class Survey:
         if self._readable == present:
             # Whole numbers that count the rows are an identifier: 1, 2, 3 in any order, from anywhere.
             if self._is_identifier and self._high - self._low == self._rows - 1:
-                return "ignored", self._identifier()
+                return "identifier", self._identifier()
             return "numeric", []
         if self._readable > MOSTLY * present:
             return self._categorical(self._mixed(self._odd_numbers, self._readable, "a finite number"))
@@ -205,7 +224,7 @@ class Survey:
                 return "datetime", []
             return self._categorical(self._mixed(self._odd_dates, self._read_dates, "a date such as 2026-11-23"))
         if self._is_identifier:
-            return "ignored", self._identifier()
+            return "identifier", self._identifier()
         return self._categorical([])
 
     def _categorical(self, found: list[Finding]) -> tuple[Role | Any, list[Finding]]:

@@ -90,12 +90,13 @@ def gate(
 ) -> Verdict:
     """Judge on the snapshot's test rows, each model behind its own preprocessing.
 
-    1. The champion reads rows of another shape: HOLD, nothing can be compared. 2. The challenger is compared with the
+    1. The champion reads rows of another shape, or of columns that tonight's table lacks: HOLD, nothing can be
+    compared. 2. The challenger is compared with the
     champion, on a job's first night with the baseline (`judge`). 3. On the first night the baseline is promoted where
     the challenger is not better. 4. What a rollback took back is not promoted again on the same rows: HOLD.
 
-    Test rows that the champion may have been trained or chosen on, because the job's fractions were others then, are
-    left out.
+    Test rows that the champion may have been trained or chosen on, because rows were split otherwise then, are left
+    out.
     """
     everything = torch.ones(snapshot.row_counts["test"], dtype=torch.bool, device=device)
     rows = _TestRows(job, snapshot, snapshot.features("test", device), snapshot.target("test", device), everything)

@@ -229,7 +229,7 @@ def _write(buckets: _Buckets, rows: Rows, data: DataConfig, folder: Path) -> str
             digest.update(bucket[["high", "low", "label"]].astype(_packed(bucket.dtype)).tobytes())
             for place, split in enumerate(SPLITS):
                 part = bucket[bucket["split"] == place]
-                part["features"].tofile(files[split][0])
+                np.ascontiguousarray(part["features"]).tofile(files[split][0])
                 part["label"].astype(target).tofile(files[split][1])
                 if split == "test":
                     part["position"].tofile(position)

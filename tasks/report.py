@@ -35,6 +35,8 @@ from tasks.study import (
 from tasks.tracking import DEVICE, DIAGNOSIS, SECONDS, mlflow_may_be_away
 from tasks.tune import Tuned
 
+MOST_MOVED = 10
+
 
 def report(
     job: TuningJob,
@@ -137,7 +139,7 @@ def summarize(
 | trial | validation {name} |{_cost_head(job)} diagnosis | hyperparameters |
 | --- | --- |{" --- |" if _cost_head(job) else ""} --- | --- |
 {best}
-{_pareto_in_words(study, job)}
+{_pareto_in_words(study, job)}{_moved_in_a_table(moved)}
 [This night in MLflow]({night_page}), [all nights and trials]({trials_page})
 """  # noqa: E501 a table's row is one line
 
@@ -148,6 +150,12 @@ def _drift_in_words(moved: tuple[Change, ...]) -> str:
     large = [change for change in moved if change.is_large]
     farthest = f"the farthest is {moved[0].column} with a stability index of {moved[0].stability_index:.2f}"
     return f"| since the champion's snapshot | {len(large)} of {len(moved)} columns moved much; {farthest} |\n"
+
+
+def _moved_in_a_table(moved: tuple[Change, ...]) -> str:
+    """Only where something moved so far that somebody should look."""
+    large = tuple(change for change in moved if change.is_large)
+    return f"\n{drift_table(large[:MOST_MOVED]).replace('# What', '## What', 1)}" if large else ""
 
 
 def _guard_rails(verdict: Verdict) -> str:

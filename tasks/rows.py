@@ -70,10 +70,15 @@ def hash_rows(features: npt.NDArray[np.float32]) -> Hashes:
     """The content of rows of arrays: 16 bytes of BLAKE2b over a row's values as little-endian float32 (-0 counts as
     0)."""
     canonical = np.ascontiguousarray(features + np.float32(0), dtype="<f4").reshape(len(features), -1)
-    return hash_bytes(row.tobytes() for row in canonical)
+    return _hash_matrix(canonical)
 
 
-def hash_bytes(values: Iterable[bytes]) -> Hashes:
+def _hash_matrix(matrix: npt.NDArray[Any]) -> Hashes:
+    content, width = memoryview(matrix.tobytes()), matrix.itemsize * matrix.shape[1]
+    return hash_bytes(content[begin : begin + width] for begin in range(0, len(content), width))
+
+
+def hash_bytes(values: Iterable[bytes | memoryview]) -> Hashes:
     """16 bytes of BLAKE2b over each, as two words (values, 2), the higher first."""
     digests = b"".join(hashlib.blake2b(value, digest_size=16).digest() for value in values)
     return np.frombuffer(digests, dtype=">u8").reshape(-1, 2).astype(np.uint64)
@@ -180,13 +185,24 @@ class _Table:
         # In one order whatever the source's, so that equal rows make equal files.
         found = [column for survey in surveys if (column := survey.column) is not None]
         self.columns = tuple(sorted(found, key=lambda column: column.name))
-        self.described = tuple(survey.described for survey in surveys)
+        self.described = (*(survey.described for survey in surveys), *self._others())
         self._spelled = _spelled(self._labels) if data.tidy_labels else {label: label for label in self._labels}
         self.classes = () if problem == "regression" else _in_order(set(self._spelled.values()))
         self._codes = (
             {label: self.classes.index(self._spelled[label]) for label in self._labels} if self.classes else {}
         )
         self.findings = self._check(surveys)
+
+    def _others(self) -> list[Described]:
+        """The columns that are no features, by what they are for."""
+        data = self._data
+        values = f"{self._ends[0]:g} to {self._ends[1]:g}" if self._ends else ", ".join(sorted(self._labels)[:EXAMPLES])
+        missing = len(self._without_target)
+        others = [Described(name=self._target, role="target", missing=missing, values=values)]
+        for name, role in ((data.split_by, "split by"), (data.time_column, "time")):
+            if name is not None and name != self._target:
+                others.append(Described(name=name, role=role, missing=0, values=""))
+        return others
 
     def chunks(self) -> Iterator[Chunk]:
         for frame in self._frames():
@@ -428,4 +444,4 @@ def _content(matrix: npt.NDArray[np.float32], columns: tuple[Column, ...]) -> Ha
         else:
             parts[column.name] = pd.util.hash_array(values + np.float32(0))
     hashes = np.column_stack([parts[name] for name in sorted(parts)])
-    return hash_bytes(row.tobytes() for row in np.ascontiguousarray(hashes, dtype=">u8"))
+    return _hash_matrix(hashes.astype(">u8"))

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from infra.store import AlreadyExists, NotFound, Store, StoreError
+from infra.store import AlreadyExists, NotFound, Store, StoreError, UploadProgress
 from models.batches import DiskRows
 from models.shapes import DataShape
 from models.table import Column
@@ -149,8 +149,11 @@ def publish_snapshot(store: Store, snapshot: Snapshot) -> None:
     description = _key(snapshot.fingerprint, DESCRIPTION)
     if description in store.created(description):
         return
+    progress = UploadProgress(
+        f"snapshot {snapshot.fingerprint}", sum((snapshot.path / name).stat().st_size for name in FILES)
+    )
     for name in FILES:
-        store.upload(_key(snapshot.fingerprint, name), snapshot.path / name)
+        store.upload(_key(snapshot.fingerprint, name), snapshot.path / name, progress)
     try:
         store.create(description, (snapshot.path / DESCRIPTION).read_bytes())
     except AlreadyExists:

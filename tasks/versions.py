@@ -10,14 +10,13 @@ import hashlib
 import json
 import logging
 import shutil
-import time
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
-from infra.store import AlreadyExists, NotFound, Store, StoreError
+from infra.store import AlreadyExists, NotFound, Store, StoreError, UploadProgress
 from models.shapes import DataShape, Problem
 from tasks.promotions import history, latest_promotion
 
@@ -26,7 +25,6 @@ WEIGHTS = "model.safetensors"
 PREPROCESSING = "preprocessing.safetensors"
 FORMAT = 4
 YOUNG = timedelta(days=1)
-PROGRESS_SECONDS = 5.0
 
 _logger = logging.getLogger(__name__)
 
@@ -216,7 +214,7 @@ def publish_version(store: Store, manifest: Manifest, folder: Path) -> str:
     Repeating it is harmless: the same content has the same name. Raises StoreError.
     """
     version = manifest.version
-    progress = _Progress(version, sum(file.bytes for file in manifest.files.values()))
+    progress = UploadProgress(f"version {version}", sum(file.bytes for file in manifest.files.values()))
     try:
         for name in manifest.files:
             store.upload(_version_key(manifest.job, version, name), folder / name, progress)
@@ -269,22 +267,6 @@ def describe_file(path: Path) -> File:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256")
     return File(sha256=digest.hexdigest(), bytes=path.stat().st_size)
-
-
-class _Progress:
-    """A line every few seconds, where an upload takes longer than that."""
-
-    def __init__(self, version: str, total: int) -> None:
-        self._version = version
-        self._total = total
-        self._sent = 0
-        self._said_at = time.monotonic()
-
-    def __call__(self, sent: int) -> None:
-        self._sent += sent
-        if time.monotonic() - self._said_at >= PROGRESS_SECONDS:
-            self._said_at = time.monotonic()
-            _logger.info("version %s: %.0f of %.0f MB uploaded", self._version, self._sent / 1e6, self._total / 1e6)
 
 
 def check_names(store: Store, manifest: Manifest, version: str) -> None:

@@ -223,6 +223,7 @@ def write_jobs(folder: Path) -> None:
         ("quick-s3", 5, yearly),
         ("shadow", 2, yearly),
         ("damaged", 2, yearly),
+        ("unchanging", 2, yearly),
         ("untracked", 60, yearly),
         ("unwatched", 100, yearly),
         ("long", 400, yearly),
@@ -239,9 +240,10 @@ def write_jobs(folder: Path) -> None:
     ):
         mode = "ask" if name.startswith("asked") else "automatic"
         minutes = 0.1 if name == "asked-nobody" else 10
+        unchanged = "skip" if name == "unchanging" else "continue"
         (folder / f"{name}.yaml").write_text(
             f"name: {name}\n"
-            "data: {source: 'sklearn://digits'}\n"
+            f"data: {{source: 'sklearn://digits', unchanged: {unchanged}}}\n"
             f"{search}\n"
             f"budget: {{trials: {trials}, minutes: 10}}\n"
             "confirm: {candidates: 2, seeds: 2}\n"

@@ -1,4 +1,5 @@
-"""Real S3 servers on loopback, on ports that were free a moment before, stopped by the process that started them."""
+"""Real S3 and PostgreSQL servers on loopback, on ports that were free a moment before, stopped by the process that
+started them; and what else the tests ask of the machine."""
 
 import contextlib
 import os
@@ -179,6 +180,12 @@ def free_pair_of_ports() -> int:
             second.bind(("127.0.0.1", port + 1))
             return port
     raise OSError("no two free ports in a row were found")
+
+
+def private_bytes() -> int:
+    """What RLIMIT_DATA counts of this process: its memory that is no file's and no other process's."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith("VmData")).split()[1])
 
 
 def wait_for(condition: Callable[[], object], seconds: float, what: str) -> None:

@@ -11,6 +11,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import httpx
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from mlflow import MlflowClient
@@ -125,6 +127,49 @@ def test_a_second_night_holds_and_sets_a_moved_alias_right(stack: Stack, night: 
     assert "# quick: champion stays (HOLD)" in shown
     assert champion_alias(stack, "quick").version == before.version
     assert [path.name for path in (stack.home / "store/models/quick/promotions").iterdir()] == ["000001.json"]
+
+
+def test_a_night_with_nothing_new_reuses_the_snapshot_and_skips_itself_where_its_job_says_so(stack: Stack) -> None:
+    stack.nightly("run", "unchanging")
+    shown = stack.nightly("run", "unchanging").stdout
+    assert "# unchanging: skipped" in shown
+    assert f"Nothing has changed since {study_of(stack, 'unchanging').study_name}: the same search" in shown
+    second = latest_run(stack, "unchanging")
+    assert (second["state_name"], second["state_type"]) == ("Skipped", "COMPLETED")
+    steps = stack.prefect("task_runs/filter", flow_runs={"id": {"any_": [second["id"]]}})
+    assert {str(step["name"]).partition(":")[0]: step["state_name"] for step in steps} == {
+        "reconcile": "Completed", "prepare": "Cached", "skip": "Completed",
+    }  # fmt: skip
+    more = stack.nightly("run", "unchanging", "--trials", "3").stdout
+    assert "# unchanging: champion stays" in more
+    snapshots = {path.name for path in (stack.home / "store/snapshots").iterdir()}
+    assert study_of(stack, "unchanging").user_attrs["snapshot"] in snapshots
+
+
+def test_a_source_that_was_spoilt_fails_the_night_before_anything_trains(stack: Stack) -> None:
+    folder = Path(stack.environment["NIGHTLY_JOBS"])
+    draw = np.random.default_rng(0)
+    frame = pd.DataFrame({"x": draw.normal(size=600), "town": draw.choice(["Bonn", "Ulm"], 600)})
+    frame["y"] = np.where(frame["x"] + draw.normal(size=600) > 0, "high", "low")
+    frame.to_csv(folder / "towns.csv", index=False)
+    space = "{epochs: 2, batch_size: 64, width: 16, depth: 1}"
+    (folder / "towns.yaml").write_text(
+        f"name: towns\ndata: {{source: towns.csv}}\nsearch: {{space: {space}}}\nbudget: {{trials: 2}}\n"
+        "confirm: {candidates: 1, seeds: 2}\n"
+    )
+    assert run_directly(stack, "towns")[0] == "COMPLETED"
+    champion = json.loads(stack.nightly("champion", "towns", "--json").stdout)["version"]
+    studies = sorted((stack.home / "studies/towns").iterdir())
+    for spoilt, says in (
+        (frame.drop(columns="town"), "town was categorical and is gone"),
+        (frame.assign(town=frame["y"]), "town must not give the target away, found that it predicts 100.0%"),
+    ):
+        spoilt[["x", *spoilt.columns.difference(["x", "y"]), "y"]].to_csv(folder / "towns.csv", index=False)
+        kind, message = run_directly(stack, "towns")
+        assert kind == "FAILED"
+        assert says in message
+    assert json.loads(stack.nightly("champion", "towns", "--json").stdout)["version"] == champion
+    assert sorted((stack.home / "studies/towns").iterdir()) == studies
 
 
 def test_promotion_never_does_everything_but_that(stack: Stack) -> None:

@@ -157,8 +157,8 @@ def test_a_query_is_read_from_postgresql(
     found = snapshot_of(postgres.url, tmp_path, **data)
     assert found.rows == 70_000
     assert {described.name: described.role for described in found.described} == {
-        "id": "ignored", "code": "ignored", "price": "numeric", "age": "numeric", "member": "boolean",
-        "day": "datetime", "moment": "datetime", "town": "categorical",
+        "id": "identifier", "code": "identifier", "price": "numeric", "age": "numeric", "member": "boolean",
+        "day": "datetime", "moment": "datetime", "town": "categorical", "bought": "target",
     }  # fmt: skip
     assert next(described.missing for described in found.described if described.name == "age") == 70_000 // 11
     again = snapshot_of(postgres.url, tmp_path, **data | {"query": "SELECT * FROM sales ORDER BY code"})

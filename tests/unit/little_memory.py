@@ -1,12 +1,13 @@
 """Prepares and trains in a process whose own memory (RLIMIT_DATA) is limited: run by a test, with a folder that holds
-rows.parquet, and the megabytes that it may have beside its libraries. Chunks, buckets and shards are an eighth of what
-they are otherwise, as the rows are small beside what they stand for."""
+rows.parquet, and the megabytes that it may have beside its libraries. Buckets and shards are an eighth of what they
+are otherwise, and chunks a half: the rows are few beside those that they stand for."""
 
 import json
 import resource
 import sys
 from pathlib import Path
 
+import pyarrow as pa
 import torch
 
 from models import batches
@@ -17,16 +18,18 @@ from tasks import sources
 from tasks.job import DataConfig
 from tasks.prepare import prepare
 from tasks.tune import Prepared
+from tests.servers import private_bytes
 
 
 def main(folder: Path, megabytes: int) -> None:
     batches.SHARD_BYTES //= 8
     preparing.BUCKET_BYTES //= 8
-    sources.CHUNK_VALUES //= 8
+    sources.CHUNK_VALUES //= 2
+    pa.set_memory_pool(pa.system_memory_pool())  # Arrow's own reserves more than it uses
     torch.set_num_threads(1)
-    torch.ones(64, 64) @ torch.ones(64, 64)  # its threads and buffers are libraries' too
-    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmData")]
-    limit = int(line.split()[1]) * 1024 + megabytes * 1_000_000
+    # What is loaded and reserved at the first use is the libraries' too.
+    torch.optim.Adam(torch.nn.Linear(64, 64).parameters())
+    limit = private_bytes() + megabytes * 1_000_000
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     snapshot = prepare(DataConfig(source=str(folder / "rows.parquet")), "classification", folder / "snapshots")
     prepared = Prepared.load(snapshot, torch.device("cpu"))

@@ -1,10 +1,12 @@
 """The gate: only what is proven better passes, and what is better passes."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from optuna.trial import FrozenTrial, create_trial
@@ -15,11 +17,12 @@ from models.shapes import DataShape
 from tasks.champion import Champion
 from tasks.confirm import Challenger, Confirmed
 from tasks.gate import GuardRail, Verdict, gate, judge
-from tasks.job import TuningJob
+from tasks.job import DataConfig, TuningJob
+from tasks.prepare import prepare
 from tasks.promotions import Promotion
 from tasks.snapshots import Snapshot
 from tasks.tune import Prepared
-from tasks.versions import Lineage, Manifest
+from tasks.versions import Lineage, Manifest, TableColumn
 from tests.conftest import CPU, make_job, train_on
 from tests.unit.test_comparison import simulated
 
@@ -203,6 +206,70 @@ def test_rows_that_the_champion_may_know_are_left_out(weak: Challenger, strong: 
     assert 0.35 * rows < half.rows_left_out < 0.65 * rows
     none = verdict_of(strong, as_champion(weak, snapshot, test_fraction=1e-9), snapshot)
     assert (none.decision, none.rows_left_out) == ("HOLD", rows)
+
+
+def people_with(folder: Path, *columns: str, **data: Any) -> Snapshot:
+    draw = np.random.default_rng(0)
+    frame = pd.DataFrame(
+        {"id": np.arange(900) // 2, "x": draw.normal(size=900), "town": draw.choice(["Bonn", "Ulm"], 900)}
+    )
+    frame["extra"] = draw.choice(["old", "new"], 900)
+    frame["y"] = np.where(frame["x"] + draw.normal(size=900) > 0, "high", "low")
+    frame[[*columns, "y"]].to_csv(folder / "rows.csv", index=False)
+    return prepare(DataConfig(source=str(folder / "rows.csv"), **data), "classification", folder / "snapshots")
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "data", "why_not"),
+    [
+        (("id", "x", "town"), ("id", "x", "town"), {"split_by": "id"}, None),
+        (("id", "x", "town"), ("town", "extra", "id", "x"), {"split_by": "id"}, None),
+        (("id", "x", "town"), ("town", "extra", "id", "x"), {}, "may have been trained on each of tonight's"),
+        (("id", "x", "town"), ("id", "x"), {"split_by": "id"}, "or of other columns: give the job a new name"),
+    ],
+)
+def test_a_table_with_a_column_more_is_judged_where_its_rows_kept_their_sides(
+    tmp_path: Path, before: tuple[str, ...], now: tuple[str, ...], data: dict[str, Any], why_not: str | None
+) -> None:
+    """Without `split_by` the column moves rows from one side to another, so the champion may know them."""
+    then = people_with(tmp_path, *before, **data)
+    champion = as_champion(make_challenger(Prepared.load(then, CPU), 3), then, data=data)
+    columns = tuple(TableColumn(**asdict(column)) for column in then.columns)
+    champion = replace(champion, manifest=champion.manifest.model_copy(update={"columns": columns}))
+    tonight = people_with(tmp_path, *now, **data)
+    verdict = verdict_of(
+        make_challenger(Prepared.load(tonight, CPU), 3),
+        champion,
+        tonight,
+        make_job(data={"source": "rows.csv", **data}),
+    )
+    assert (verdict.comparison is None) == (why_not is not None)
+    if why_not is not None:
+        assert verdict.decision == "HOLD"
+        assert why_not in verdict.reason
+
+
+def test_with_a_time_column_only_rows_after_the_champion_s_cut_are_judged(tmp_path: Path) -> None:
+    frame = pd.DataFrame(
+        {"day": pd.date_range("2026-01-01", periods=600), "x": np.random.default_rng(0).normal(size=600)}
+    )
+    frame["y"] = np.where(frame["x"] > 0, "high", "low")
+    frame.loc[::7, "y"] = "low"
+    frame.to_csv(tmp_path / "rows.csv", index=False)
+
+    def cut(moment: str) -> tuple[dict[str, str], Snapshot]:
+        data = {"time_column": "day", "test_from": moment}
+        config = DataConfig(source=str(tmp_path / "rows.csv"), **data)
+        return data, prepare(config, "classification", tmp_path / "snapshots")
+
+    data, then = cut("2027-02-01T00:00:00Z")
+    champion = as_champion(make_challenger(Prepared.load(then, CPU), 3), then, data=data)
+    columns = tuple(TableColumn(**asdict(column)) for column in then.columns)
+    champion = replace(champion, manifest=champion.manifest.model_copy(update={"columns": columns}))
+    earlier, tonight = cut("2027-01-01T00:00:00Z")
+    job = make_job(data={"source": "rows.csv", **earlier})
+    verdict = verdict_of(make_challenger(Prepared.load(tonight, CPU), 3), champion, tonight, job)
+    assert verdict.rows_left_out == 31
 
 
 def test_what_was_rolled_back_needs_new_rows_to_win_again(

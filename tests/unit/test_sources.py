@@ -88,7 +88,8 @@ def test_a_csv_file_and_a_parquet_file_of_the_same_rows_are_the_same_snapshot(tm
     ]
     assert len({snapshot.fingerprint for snapshot in snapshots}) == 1
     assert roles_of(read(tmp_path / "rows.csv").known) == {
-        "number": "ignored", "age": "numeric", "town": "categorical", "member": "boolean", "since": "datetime",
+        "number": "identifier", "age": "numeric", "town": "categorical", "member": "boolean", "since": "datetime",
+        "bought": "target",
     }  # fmt: skip
 
 
@@ -352,7 +353,7 @@ def test_a_query_s_answer_is_a_table_whatever_types_it_has(tmp_path: Path) -> No
     source = f"sqlite:///{tmp_path / 'people.db'}"
     rows = read(source, query="SELECT * FROM people ORDER BY age", target="bought")
     assert roles_of(rows.known) == {
-        "age": "numeric", "town": "categorical", "member": "boolean", "since": "datetime",
+        "age": "numeric", "town": "categorical", "member": "boolean", "since": "datetime", "bought": "target",
     }  # fmt: skip
     assert np.isnan(rows.features[:, 0]).sum() == (frame["age"].isna() | (frame["town"] == "Ulm")).sum()
 
