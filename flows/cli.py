@@ -12,7 +12,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from flows.cli_versions import COMMANDS, JobArgument, point_champion
+from flows import cli_jobs, cli_versions
+from flows.cli_versions import JobArgument, point_champion
 from infra.settings import Settings, enter
 from infra.stack import find, one_at_a_time, servers, start, stop, worker
 
@@ -160,7 +161,7 @@ def check(
         console.print(Markdown(data_card(snapshot)) if console.is_terminal else data_card(snapshot), markup=False)
 
 
-for command in COMMANDS:
+for command in (*cli_jobs.COMMANDS, *cli_versions.COMMANDS):
     app.command()(command)
 app.command(point_champion.__name__, hidden=True)(point_champion)
 

@@ -178,7 +178,7 @@ class _Table:
         self._target = data.target or ""
         self._labels: Counter[str] = Counter()
         self._ends: list[float] = []
-        self._without_target: list[Any] = []
+        self._without_target, self._first_without_target = 0, list[Any]()
         self._sample = _Sample()
         self.count = 0
         surveys = self._look()
@@ -197,8 +197,7 @@ class _Table:
         """The columns that are no features, by what they are for."""
         data = self._data
         values = f"{self._ends[0]:g} to {self._ends[1]:g}" if self._ends else ", ".join(sorted(self._labels)[:EXAMPLES])
-        missing = len(self._without_target)
-        others = [Described(name=self._target, role="target", missing=missing, values=values)]
+        others = [Described(name=self._target, role="target", missing=self._without_target, values=values)]
         for name, role in ((data.split_by, "split by"), (data.time_column, "time")):
             if name is not None and name != self._target:
                 others.append(Described(name=name, role=role, missing=0, values=""))
@@ -261,7 +260,8 @@ class _Table:
         there = codes >= 0
         if not there.all():
             if counted:
-                self._without_target += list(frame.index[~there])
+                self._without_target += int((~there).sum())
+                self._first_without_target += list(frame.index[~there][: EXAMPLES - len(self._first_without_target)])
             frame, codes = frame[there], codes[there]
         if self._problem == "regression":
             return frame, self._numbers_of(values, codes, frame)
@@ -325,12 +325,11 @@ class _Table:
         data, source = self._data, self._data.source
         findings: list[Finding] = []
         if self._without_target:
-            rows = ", ".join(str(row) for row in self._without_target[:EXAMPLES])
+            rows = ", ".join(str(row) for row in self._first_without_target)
             findings += finding(
                 "missing_target", data,
                 f"column {self._target}, the target, must have a value in every row, found none in "
-                f"{len(self._without_target)} rows (row {rows}); set data.checks.missing_target: warn to leave such "
-                "rows out",
+                f"{self._without_target} rows (row {rows}); set data.checks.missing_target: warn to leave such rows out",
             )  # fmt: skip
         findings += [found for survey in surveys for found in survey.findings]
         if not self.columns:

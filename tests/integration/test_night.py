@@ -118,6 +118,26 @@ def test_the_champion_is_what_the_manifest_says(stack: Stack, night: str, tmp_pa
     assert champion.manifest.version in stack.nightly("champion", "quick").stdout
 
 
+def test_jobs_are_listed_with_their_nights_and_what_a_night_logged_is_shown(stack: Stack, night: str) -> None:
+    rows = {row["job"]: row for row in json.loads(stack.nightly("ls", "--json").stdout)}
+    champion = json.loads(stack.nightly("champion", "quick", "--json").stdout)["version"]
+    assert (rows["quick"]["champion"], rows["quick"]["last night"]) == (champion, "Completed")
+    assert rows["quick"]["next night"].endswith("01-01 02:00")
+    assert rows["holding"]["began"] is None
+    shown = stack.nightly("logs", "quick").stdout
+    assert "rows of sklearn://digits: " in shown
+    lines = [json.loads(line) for line in stack.nightly("logs", "quick", "--json").stdout.splitlines()]
+    assert {"at", "level", "message"} == set(lines[0])
+    assert [line["at"] for line in lines] == sorted(line["at"] for line in lines)
+    assert "no night of longer has begun" in stack.nightly("logs", "longer", ok=False).stderr
+
+
+def test_the_doctor_finds_a_running_stack_well(stack: Stack) -> None:
+    checks = json.loads(stack.nightly("doctor", "--json").stdout)
+    assert {check["name"]: check["state"] for check in checks if check["state"] != "ok"}.keys() <= {"disk"}
+    assert {"prefect", "mlflow", "worker", "deployments", "store", "clock"} <= {check["name"] for check in checks}
+
+
 def test_a_second_night_holds_and_sets_a_moved_alias_right(stack: Stack, night: str) -> None:
     client = MlflowClient(stack.mlflow_url)
     before = champion_alias(stack, "quick")
