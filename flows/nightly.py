@@ -55,7 +55,7 @@ from tasks.tracking import (
     track_confirmed,
     track_missing_trials,
 )
-from tasks.tune import Prepared, ProgressArtifact, Tuned, tune
+from tasks.tune import Prepared, ProgressArtifact, Tuned, forecast, tune
 
 JUDGEMENTS = 3
 
@@ -116,6 +116,7 @@ def _night(job: TuningJob, settings: Settings, *, may_skip: bool) -> Any:
 
     with get_client(sync_client=True) as prefect:
         crash_dead_runs(prefect, job.name, states=(StateType.RUNNING, StateType.CANCELLING), spare=UUID(flow_run_id))
+    _logger.info(forecast(job, studies, device))
     champion = reconcile_step(job, store, client, studies, device)
     snapshots = settings.home / "snapshots"
     snapshot = _snapshot(job, snapshots, studies, store)

@@ -329,7 +329,8 @@ class _Table:
             findings += finding(
                 "missing_target", data,
                 f"column {self._target}, the target, must have a value in every row, found none in "
-                f"{self._without_target} rows (row {rows}); set data.checks.missing_target: warn to leave such rows out",
+                f"{self._without_target} rows (row {rows}); set data.checks.missing_target: warn to leave such rows "
+                "out",
             )  # fmt: skip
         findings += [found for survey in surveys for found in survey.findings]
         if not self.columns:

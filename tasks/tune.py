@@ -12,6 +12,7 @@ to know of finished trials passes a callback.
 
 import logging
 import math
+import statistics
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -55,6 +56,7 @@ from tasks.study import (
     ROLE,
     ask,
     derived_seed,
+    earlier_studies,
     finished_trials,
     is_wave_full,
     may_widen_wave,
@@ -137,6 +139,20 @@ class Prepared:
         return cls(
             snapshot=snapshot, preprocessing=preprocessing, training=split("train"), validation=split("validation")
         )
+
+
+def forecast(job: TuningJob, studies: Path, device: torch.device) -> str:
+    """What the search is about to cost, as far as the last night tells."""
+    budget = f"{job.budget.trials} trials, {job.budget.minutes:g} minutes at most, on {describe_device(device)}"
+    for earlier in earlier_studies(job.name, studies):
+        seconds = [trial.user_attrs[SECONDS] for trial in tonights_trials(earlier) if SECONDS in trial.user_attrs]
+        if seconds:
+            each = statistics.fmean(seconds)
+            return (
+                f"{budget}; at {each:.2f} s a trial, as in {earlier.study_name}, that is "
+                f"{each * job.budget.trials / 60:.1f} minutes of training"
+            )
+    return f"{budget}; no earlier night tells how long a trial takes"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,9 +31,9 @@ from tasks.study import (
     open_study,
     ranked,
 )
-from tasks.tracking import CURVE, DIAGNOSIS, TRACEBACK
-from tasks.tune import Prepared, TuningFailed, tune
-from tests.conftest import make_job
+from tasks.tracking import CURVE, DIAGNOSIS, SECONDS, TRACEBACK
+from tasks.tune import Prepared, TuningFailed, forecast, tune
+from tests.conftest import CPU, make_job
 from tests.unit.test_families import NET, write_net
 
 NOW = datetime(2026, 11, 23, 2, 0, tzinfo=UTC)
@@ -57,6 +57,17 @@ def test_the_budget_of_trials_is_kept(prepared: Prepared, tmp_path: Path) -> Non
     tuned = tune(study, job, prepared, tmp_path)
     assert (tuned.complete + tuned.pruned, tuned.failed, tuned.ended_by) == (4, 0, "trials")
     assert tuned.best.number == study.best_trial.number
+
+
+def test_a_night_says_what_it_will_cost_by_what_the_last_one_did(prepared: Prepared, tmp_path: Path) -> None:
+    job = make_job(budget={"trials": 6, "minutes": 5})
+    assert forecast(job, tmp_path, CPU).startswith("6 trials, 5 minutes at most, on cpu, ")
+    assert forecast(job, tmp_path, CPU).endswith("; no earlier night tells how long a trial takes")
+    study = open_for(job, prepared, tmp_path)
+    tune(study, job, prepared, tmp_path)
+    each = sum(trial.user_attrs[SECONDS] for trial in study.trials) / 6
+    twice = forecast(make_job(budget={"trials": 600}), tmp_path, CPU)
+    assert f"at {each:.2f} s a trial, as in {study.study_name}, that is {10 * each:.1f} minutes" in twice
 
 
 def test_the_budget_of_minutes_is_kept(prepared: Prepared, tmp_path: Path) -> None:
