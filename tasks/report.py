@@ -3,22 +3,28 @@
 Reads what the steps returned and decides nothing.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 
 import optuna
+import torch
+from matplotlib.figure import Figure
 from mlflow import MlflowClient
 from mlflow.entities import Metric, RunTag
 from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE
 from optuna.trial import FrozenTrial, TrialState
 from prefect.artifacts import create_markdown_artifact
+from torch import nn
 
 from infra.deploy import artifact_key
 from infra.settings import Settings
+from models.evaluate import predict_outputs, predictions_of
+from tasks import plots
 from tasks.confirm import Challenger
 from tasks.drift import Change, drift_table
 from tasks.gate import Verdict
 from tasks.job import TuningJob
+from tasks.night_page import night_page
 from tasks.promotions import Promotion
 from tasks.snapshots import Snapshot
 from tasks.study import (
@@ -28,6 +34,7 @@ from tasks.study import (
     MLFLOW_EXPERIMENT,
     MLFLOW_RUN,
     ROLE,
+    earlier_studies,
     number_of,
     ranked,
     tonights_trials,
@@ -36,6 +43,17 @@ from tasks.tracking import DEVICE, DIAGNOSIS, SECONDS, mlflow_may_be_away
 from tasks.tune import Tuned
 
 MOST_MOVED = 10
+MOST_NIGHTS = 60
+CAPTIONS = {
+    "history": "Every complete trial in the order of the night, and the best so far",
+    "importance": "How much of the objective's variation each hyperparameter explains (fANOVA)",
+    "slices": "The objective over the hyperparameters that explain the most",
+    "curves": "How the best trials learned",
+    "confusion": "Test rows of each class by the class that the challenger takes them for",
+    "reliability": "How often the challenger is right where it is so sure, on the test rows",
+    "residuals": "What the challenger predicts for the test rows, and what is",
+    "nights": "The best validation value of each night",
+}
 
 
 def report(
@@ -50,7 +68,9 @@ def report(
     client: MlflowClient,
     now: datetime,
 ) -> str:
-    """Write the night's summary to its MLflow run and as a Prefect artifact, mark the study ended; returns Markdown."""
+    """Write the night's summary and plots to its MLflow run and as a Prefect artifact, mark the study ended; returns
+    Markdown."""
+    studies = list(reversed(list(earlier_studies(job.name, settings.home / "studies"))))[-MOST_NIGHTS:]
     run_id, experiment_id = study.user_attrs[MLFLOW_RUN], study.user_attrs[MLFLOW_EXPERIMENT]
     text = summarize(
         job, study, snapshot, moved, tuned, verdict, promotion,
@@ -81,11 +101,56 @@ def report(
         client.log_dict(run_id, verdict.evidence(), "gate.json")
         if moved:
             client.log_text(run_id, drift_table(moved), "drift.md")
+        _log_page(client, run_id, job, study, snapshot, moved, verdict, text, studies)
     create_markdown_artifact(
         text, key=artifact_key("report", job.name), description=f"{study.study_name}: {verdict.decision}"
     )
     study.set_user_attr(ENDED, now.isoformat())
     return text
+
+
+def _log_page(
+    client: MlflowClient,
+    run_id: str,
+    job: TuningJob,
+    study: optuna.Study,
+    snapshot: Snapshot,
+    moved: tuple[Change, ...],
+    verdict: Verdict,
+    summary: str,
+    studies: Sequence[optuna.Study],
+) -> None:
+    """The plots as pictures, and the page with all of them."""
+    importance = plots.importance(study, job)
+    figures = {
+        "history": plots.history(study, job),
+        "importance": plots.importances(importance),
+        "slices": plots.slices(study, job, importance),
+        "curves": plots.curves(study, job),
+        **_test_figures(snapshot, verdict),
+        "nights": plots.nights([one for one in studies if one.directions == study.directions], job),
+    }
+    drawn = {name: figure for name, figure in figures.items() if figure is not None}
+    for name, figure in drawn.items():
+        client.log_figure(run_id, figure, f"plots/{name}.png")
+    captions = {CAPTIONS[name]: figure for name, figure in drawn.items()}
+    page = night_page(job, study, summary, verdict, moved, importance, captions)
+    client.log_text(run_id, page, "report.html")
+
+
+def _test_figures(snapshot: Snapshot, verdict: Verdict) -> dict[str, Figure | None]:
+    """What the challenger makes of the test rows."""
+    challenger = verdict.challenger
+    device = next(challenger.model.parameters()).device
+    served = nn.Sequential(challenger.preprocessing, challenger.model)
+    predictions = predictions_of(predict_outputs(served, snapshot.features("test", device)))
+    target = snapshot.target("test", torch.device("cpu")).numpy()
+    if not snapshot.classes:
+        return {"residuals": plots.residuals(predictions, target)}
+    return {
+        "confusion": plots.confusion(predictions, target, snapshot.classes),
+        "reliability": plots.reliability(predictions, target),
+    }
 
 
 def report_skipped(job: TuningJob, snapshot: Snapshot, night: str) -> str:

@@ -132,6 +132,17 @@ def test_jobs_are_listed_with_their_nights_and_what_a_night_logged_is_shown(stac
     assert "no night of longer has begun" in stack.nightly("logs", "longer", ok=False).stderr
 
 
+def test_a_night_leaves_a_page_and_its_plots_in_mlflow(stack: Stack, night: str, tmp_path: Path) -> None:
+    client = MlflowClient(stack.mlflow_url)
+    run_id = study_of(stack, "quick").user_attrs["mlflow_run_id"]
+    names = {item.path for item in client.list_artifacts(run_id)}
+    assert {"report.html", "plots", "data_card.md", "gate.json"} <= names
+    pictures = {Path(item.path).stem for item in client.list_artifacts(run_id, "plots")}
+    assert {"history", "curves", "confusion", "reliability"} <= pictures
+    page = Path(client.download_artifacts(run_id, "report.html", str(tmp_path))).read_text()
+    assert "<h2>What to do next</h2>" in page
+
+
 def test_the_doctor_finds_a_running_stack_well(stack: Stack) -> None:
     checks = json.loads(stack.nightly("doctor", "--json").stdout)
     assert {check["name"]: check["state"] for check in checks if check["state"] != "ok"}.keys() <= {"disk"}

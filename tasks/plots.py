@@ -1,0 +1,189 @@
+"""The plots of a night, drawn by matplotlib: readable in grey and by colour-blind readers, as colours come from Okabe
+and Ito's palette and are never alone in telling things apart.
+
+Each function returns a figure, or None where there is nothing to draw. Knows nothing of files and pages.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import optuna
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from optuna.trial import TrialState
+
+from models.space import Domain, Range
+from tasks.job import TuningJob
+from tasks.study import number_of, ranked, tonights_trials
+from tasks.tracking import CURVE
+
+# jfly.uni-koeln.de/color: told apart with any common kind of colour vision.
+BLUE, ORANGE, GREEN, VERMILION, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#767676"
+LINES = ("-", "--", "-.", ":", (0, (1, 3)))
+MARKERS = ("o", "s", "^", "D", "v")
+MOST_SLICES = 6
+MOST_CURVES = 5
+MOST_CLASSES_SHOWN = 20
+BINS = 10
+
+
+def importance(study: optuna.Study, job: TuningJob) -> dict[str, float]:
+    """How much of the objective's variation each hyperparameter explains, the most first; by fANOVA over the complete
+    trials, and nothing where they are too few or all alike."""
+    complete = tonights_trials(study, TrialState.COMPLETE)
+    if len(complete) < 4 or len({trial.values[0] for trial in complete}) < 2:
+        return {}
+    try:
+        found = optuna.importance.get_param_importances(
+            study,
+            evaluator=optuna.importance.FanovaImportanceEvaluator(seed=job.seed),
+            target=lambda trial: trial.values[0],
+        )
+    except (ValueError, RuntimeError):  # no hyperparameter that all of them have varies
+        return {}
+    return dict(found)
+
+
+def history(study: optuna.Study, job: TuningJob) -> Figure | None:
+    """Each complete trial's objective in the order of the night, and the best so far."""
+    trials = sorted(tonights_trials(study, TrialState.COMPLETE), key=number_of)
+    if not trials:
+        return None
+    figure, axes = _figure("trial", f"validation {job.search.objective}")
+    numbers, values = [number_of(trial) for trial in trials], np.array([trial.values[0] for trial in trials])
+    best = np.maximum.accumulate if job.objective.direction == "maximize" else np.minimum.accumulate
+    axes.plot(numbers, values, linestyle="", marker="o", color=BLUE, markersize=4, label="a complete trial")
+    axes.step(numbers, best(values), where="post", color=VERMILION, label="the best so far")
+    others = [number_of(trial) for trial in tonights_trials(study, TrialState.PRUNED, TrialState.FAIL)]
+    if others:
+        axes.plot(
+            others, np.full(len(others), values.min()), linestyle="", marker="x", color=GREY, label="pruned or failed"
+        )
+    axes.legend()
+    return figure
+
+
+def importances(found: dict[str, float]) -> Figure | None:
+    """A bar for each hyperparameter."""
+    if not found:
+        return None
+    figure, axes = _figure("share of what explains the objective", "")
+    names = list(found)[::-1]
+    axes.barh(names, [found[name] for name in names], color=BLUE)
+    return figure
+
+
+def slices(study: optuna.Study, job: TuningJob, found: dict[str, float]) -> Figure | None:
+    """The objective over each of the most important hyperparameters."""
+    trials = tonights_trials(study, TrialState.COMPLETE)
+    names = [name for name in found if sum(name in trial.params for trial in trials) > 1][:MOST_SLICES]
+    if not names:
+        return None
+    rows = -(-len(names) // 2)
+    figure = Figure(figsize=(8, 2.4 * rows), layout="constrained")
+    for place, name in enumerate(names):
+        axes = figure.add_subplot(rows, 2, place + 1)
+        some = [trial for trial in trials if name in trial.params]
+        values: Any = [trial.params[name] for trial in some]
+        if not isinstance(job.space.get(name), Range):
+            values = [str(value) for value in values]
+        axes.plot(values, [trial.values[0] for trial in some], linestyle="", marker="o", color=BLUE, markersize=4)
+        if _is_log(job.space.get(name)):
+            axes.set_xscale("log")
+        axes.set_xlabel(name)
+        axes.set_ylabel(job.search.objective)
+        axes.grid(alpha=0.3)
+    return figure
+
+
+def curves(study: optuna.Study, job: TuningJob) -> Figure | None:
+    """How the best trials learned: the objective on validation rows after each epoch."""
+    best = ranked(tonights_trials(study, TrialState.COMPLETE), job)[:MOST_CURVES]
+    best = [trial for trial in best if trial.user_attrs.get(CURVE)]
+    if not best:
+        return None
+    figure, axes = _figure("epoch", f"validation {job.search.objective}")
+    colours = (BLUE, VERMILION, GREEN, ORANGE, GREY)
+    for place, trial in enumerate(best):
+        epochs = [point[0] for point in trial.user_attrs[CURVE]]
+        axes.plot(
+            epochs, [point[3] for point in trial.user_attrs[CURVE]], linestyle=LINES[place], marker=MARKERS[place],
+            markersize=3, color=colours[place], label=f"trial {number_of(trial)}",
+        )  # fmt: skip
+    axes.legend()
+    return figure
+
+
+def nights(earlier: Sequence[optuna.Study], job: TuningJob) -> Figure | None:
+    """The best validation value of each night of the same objective, the oldest first."""
+    points = []
+    for study in earlier:
+        best = ranked(tonights_trials(study, TrialState.COMPLETE), job)
+        if best:
+            points.append((study.study_name.removeprefix(f"{job.name}-"), best[0].values[0]))
+    if len(points) < 2:
+        return None
+    figure, axes = _figure("night", f"best validation {job.search.objective}")
+    axes.plot([name for name, _ in points], [value for _, value in points], marker="o", color=BLUE)
+    axes.tick_params(axis="x", rotation=45)
+    return figure
+
+
+def confusion(probabilities: NDArray[np.float64], target: NDArray[np.int64], classes: Sequence[str]) -> Figure | None:
+    """Of each class's rows the share that the challenger takes for each class."""
+    if len(classes) > MOST_CLASSES_SHOWN:
+        return None
+    counts = np.zeros((len(classes), len(classes)))
+    np.add.at(counts, (target, probabilities.argmax(axis=1)), 1)
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    figure, axes = _figure("taken for", "is")
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    axes.grid(visible=False)
+    for row in range(len(classes)):
+        for column in range(len(classes)):
+            if counts[row, column]:
+                dark = shares[row, column] > 0.5
+                text = f"{counts[row, column]:.0f}"
+                axes.text(column, row, text, ha="center", va="center", color="white" if dark else "black", fontsize=8)
+    axes.set_xticks(range(len(classes)), classes, rotation=45, ha="right")
+    axes.set_yticks(range(len(classes)), classes)
+    return figure
+
+
+def reliability(probabilities: NDArray[np.float64], target: NDArray[np.int64]) -> Figure:
+    """How often the challenger is right where it is so sure."""
+    sure, right = probabilities.max(axis=1), probabilities.argmax(axis=1) == target
+    bins = np.minimum((sure * BINS).astype(int), BINS - 1)
+    figure, axes = _figure("how sure the challenger is", "share of rows that it is right on")
+    axes.plot([0, 1], [0, 1], linestyle="--", color=GREY, label="as sure as right")
+    there = [place for place in range(BINS) if (bins == place).any()]
+    axes.plot(
+        [sure[bins == place].mean() for place in there], [right[bins == place].mean() for place in there],
+        marker="o", color=BLUE, label="the challenger",
+    )  # fmt: skip
+    axes.legend()
+    return figure
+
+
+def residuals(values: NDArray[np.float64], target: NDArray[np.float32]) -> Figure:
+    """What the challenger predicts beside what is."""
+    figure, axes = _figure("predicted", "is")
+    axes.plot(values, target, linestyle="", marker="o", markersize=3, color=BLUE, alpha=0.4)
+    ends = [float(min(values.min(), target.min())), float(max(values.max(), target.max()))]
+    axes.plot(ends, ends, linestyle="--", color=GREY)
+    return figure
+
+
+def _figure(x: str, y: str) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.grid(alpha=0.3)
+    return figure, axes
+
+
+def _is_log(domain: Domain | None) -> bool:
+    return isinstance(domain, Range) and domain.log

@@ -1,0 +1,138 @@
+"""The night on one page: whole without a network, safe whatever stands in data and errors, and useful on odd nights."""
+
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import optuna
+import pytest
+import torch
+from optuna.distributions import FloatDistribution
+from optuna.trial import TrialState, create_trial
+
+from models.evaluate import predict_outputs, predictions_of
+from tasks import plots
+from tasks.confirm import confirm
+from tasks.drift import Change
+from tasks.gate import Verdict
+from tasks.job import TuningJob
+from tasks.night_page import advices_of, night_page, regions_of
+from tasks.study import FAILURE, NUMBER, open_study
+from tasks.tune import Prepared, tune
+from tests.conftest import CPU, make_job
+from tests.unit.test_gate import make_challenger, verdict_of
+from tests.unit.test_tune import NOW
+
+MOST_BYTES = 3_000_000
+
+
+class Tags(HTMLParser):
+    """Every tag with its attributes, and that each is closed again."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+        if tag not in ("meta", "img", "br", "hr"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+@pytest.fixture(scope="module")
+def night(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> tuple[TuningJob, optuna.Study, Verdict]:
+    job = make_job(budget={"trials": 12}, confirm={"candidates": 1, "seeds": 1})
+    study = open_study(job, prepared.snapshot.fingerprint, tmp_path_factory.mktemp("night"), NOW)
+    tune(study, job, prepared, tmp_path_factory.mktemp("checkpoints"))
+    challenger = confirm(study, job, prepared).challenger
+    return job, study, verdict_of(challenger, None, prepared.snapshot, job, make_challenger(prepared, 1))
+
+
+def page_of(
+    night: tuple[TuningJob, optuna.Study, Verdict], summary: str = "# a night", moved: tuple[Change, ...] = ()
+) -> str:
+    job, study, verdict = night
+    found = plots.importance(study, job)
+    drawn = {
+        "history": plots.history(study, job), "importance": plots.importances(found),
+        "slices": plots.slices(study, job, found), "curves": plots.curves(study, job),
+    }  # fmt: skip
+    return night_page(job, study, summary, verdict, moved, found, {name: it for name, it in drawn.items() if it})
+
+
+def test_the_page_needs_no_network_is_small_and_well_formed(night: tuple[TuningJob, optuna.Study, Verdict]) -> None:
+    page = page_of(
+        night, "# a night\n\n| a | b |\n| --- | --- |\n| 1 | [MLflow](http://127.0.0.1:5001/#/experiments/1) |\n"
+    )
+    assert len(page.encode()) < MOST_BYTES
+    tags = Tags(page)
+    assert tags.open == []
+    names = [tag for tag, _ in tags.found]
+    assert names.count("img") == 4
+    assert {"script", "link", "iframe"}.isdisjoint(names)
+    for tag, attributes in tags.found:
+        if tag == "img":
+            assert str(attributes["src"]).startswith("data:image/svg+xml;base64,")
+            assert attributes["alt"]
+    assert names.count("h1") == 1
+    assert {"What to do next", "What the search learned", "What it cost"} <= set(re.findall(r"<h2>(.*?)</h2>", page))
+
+
+def test_what_stands_in_data_and_errors_is_shown_and_not_run(
+    night: tuple[TuningJob, optuna.Study, Verdict], tmp_path: Path
+) -> None:
+    job, _, verdict = night
+    evil = "<script>alert(1)</script>"
+    study = open_study(job, "f" * 32, tmp_path, NOW)
+    study.add_trial(create_trial(state=TrialState.FAIL, user_attrs={FAILURE: evil, NUMBER: 0}))
+    moved = (Change(column=evil, stability_index=1.0, missing_before=0, missing_now=0),)
+    page = page_of((job, study, verdict), f"# {evil}\n\n| a |\n| --- |\n| {evil} |\n", moved)
+    assert "<script" not in page
+    assert page.count("&lt;script&gt;") == 4
+    assert "Too few trials completed to tell." in page
+
+
+def test_a_range_whose_end_is_best_is_to_be_widened(
+    night: tuple[TuningJob, optuna.Study, Verdict], tmp_path: Path
+) -> None:
+    _, _, verdict = night
+    job = make_job(search={"space": {"learning_rate": {"low": 1e-4, "high": 1e-1, "log": True}}})
+    study = open_study(job, "f" * 32, tmp_path, NOW)
+    rates = FloatDistribution(1e-4, 1e-1, log=True)
+    for number in range(30):
+        rate = 1e-4 * 10 ** (number / 10)
+        study.add_trial(
+            create_trial(
+                value=1 - number / 100, params={"learning_rate": rate}, distributions={"learning_rate": rates},
+                user_attrs={NUMBER: number},
+            )
+        )  # fmt: skip
+    (region,) = regions_of(study, job, {})
+    assert (region.name, region.edge, region.searched) == ("learning_rate", "low", "0.0001 to 0.1")
+    advices = advices_of(job, study, replace(verdict, decision="PROMOTE"), (), [region])
+    assert "Widen search.space.learning_rate: the best trials lie at its low end (0.0001)." in advices
+    assert "The budget's 60 trials were not reached: give it more minutes." in advices
+    assert plots.importance(study, job) == {"learning_rate": 1.0}
+
+
+def test_the_test_rows_are_drawn_for_classes_and_for_numbers(
+    night: tuple[TuningJob, optuna.Study, Verdict], prepared: Prepared
+) -> None:
+    _, _, verdict = night
+    snapshot = prepared.snapshot
+    served = torch.nn.Sequential(verdict.challenger.preprocessing, verdict.challenger.model)
+    predictions = predictions_of(predict_outputs(served, snapshot.features("test", CPU)))
+    target = snapshot.target("test", CPU).numpy()
+    assert plots.confusion(predictions, target, snapshot.classes) is not None
+    assert plots.confusion(predictions, target, [str(number) for number in range(30)]) is None
+    assert plots.reliability(predictions, target).axes
+    assert plots.residuals(predictions[:, 0], target.astype("float32")).axes
+    study = night[1]
+    assert plots.nights([study], night[0]) is None
+    assert plots.nights([study, study], night[0]) is not None
