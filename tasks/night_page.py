@@ -121,7 +121,8 @@ def night_page(
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
     return environment.from_string(PAGE).render(
         title=f"{study.study_name}: {verdict.decision}",
-        summary=Markup(markdown.render(summary)),
+        # What looks like HTML in it was escaped by its own renderer.
+        summary=Markup(markdown.render(summary)),  # noqa: S704
         advices=advices_of(job, study, verdict, moved, regions),
         regions=regions,
         plots=[{"image": _svg(figure), "caption": caption} for caption, figure in plots.items()],

@@ -102,7 +102,8 @@ def test_a_range_whose_end_is_best_is_to_be_widened(
     night: tuple[TuningJob, optuna.Study, Verdict], tmp_path: Path
 ) -> None:
     _, _, verdict = night
-    job = make_job(search={"space": {"learning_rate": {"low": 1e-4, "high": 1e-1, "log": True}}})
+    space = {"learning_rate": {"low": 1e-4, "high": 1e-1, "log": True}}
+    job = make_job(search={"space": space}, budget={"trials": 60})
     study = open_study(job, "f" * 32, tmp_path, NOW)
     rates = FloatDistribution(1e-4, 1e-1, log=True)
     for number in range(30):
