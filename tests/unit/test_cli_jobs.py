@@ -1,23 +1,34 @@
 """The commands about jobs that need no servers: a job file written after a few questions, and what a machine lacks."""
 
 import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner, Result
 
+from flows.cli import app
+from infra.errors import ExpectedError
 from tasks.job import load_job
-from tests.conftest import Stack, make_stack
+from tests.conftest import make_stack
 
 
 @pytest.fixture
-def alone(tmp_path: Path) -> Stack:
-    """A home whose servers do not run."""
-    return make_stack(tmp_path)
+def jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty folder of jobs, and an environment that commands may change."""
+    before = dict(os.environ)
+    monkeypatch.setenv("NIGHTLY_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("NIGHTLY_JOBS", str(tmp_path / "jobs"))
+    (tmp_path / "jobs").mkdir()
+    yield tmp_path / "jobs"
+    os.environ.clear()
+    os.environ.update(before)
 
 
-def jobs_of(stack: Stack) -> Path:
-    return Path(stack.environment["NIGHTLY_JOBS"])
+def nightly(*arguments: str) -> Result:
+    return CliRunner().invoke(app, arguments)
 
 
 @pytest.mark.parametrize(
@@ -30,15 +41,15 @@ def jobs_of(stack: Stack) -> Path:
     ],
 )
 def test_init_writes_a_job_that_is_valid_and_says_how_to_go_on(
-    alone: Stack, arguments: tuple[str, ...], expected: dict[str, Any]
+    jobs: Path, arguments: tuple[str, ...], expected: dict[str, Any]
 ) -> None:
-    shown = alone.nightly("init", "my-job", *arguments).stdout
+    shown = nightly("init", "my-job", *arguments).output
     assert "nightly check my-job\nnightly up\nnightly run my-job" in shown
-    job = load_job("my-job", jobs_of(alone))
+    job = load_job("my-job", jobs)
     assert job.data.source.endswith(arguments[1])
     assert job.data.target == expected.get("target")
     assert job.search.objective == ("rmse" if "--regression" in arguments else "accuracy")
-    assert (jobs_of(alone) / "my_job.py").exists() == ("own" in arguments)
+    assert (jobs / "my_job.py").exists() == ("own" in arguments)
 
 
 @pytest.mark.parametrize(
@@ -53,31 +64,27 @@ def test_init_writes_a_job_that_is_valid_and_says_how_to_go_on(
     ],
 )
 def test_init_refuses_in_one_sentence_and_leaves_what_was_there(
-    alone: Stack, arguments: tuple[str, ...], says: str
+    jobs: Path, arguments: tuple[str, ...], says: str
 ) -> None:
-    (jobs_of(alone) / "there.yaml").write_text("mine")
-    refused = alone.nightly("init", *arguments, ok=False)
-    assert refused.returncode == 1
-    assert says in refused.stderr
-    assert "Traceback" not in refused.stderr
-    assert [(path.name, path.read_text()) for path in jobs_of(alone).iterdir()] == [("there.yaml", "mine")]
+    (jobs / "there.yaml").write_text("mine")
+    refused = nightly("init", *arguments).exception
+    assert isinstance(refused, ExpectedError)
+    assert says in str(refused)
+    assert [(path.name, path.read_text()) for path in jobs.iterdir()] == [("there.yaml", "mine")]
 
 
-def test_without_servers_jobs_are_listed_and_the_doctor_says_what_to_do(alone: Stack) -> None:
+def test_without_servers_jobs_are_listed_and_the_doctor_says_what_to_do(tmp_path: Path) -> None:
+    alone = make_stack(tmp_path)
     rows = json.loads(alone.nightly("ls", "--json").stdout)
     assert {(row["job"], row["champion"], row["last night"]) for row in rows} == {
         ("digits-cnn", None, None), ("digits-mlp", None, None),
     }  # fmt: skip
-    assert "no Prefect server answers" in alone.nightly("ls").stdout
-    found = alone.nightly("doctor", "--json", ok=False)
-    checks = {check["name"]: check for check in json.loads(found.stdout)}
+    (Path(alone.environment["NIGHTLY_JOBS"]) / "bad.yaml").write_text("name: bad\nbudget: {trials: 0}\n")
+    found = alone.nightly("doctor", ok=False)
     assert found.returncode == 1
-    assert [checks[name]["state"] for name in ("packages", "device", "jobs", "store")] == ["ok"] * 4
-    for name in ("prefect", "mlflow", "worker", "deployments"):
-        assert (checks[name]["state"], checks[name]["remedy"]) == ("fail", "run `nightly up`")
-    (jobs_of(alone) / "bad.yaml").write_text("name: bad\nbudget: {trials: 0}\n")
-    shown = alone.nightly("doctor", ok=False).stdout
-    assert "✗ jobs" in shown
-    assert "budget.trials" in shown
-    refused = alone.nightly("logs", "digits-mlp", ok=False)
-    assert "no Prefect server answers" in refused.stderr
+    marks = {line.split()[1]: line for line in found.stdout.splitlines()}
+    assert [marks[name][0] for name in ("packages", "device", "store")] == ["✓"] * 3
+    for name in ("prefect", "mlflow", "worker", "clock"):
+        assert marks[name].startswith("✗")
+        assert marks[name].endswith("; run `nightly up`")
+    assert "budget.trials" in marks["jobs"]
