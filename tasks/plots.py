@@ -11,6 +11,7 @@ import numpy as np
 import optuna
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from optuna.trial import TrialState
 
@@ -23,6 +24,7 @@ from tasks.tracking import CURVE
 BLUE, ORANGE, GREEN, VERMILION, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#767676"
 LINES = ("-", "--", "-.", ":", (0, (1, 3)))
 MARKERS = ("o", "s", "^", "D", "v")
+LEAST_TRIALS = 8  # of fewer a forest explains nothing
 MOST_SLICES = 6
 MOST_CURVES = 5
 MOST_CLASSES_SHOWN = 20
@@ -33,7 +35,7 @@ def importance(study: optuna.Study, job: TuningJob) -> dict[str, float]:
     """How much of the objective's variation each hyperparameter explains, the most first; by fANOVA over the complete
     trials, and nothing where they are too few or all alike."""
     complete = tonights_trials(study, TrialState.COMPLETE)
-    if len(complete) < 4 or len({trial.values[0] for trial in complete}) < 2:
+    if len(complete) < LEAST_TRIALS or len({trial.values[0] for trial in complete}) < 2:
         return {}
     try:
         found = optuna.importance.get_param_importances(
@@ -55,6 +57,7 @@ def history(study: optuna.Study, job: TuningJob) -> Figure | None:
     numbers, values = [number_of(trial) for trial in trials], np.array([trial.values[0] for trial in trials])
     best = np.maximum.accumulate if job.objective.direction == "maximize" else np.minimum.accumulate
     axes.plot(numbers, values, linestyle="", marker="o", color=BLUE, markersize=4, label="a complete trial")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.step(numbers, best(values), where="post", color=VERMILION, label="the best so far")
     others = [number_of(trial) for trial in tonights_trials(study, TrialState.PRUNED, TrialState.FAIL)]
     if others:
@@ -112,6 +115,7 @@ def curves(study: optuna.Study, job: TuningJob) -> Figure | None:
             epochs, [point[3] for point in trial.user_attrs[CURVE]], linestyle=LINES[place], marker=MARKERS[place],
             markersize=3, color=colours[place], label=f"trial {number_of(trial)}",
         )  # fmt: skip
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend()
     return figure
 

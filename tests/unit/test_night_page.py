@@ -47,7 +47,10 @@ class Tags(HTMLParser):
 
 @pytest.fixture(scope="module")
 def night(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> tuple[TuningJob, optuna.Study, Verdict]:
-    job = make_job(budget={"trials": 12}, confirm={"candidates": 1, "seeds": 1})
+    space = {"epochs": 3, "batch_size": [64, 256], "width": [16, 32]}
+    job = make_job(
+        budget={"trials": 12}, confirm={"candidates": 1, "seeds": 1}, search={"pruner": "none", "space": space}
+    )
     study = open_study(job, prepared.snapshot.fingerprint, tmp_path_factory.mktemp("night"), NOW)
     tune(study, job, prepared, tmp_path_factory.mktemp("checkpoints"))
     challenger = confirm(study, job, prepared).challenger
