@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-SHARD_BYTES = 64 * 2**20
+SHARD_BYTES = 16 * 2**20
 
 
 def _unchanged(features: Tensor) -> Tensor:
