@@ -39,6 +39,8 @@ from tasks.sources import read_rows
 DOWNLOADS = "downloads"
 # What is sorted at once; as few rows as this are never written to a bucket.
 BUCKET_BYTES = 32 * 2**20
+# Each is an open file, of which a process may have 1,024 on most machines.
+MOST_BUCKETS = 512
 # A class's share differs between splits by chance; by more than both of these it is no chance, and it matters.
 UNBALANCED_CHANCE = 1e-4
 UNBALANCED_SHARE = 0.05
@@ -57,13 +59,14 @@ def prepare(data: DataConfig, problem: Problem, snapshots: Path, last: Snapshot 
     with tempfile.TemporaryDirectory(dir=home, prefix=".preparing-", ignore_cleanup_errors=True) as name:
         rows = read_rows(data, problem, home / DOWNLOADS, Path(name))
         changed = _changes(rows, last, data)
-        if errors := [found.sentence for found in changed if found.severity == "error"]:
-            raise DataError(f"{data.source}: " + "; and ".join(errors))
+        _stop_at_errors(changed, data)
         with _Buckets(rows, problem, Path(name)) as buckets:
             for chunk in rows.chunks():
                 buckets.add(chunk, _positions(chunk), _splits(chunk, data))
             counts = buckets.counts
             _check_splits(counts, rows, data)
+            unbalanced = _unbalanced(counts, rows, data)
+            _stop_at_errors(unbalanced, data)
             folder = Path(name) / "snapshot"
             fingerprint = _write(buckets, rows, data, folder)
         row_counts = {split: int(counts[place].sum()) for place, split in enumerate(SPLITS)}
@@ -79,7 +82,7 @@ def prepare(data: DataConfig, problem: Problem, snapshots: Path, last: Snapshot 
             else {},
             columns=rows.columns,
             described=rows.described,
-            findings=(*rows.findings, *changed, *_unbalanced(counts, rows, data)),
+            findings=(*rows.findings, *changed, *unbalanced),
             checksums={path.name: checksum(path) for path in sorted(folder.iterdir())},
         )
         if read_snapshot(snapshots, fingerprint) is None:
@@ -142,7 +145,8 @@ class _Buckets:
             ]
         )
         self.counts = np.zeros((len(SPLITS), max(1, len(rows.classes))), dtype=np.int64)
-        self._count = 2 ** max(0, math.ceil(math.log2(max(1, rows.count * self.dtype.itemsize / BUCKET_BYTES))))
+        wanted = max(1, rows.count * self.dtype.itemsize / BUCKET_BYTES)
+        self._count = min(MOST_BUCKETS, 2 ** math.ceil(math.log2(wanted)))
         self._in_memory: list[_Array] = []
         self._folder = folder
         self._files: list[BinaryIO] = []
@@ -239,6 +243,11 @@ def _write(buckets: _Buckets, rows: Rows, data: DataConfig, folder: Path) -> str
 def _packed(dtype: "np.dtype[Any]") -> "np.dtype[Any]":
     """The fields that the fingerprint is of, one beside the other."""
     return np.dtype([(name, dtype[name]) for name in ("high", "low", "label")])
+
+
+def _stop_at_errors(findings: list[Finding], data: DataConfig) -> None:
+    if errors := [found.sentence for found in findings if found.severity == "error"]:
+        raise DataError(f"{data.source}: " + "; and ".join(errors))
 
 
 def _check_splits(counts: _Array, rows: Rows, data: DataConfig) -> None:

@@ -114,6 +114,9 @@ def test_an_unknown_source_is_one_sentence(source: str, tmp_path: Path) -> None:
         read_rows(DataConfig(source=source), "classification", tmp_path, tmp_path)
 
 
+TOLERATED = {"leaking_column": "warn"}
+
+
 def sales(rows: int, groups: int = 40) -> pd.DataFrame:
     """Rows of many customers over three years, of which a third bought again."""
     draw = np.random.default_rng(0)
@@ -185,10 +188,12 @@ def test_classes_that_a_split_has_too_few_of_are_named(tmp_path: Path) -> None:
     balanced = prepared_csv(frame, tmp_path, split_by="customer")
     assert "unbalanced_split" not in [found.check for found in balanced.findings]
     frame["again"] = np.where(frame["customer"] % 2 == 0, "yes", "no")
-    skewed = prepared_csv(frame, tmp_path, split_by="customer", checks={"leaking_column": "warn"})
+    skewed = prepared_csv(frame, tmp_path, split_by="customer", checks=TOLERATED)
     (found,) = [found for found in skewed.findings if found.check == "unbalanced_split"]
     assert "each class must have about the same share of every split, found" in found.sentence
     assert sum(skewed.class_rows["test"]) == skewed.row_counts["test"]
+    with pytest.raises(DataError, match="each class must have about the same share of every split"):
+        prepared_csv(frame, tmp_path, split_by="customer", checks={"unbalanced_split": "error"} | TOLERATED)
 
 
 def test_rows_many_times_the_memory_become_a_snapshot_and_are_trained_on(tmp_path: Path) -> None:

@@ -396,7 +396,7 @@ def test_how_a_source_is_cut_into_chunks_and_buckets_changes_nothing(
     data = DataConfig(source=str(tmp_path / "rows.parquet"), target="bought", roles={"code": "categorical"})
     whole = prepare(data, "classification", tmp_path / "whole")
     monkeypatch.setattr(sources, "CHUNK_VALUES", 7 * chunk)
-    monkeypatch.setattr(prepare_module, "BUCKET_BYTES", 40 * chunk)
+    monkeypatch.setattr(prepare_module, "BUCKET_BYTES", 40 * chunk if chunk > 7 else 1)
     cut = prepare(data, "classification", tmp_path / "cut")
     assert replace(cut, path=whole.path) == whole
     assert [column.categories for column in cut.columns if column.name == "code"] == [("1", "2.5")]
