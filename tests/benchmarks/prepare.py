@@ -32,7 +32,7 @@ from tests.servers import private_bytes
 ALONE = True
 ROWS = 5_000_000
 FORMATS = ("csv", "parquet")
-LARGER_ROWS, NUMBERS, LIMIT_MEGABYTES = 15_000_000, 50, 500
+LARGER_ROWS, NUMBERS, LIMIT_MEGABYTES = 15_000_000, 50, 1000
 
 
 def measurements(seeds: int) -> list[Measurement]:
