@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tasks.job import DataConfig
@@ -52,6 +53,28 @@ def test_duplicates_are_never_on_two_sides(row: list[float]) -> None:
     assert np.array_equal(first, second)
     zeros = np.where(twice == 0, np.float32(-0.0), twice).astype(np.float32)
     assert np.array_equal(hash_rows(zeros)[0], first)
+
+
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), more=st.integers(1, 200))
+def test_the_order_of_rows_changes_nothing_and_more_rows_move_none(seed: int, more: int) -> None:
+    draw = np.random.default_rng(seed)
+    features = draw.normal(size=(150 + more, 3)).astype(np.float32)
+    features[::7] = features[0]
+    with tempfile.TemporaryDirectory() as name:
+
+        def made(rows: Any) -> Snapshot:
+            np.savez(Path(name) / "rows.npz", features=features[rows], target=rows % 2)
+            return prepare(DataConfig(source=f"{name}/rows.npz"), "classification", Path(name) / "snapshots")
+
+        some, whole, shuffled = (
+            made(rows) for rows in (np.arange(150), np.arange(150 + more), draw.permutation(150 + more))
+        )
+        assert whole.fingerprint == shuffled.fingerprint != some.fingerprint
+        before, after = rows_by_split(some), rows_by_split(whole)
+    for split in SPLITS:
+        assert before[split] <= after[split]
+        assert all(after[split].isdisjoint(after[other]) for other in SPLITS if other != split)
 
 
 def test_a_changed_validation_fraction_moves_no_test_row() -> None:
