@@ -146,14 +146,12 @@ def check(
     from tasks.data_card import data_card
     from tasks.job import load_job
     from tasks.prepare import prepare
-    from tasks.snapshots import read_snapshot
-    from tasks.study import FINGERPRINT, last_study
+    from tasks.study import last_snapshot
 
     tuning_job = load_job(job, settings.jobs)
-    study = last_study(tuning_job.name, settings.home / "studies")
     snapshots = settings.home / "snapshots"
     with errors.status(f"Reading {tuning_job.data.source}"):
-        last = None if study is None else read_snapshot(snapshots, study.user_attrs[FINGERPRINT])
+        last = last_snapshot(tuning_job.name, settings.home / "studies", snapshots)
         snapshot = prepare(tuning_job.data, tuning_job.objective.problem, snapshots, last)
     if as_json:
         console.print_json(json.dumps(asdict(snapshot), default=str))

@@ -46,7 +46,7 @@ from tasks.reconcile import only_night_of, reconcile
 from tasks.report import report, report_skipped
 from tasks.snapshots import FORMAT, Snapshot, fetch_snapshot, mark_as_used, publish_snapshot, read_snapshot
 from tasks.sources import source_stamp
-from tasks.study import FINGERPRINT, last_study, open_study, unchanged_night
+from tasks.study import last_snapshot, open_study, unchanged_night
 from tasks.tracking import (
     TrialTracker,
     begin_night,
@@ -142,8 +142,7 @@ def _night(job: TuningJob, settings: Settings, *, may_skip: bool) -> Any:
 
 def _snapshot(job: TuningJob, snapshots: Path, studies: Path, store: Store) -> Snapshot:
     """Read from the source again where anything in it changed, or what was read before is gone."""
-    study = last_study(job.name, studies)
-    last = None if study is None else read_snapshot(snapshots, study.user_attrs[FINGERPRINT])
+    last = last_snapshot(job.name, studies, snapshots)
     snapshot = read_snapshot(snapshots, prepare_step(job.data, job.objective.problem, snapshots, last))
     if snapshot is None:
         again = prepare_step.with_options(refresh_cache=True)

@@ -245,8 +245,8 @@ def _csv_frames(path: Path, data: DataConfig) -> Iterator[pd.DataFrame]:
     if not first:
         raise DataError(f"{path} must hold rows, found an empty first line; give a file with rows")
     names = [name.strip() for name in first] if data.header else [str(place) for place in range(len(first))]
-    if repeated := [name for name, count in Counter(names).items() if count > 1]:
-        raise DataError(f"{path}: each column must have a name of its own, found {repeated[0]!r} twice; rename one")
+    if (repeated := _repeated(names)) is not None:
+        raise DataError(f"{path}: each column must have a name of its own, found {repeated!r} twice; rename one")
     text = pa.dictionary(pa.int32(), pa.string())
     reader = pyarrow.csv.open_csv(
         path,
@@ -313,7 +313,10 @@ def _frames_of_query(data: DataConfig, scratch: Path) -> Frames:
         engine = sqlalchemy.create_engine(url, poolclass=sqlalchemy.NullPool)
         with engine.connect().execution_options(stream_results=True) as connection:
             for frame in pd.read_sql_query(sqlalchemy.text(data.query), connection, chunksize=QUERY_ROWS):
-                _check_query_names(frame)
+                if (repeated := _repeated(frame.columns)) is not None:
+                    raise DataError(
+                        f"data.query must name each column once, found {repeated!r} twice; rename one with AS"
+                    )
                 paths.append(scratch / f"{len(paths):06}.parquet")
                 _plain(frame).to_parquet(paths[-1])
     except (sqlalchemy.exc.SQLAlchemyError, pd.errors.DatabaseError, ImportError) as error:
@@ -327,9 +330,9 @@ def _frames_of_query(data: DataConfig, scratch: Path) -> Frames:
     return lambda: _numbered(_alike((path, _parquet_frames(path, data)) for path in paths))
 
 
-def _check_query_names(frame: pd.DataFrame) -> None:
-    if repeated := [name for name, count in Counter(frame.columns).items() if count > 1]:
-        raise DataError(f"data.query must name each column once, found {repeated[0]!r} twice; rename one with AS")
+def _repeated(names: Iterable[str]) -> str | None:
+    """The first name that stands there twice."""
+    return next((name for name, count in Counter(names).items() if count > 1), None)
 
 
 def _plain(frame: pd.DataFrame) -> pd.DataFrame:

@@ -21,6 +21,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from tasks.job import TuningJob
 from tasks.samplers import ORDINAL, build_pruner, build_sampler
+from tasks.snapshots import Snapshot, read_snapshot
 
 JOB = "job"
 FINGERPRINT = "snapshot"
@@ -77,6 +78,12 @@ def open_study(job: TuningJob, fingerprint: str, studies: Path, now: datetime) -
 def last_study(job_name: str, studies: Path) -> optuna.Study | None:
     """The job's newest study, with Optuna's default sampler; None before the first night."""
     return next(earlier_studies(job_name, studies), None)
+
+
+def last_snapshot(job_name: str, studies: Path, snapshots: Path) -> Snapshot | None:
+    """What the job's newest study was made on; None before the first night, or where it is not here any more."""
+    study = last_study(job_name, studies)
+    return None if study is None else read_snapshot(snapshots, study.user_attrs[FINGERPRINT])
 
 
 def unchanged_night(job: TuningJob, fingerprint: str, studies: Path) -> str | None:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import shutil
+from collections.abc import Iterable
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Literal
@@ -236,8 +237,7 @@ def collect_garbage(store: Store, now: datetime) -> list[str]:
     """
     oldest = now - YOUNG
     created = store.created("models/")
-    jobs = {key.split("/")[1] for key in created}
-    named = {(job, entry.version) for job in jobs for entry in history(store, job)}
+    named = _promoted(store, created)
     versions: dict[tuple[str, str], list[str]] = {}
     for key in created:
         _, job, kind, *rest = key.split("/")
@@ -257,9 +257,14 @@ def collect_garbage(store: Store, now: datetime) -> list[str]:
 
 def promoted_snapshots(store: Store) -> set[str]:
     """The fingerprints of the snapshots that promoted versions were made of. Raises StoreError, DamagedLog."""
-    jobs = {key.split("/")[1] for key in store.created("models/")}
-    named = {(job, entry.version) for job in jobs for entry in history(store, job)}
+    named = _promoted(store, store.created("models/"))
     return {read_manifest(store, job, version).lineage.snapshot for job, version in named}
+
+
+def _promoted(store: Store, keys: Iterable[str]) -> set[tuple[str, str]]:
+    """Job and version of every entry in the promotion logs, of the jobs that the keys below models/ are of."""
+    jobs = {key.split("/")[1] for key in keys}
+    return {(job, entry.version) for job in jobs for entry in history(store, job)}
 
 
 def describe_file(path: Path) -> File:
