@@ -6,7 +6,7 @@ and imports them afterwards; it also keeps `nightly --help` quick.
 
 import json
 import sys
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -55,7 +55,7 @@ def up() -> None:
             for job in jobs:
                 if find(settings, worker(settings)) is None:
                     _settle_dead_runs(client, job, settings)
-                apply_deployment(client, _deployment(job), settings.work_pool)
+                apply_deployment(client, deployment_of(job), settings.work_pool)
             apply_deployment(client, ROLLBACK, settings.work_pool)
             console.print(
                 f"jobs: {', '.join(f'{job.name} ({job.schedule.cron} {job.schedule.timezone})' for job in jobs)}"
@@ -104,6 +104,12 @@ def status(as_json: Annotated[bool, typer.Option("--json", help="Print JSON for 
 @app.command()
 def run(
     job: JobArgument,
+    preset: Annotated[
+        Literal["smoke", "nightly", "deep"],
+        typer.Option(
+            help="nightly: as the job's file says; smoke: a few trials, nothing is promoted; deep: four times as many."
+        ),
+    ] = "nightly",
     trials: Annotated[int | None, typer.Option(help="Finished trials that end the tuning.")] = None,
     minutes: Annotated[float | None, typer.Option(help="Minutes after which no further trial begins.")] = None,
     sampler: Annotated[str | None, typer.Option(help="auto, tpe, gp, cmaes, random, qmc or grid.")] = None,
@@ -112,19 +118,18 @@ def run(
 ) -> None:
     """Run one night of a job now, through its Prefect deployment. Exit code 1 where the night does not complete.
 
-    An option that is left out is as the job's file says.
+    An option that is left out is as the job's file and the preset say.
     """
     settings = enter()
     from tasks.job import load_job
 
-    overrides = {"trials": trials, "minutes": minutes, "sampler": sampler, "promotion": promotion}
-    load_job(job, settings.jobs, trials=trials, minutes=minutes, sampler=sampler, promotion=promotion)
+    load_job(job, settings.jobs, preset=preset, trials=trials, minutes=minutes, sampler=sampler, promotion=promotion)
     from flows.follow import follow_night, pages, submit_night
 
-    night = submit_night(
-        settings, f"{FLOW}/{job}", {"job": job} | {k: v for k, v in overrides.items() if v is not None}
-    )
-    console.print(f"night of {job}: {settings.prefect_page}/runs/flow-run/{night.id}")
+    given = {"preset": preset, "trials": trials, "minutes": minutes, "sampler": sampler, "promotion": promotion}
+    overrides = {name: value for name, value in given.items() if value not in (None, "nightly")}
+    night = submit_night(settings, f"{FLOW}/{job}", {"job": job, **overrides})
+    console.print(f"night of {job}: {settings.night_page(night.id)}")
     if follow:
         follow_night(settings, night, job, console)
         console.print(
@@ -192,14 +197,15 @@ def _settle_dead_runs(client: "SyncPrefectClient", job: "TuningJob", settings: S
         console.print(f"a night of {job.name} that lost its worker is still running")
 
 
-def _deployment(job: "TuningJob") -> "Deployment":
+def deployment_of(job: "TuningJob") -> "Deployment":
+    """What Prefect is told of a job."""
     from infra.deploy import Deployment
 
     return Deployment(
         name=job.name,
         entrypoint=ENTRYPOINT,
         description=job.description,
-        tags=("nightly-tuner", job.model),
+        tags=("nightly-tuner", job.family.name, f"{job.schedule.priority} priority"),
         cron=job.schedule.cron,
         timezone=job.schedule.timezone,
         overlap=job.schedule.overlap,

@@ -157,27 +157,22 @@ def ls(as_json: AsJson = False) -> None:
 def logs(job: JobArgument, as_json: AsJson = False) -> None:
     """Print what a job's last night logged."""
     settings = enter()
-    import httpx
     from prefect.client.orchestration import get_client
 
-    from flows.follow import NightFailed
+    from flows.cli import FLOW
+    from flows.follow import NightFailed, prefect_answers
     from tasks.job import load_job
 
     load_job(job, settings.jobs)
-    try:
-        with get_client(sync_client=True) as client:
-            night = _last_night(client, job)
-            if night is None:
-                raise NightFailed(f"no night of {job} has begun; start one with `nightly run {job}`")
-            for line in _log_lines(client, night):
-                if as_json:
-                    console.print_json(json.dumps(line), indent=None)
-                else:
-                    console.print(f"{line['at']} {line['level']:<8}{line['message']}", markup=False)
-    except httpx.TransportError as error:
-        raise NightFailed(
-            f"no Prefect server answers at {settings.prefect_api_url}; start one with `nightly up`"
-        ) from error
+    with prefect_answers(settings, f"{FLOW}/{job}"), get_client(sync_client=True) as client:
+        night = _last_night(client, job)
+        if night is None:
+            raise NightFailed(f"no night of {job} has begun; start one with `nightly run {job}`")
+        for line in _log_lines(client, night):
+            if as_json:
+                console.print_json(json.dumps(line), indent=None)
+            else:
+                console.print(f"{line['at']} {line['level']:<8}{line['message']}", markup=False)
 
 
 def doctor(as_json: AsJson = False) -> None:
@@ -198,7 +193,33 @@ def doctor(as_json: AsJson = False) -> None:
         raise typer.Exit(1)
 
 
-COMMANDS = (init, ls, logs, doctor)
+def pause(job: JobArgument) -> None:
+    """Pause a job's schedule; it can still be run by hand. What the Prefect UI's switch does."""
+    _pause(job, paused=True)
+    console.print(f"the schedule of {job} is paused; let it go on with: nightly resume {job}")
+
+
+def resume(job: JobArgument) -> None:
+    """Let a job's paused schedule go on."""
+    _pause(job, paused=False)
+    console.print(f"the schedule of {job} goes on")
+
+
+COMMANDS = (init, ls, logs, doctor, pause, resume)
+
+
+def _pause(job: str, *, paused: bool) -> None:
+    settings = enter()
+    from prefect.client.orchestration import get_client
+
+    from flows.cli import FLOW
+    from flows.follow import prefect_answers
+    from infra import deploy
+    from tasks.job import load_job
+
+    load_job(job, settings.jobs)
+    with prefect_answers(settings, f"{FLOW}/{job}"), get_client(sync_client=True) as client:
+        deploy.pause(client, f"{FLOW}/{job}", paused=paused)
 
 
 def _ask(option: str, question: str, default: str) -> str:

@@ -27,7 +27,7 @@ def champion(job: JobArgument, as_json: AsJson = False) -> None:
     """Print a job's champion, every checksum verified."""
     enter()
     from tasks.champion import load_champion
-    from tasks.report import in_words
+    from tasks.study import in_words
 
     found = load_champion(job)
     lineage = found.manifest.lineage
@@ -51,7 +51,7 @@ def champion(job: JobArgument, as_json: AsJson = False) -> None:
 def history(job: JobArgument, as_json: AsJson = False) -> None:
     """Print who was champion when, why, and what changed from one to the next."""
     from tasks.promotions import history as read_history
-    from tasks.report import in_words
+    from tasks.study import in_words
     from tasks.versions import choose_version, read_manifest
 
     store = _store()

@@ -4,9 +4,9 @@ Everything shown is read from Prefect's API, so it is what the UI shows; followi
 """
 
 import time
-from collections.abc import Mapping
-from contextlib import nullcontext
-from typing import Any, cast
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Self, cast
 from uuid import UUID
 
 import httpx
@@ -15,6 +15,7 @@ from prefect.client.schemas.filters import ArtifactFilter, FlowRunFilter
 from prefect.client.schemas.objects import FlowRun, TaskRun
 from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound
+from rich import progress
 from rich.console import Console
 from rich.markdown import Markdown
 
@@ -31,17 +32,23 @@ class NightFailed(ExpectedError):
     """The night could not be started, or did not complete; the message is the night's own."""
 
 
-def submit_night(settings: Settings, deployment: str, parameters: Mapping[str, Any]) -> FlowRun:
-    """Ask Prefect to run the deployment now. Raises NightFailed where Prefect does not answer or does not know it."""
+@contextmanager
+def prefect_answers(settings: Settings, deployment: str) -> Iterator[None]:
+    """Raises NightFailed where Prefect does not answer, or does not know the deployment."""
     try:
-        night = run_deployment(deployment, parameters=dict(parameters), timeout=0, as_subflow=False)
+        yield
     except httpx.TransportError as error:
         raise NightFailed(
             f"no Prefect server answers at {settings.prefect_api_url}; start one with `nightly up`"
         ) from error
     except ObjectNotFound as error:
         raise NightFailed(f"Prefect knows no deployment {deployment!r}; apply it with `nightly up`") from error
-    return cast(FlowRun, night)
+
+
+def submit_night(settings: Settings, deployment: str, parameters: Mapping[str, Any]) -> FlowRun:
+    """Ask Prefect to run the deployment now. Raises NightFailed where Prefect does not answer or does not know it."""
+    with prefect_answers(settings, deployment):
+        return cast(FlowRun, run_deployment(deployment, parameters=dict(parameters), timeout=0, as_subflow=False))
 
 
 def follow_night(settings: Settings, night: FlowRun, job: str, console: Console) -> None:
@@ -62,7 +69,7 @@ def follow_night(settings: Settings, night: FlowRun, job: str, console: Console)
             f"Prefect stopped answering at {settings.prefect_api_url}; the night may go on: see `nightly status`"
         ) from error
     except KeyboardInterrupt:
-        console.print(f"the night goes on: {settings.prefect_page}/runs/flow-run/{night.id} (cancel it there)")
+        console.print(f"the night goes on: {settings.night_page(night.id)} (cancel it there)")
         raise
     if report is not None:
         console.print(Markdown(str(report.data)) if console.is_terminal else str(report.data))
@@ -76,34 +83,82 @@ def pages(settings: Settings, night: FlowRun, job: str) -> str:
         mlflow_page = settings.mlflow_page(found.json()["experiment"]["experiment_id"])
     except httpx.HTTPError:  # MLflow went away in the night, which is no reason to fail now
         mlflow_page = settings.mlflow_url
-    return f"Prefect {settings.prefect_page}/runs/flow-run/{night.id}\nMLflow  {mlflow_page}"
+    return f"Prefect {settings.night_page(night.id)}\nMLflow  {mlflow_page}"
 
 
 def _watch(client: SyncPrefectClient, night_id: UUID, job: str, console: Console) -> FlowRun:
+    view = _Live(console) if console.is_terminal else _Lines(console)
     shown: set[UUID] = set()
-    began = said_at = time.monotonic()
-    said, warned = "", False
-    # A spinner with the latest news on a terminal, a plain line now and then elsewhere.
-    with console.status("") if console.is_terminal else nullcontext() as live:
+    began = time.monotonic()
+    warned = False
+    with view:
         while True:
             night = client.read_flow_run(night_id)
-            for step in _steps(client, night_id):
+            steps = _steps(client, night_id)
+            for step in steps:
                 if step.id not in shown and step.state is not None and step.state.is_final():
                     shown.add(step.id)
                     console.print(_ended(step), markup=False)
             assert night.state is not None
             if night.state.is_final():
                 return night
-            news = _news(client, night, job)
-            if live is not None:
-                live.update(news)
-            elif news != said and time.monotonic() - said_at >= PLAIN_PROGRESS_SECONDS:
-                said, said_at = news, time.monotonic()
-                console.print(news, markup=False)
+            found = _artifact(client, night_id, artifact_key("progress", job))
+            under_way = next((step.name for step in steps if step.id not in shown), str(night.state.name))
+            view.update(under_way, found)
             if night.state.is_scheduled() and not warned and time.monotonic() - began > WORKER_PATIENCE_SECONDS:
                 warned = True
                 console.print("no worker has taken the night yet: another one may be running, or see `nightly status`")
             time.sleep(POLL_SECONDS)
+
+
+class _Live:
+    """On a terminal: the step that runs, how far its trials are, the best of them, what is left, how busy the device
+    is; below the steps that ended."""
+
+    def __init__(self, console: Console) -> None:
+        self._live = progress.Progress(
+            progress.SpinnerColumn(),
+            progress.TextColumn("{task.description}", markup=False),
+            progress.BarColumn(bar_width=24),
+            progress.TextColumn("{task.fields[news]}", markup=False),
+            progress.TimeElapsedColumn(),
+            console=console,
+            transient=True,
+        )
+        self._task = self._live.add_task("", total=None, news="")
+
+    def __enter__(self) -> Self:
+        self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._live.stop()
+
+    def update(self, step: str, found: Any) -> None:
+        if found is not None and step.startswith("tune"):
+            self._live.update(self._task, description=step, completed=found.data, total=100, news=found.description)
+        else:
+            self._live.update(self._task, description=step, total=None, news="")
+
+
+class _Lines:
+    """Elsewhere, as in a log: a line now and then."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._said, self._said_at = "", time.monotonic()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing to put away."""
+
+    def update(self, step: str, found: Any) -> None:
+        news = step if found is None or not step.startswith("tune") else f"{step}: {found.description}"
+        if news != self._said and time.monotonic() - self._said_at >= PLAIN_PROGRESS_SECONDS:
+            self._said, self._said_at = news, time.monotonic()
+            self._console.print(news, markup=False)
 
 
 def _steps(client: SyncPrefectClient, night_id: UUID) -> list[TaskRun]:
@@ -115,12 +170,6 @@ def _ended(step: TaskRun) -> str:
     assert step.state is not None
     mark = "✓" if step.state.is_completed() else "✗"
     return f"{mark} {step.name}  {step.total_run_time.total_seconds():.1f} s"
-
-
-def _news(client: SyncPrefectClient, night: FlowRun, job: str) -> str:
-    assert night.state is not None
-    progress = _artifact(client, night.id, artifact_key("progress", job))
-    return f"{night.state.name}: {progress.description}" if progress is not None else str(night.state.name)
 
 
 def _artifact(client: SyncPrefectClient, night_id: UUID, key: str) -> Any:

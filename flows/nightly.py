@@ -9,23 +9,25 @@ import json
 import logging
 from collections.abc import Callable
 from contextlib import suppress
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 from uuid import UUID
+from zoneinfo import ZoneInfo
 
 import optuna
 import torch
 from mlflow import MlflowClient
 from optuna.trial import FrozenTrial
 from prefect import State, Task, flow, runtime, task
+from prefect.artifacts import create_link_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import StateType
 from prefect.states import Completed, Failed
 from pydantic import SecretStr
 
-from infra.deploy import crash_dead_runs
+from infra.deploy import artifact_key, crash_dead_runs, later_due_run
 from infra.device import choose_device, hold_device
 from infra.errors import ExpectedError
 from infra.settings import OUR_LOGGERS, Settings
@@ -37,27 +39,42 @@ from tasks.champion import Champion, read_champion
 from tasks.confirm import Challenger, Confirmed, confirm
 from tasks.drift import since
 from tasks.gate import Verdict, gate
-from tasks.job import DataConfig, Minutes, PromotionMode, SamplerName, Trials, TuningJob, load_job
+from tasks.job import (
+    DataConfig,
+    Minutes,
+    PresetName,
+    Priority,
+    PromotionMode,
+    SamplerName,
+    Trials,
+    TuningJob,
+    load_job,
+)
 from tasks.memory import recall
 from tasks.prepare import prepare
+from tasks.progress import Progress
 from tasks.promote import promote
 from tasks.promotions import Promotion, StaleJudgement
 from tasks.reconcile import only_night_of, reconcile
 from tasks.report import report, report_skipped
 from tasks.snapshots import FORMAT, Snapshot, fetch_snapshot, mark_as_used, publish_snapshot, read_snapshot
 from tasks.sources import source_stamp
-from tasks.study import last_snapshot, open_study, unchanged_night
+from tasks.study import MLFLOW_EXPERIMENT, last_snapshot, open_study, unchanged_night
 from tasks.tracking import (
     TrialTracker,
     begin_night,
     mlflow_may_be_away,
     night_ends_with_its_run,
+    system_metrics,
     track_confirmed,
     track_missing_trials,
 )
-from tasks.tune import Prepared, ProgressArtifact, Tuned, forecast, tune
+from tasks.tune import Prepared, Tuned, forecast, tune
 
 JUDGEMENTS = 3
+# A night that begins later was missed, unless it waited for another one of its job.
+LATE = timedelta(hours=1)
+RANKS: dict[Priority, int] = {"high": 0, "normal": 1, "low": 2}
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -66,12 +83,20 @@ _logger = logging.getLogger(__name__)
 
 
 def _run_name() -> str:
-    return f"{runtime.flow_run.parameters['job']} · {datetime.now(UTC):%Y-%m-%d %H:%M}"
+    given = dict(runtime.flow_run.parameters)
+    name = given.pop("job")
+    try:
+        job = load_job(name, Settings.read().jobs, **given)
+    except ExpectedError:  # which ends the night with its sentence
+        return f"{name} · {_now():%Y-%m-%d}"
+    today = _now().astimezone(ZoneInfo(job.schedule.timezone))
+    return f"{job.name} · {today:%Y-%m-%d} · {job.budget.trials} trials"
 
 
 @flow(name="nightly_tuning", flow_run_name=_run_name, persist_result=False)
 def nightly_tuning(
     job: str,
+    preset: PresetName = "nightly",
     trials: Trials | None = None,
     minutes: Minutes | None = None,
     sampler: SamplerName | None = None,
@@ -89,8 +114,10 @@ def nightly_tuning(
 
     Args:
         job: Name of the job, as its YAML file is called.
-        trials: How many finished trials end the tuning.
-        minutes: After how many minutes no further trial begins.
+        preset: nightly is the job as its file says; smoke a few trials that promote nothing; deep four times the
+            budget. What you change below counts in any case.
+        trials: How many finished trials end the tuning: 1 to 100,000.
+        minutes: After how many minutes no further trial begins: 10,080 (a week) at most.
         sampler: How the next hyperparameters are chosen.
         promotion: automatic publishes a winner; ask waits for a person's yes; never does everything but that.
     """
@@ -98,9 +125,13 @@ def nightly_tuning(
         logging.getLogger(name).setLevel(logging.INFO)
     try:
         settings = Settings.read()
-        tuning_job = load_job(job, settings.jobs, trials=trials, minutes=minutes, sampler=sampler, promotion=promotion)
+        tuning_job = load_job(
+            job, settings.jobs, preset=preset, trials=trials, minutes=minutes, sampler=sampler, promotion=promotion
+        )
+        if reason := _missed(tuning_job):
+            return Completed(name="Skipped", message=skip_step(tuning_job, reason))
         with only_night_of(tuning_job.name, settings.home):
-            return _night(tuning_job, settings, may_skip=trials is None and minutes is None)
+            return _night(tuning_job, settings, may_skip=preset == "nightly" and trials is None and minutes is None)
     except ExpectedError as error:
         _logger.error("%s", error)  # noqa: TRY400 the sentence says it all; a traceback would bury it
         _tell(Settings.read(), {"event": "failed", "job": job, "reason": str(error)})
@@ -121,23 +152,35 @@ def _night(job: TuningJob, settings: Settings, *, may_skip: bool) -> Any:
     snapshots = settings.home / "snapshots"
     snapshot = _snapshot(job, snapshots, studies, store)
     if may_skip and job.data.unchanged == "skip" and (night := unchanged_night(job, snapshot.fingerprint, studies)):
-        return Completed(name="Skipped", message=skip_step(job, snapshot, night))
+        reason = (
+            f"nothing has changed since {night}: the same search, and the same {snapshot.rows} rows (snapshot "
+            f"{snapshot.fingerprint[:12]}); data.unchanged: continue searches on"
+        )
+        return Completed(name="Skipped", message=skip_step(job, reason))
     moved = since(_snapshot_of(champion, snapshots, store), snapshot)
     for change in moved:
         if change.is_large:
             _logger.warning("%s moved since the champion: stability index %.2f", change.column, change.stability_index)
     study = open_study(job, snapshot.fingerprint, studies, _now())
     recall(study, job, snapshot, champion, studies)
-    run_id = begin_night(client, job, study, snapshot, flow_run_id)
-    with night_ends_with_its_run(client, run_id):
-        with hold_device(device, settings.home / "locks"):
+    run_id = begin_night(client, job, study, snapshot, flow_run_id, settings.night_page(flow_run_id))
+    mlflow_page = settings.mlflow_page(study.user_attrs[MLFLOW_EXPERIMENT], run_id)
+    create_link_artifact(
+        mlflow_page,
+        "This night in MLflow",
+        key=artifact_key("mlflow", job.name),
+        description="Trials, plots and models",
+    )
+    _logger.info("this night in MLflow: %s", mlflow_page)
+    with night_ends_with_its_run(client, run_id), system_metrics(run_id):
+        with hold_device(device, settings.home / "locks", RANKS[job.schedule.priority]):
             prepared = Prepared.load(snapshot, device)
-            tuned = tune_step(study, job, prepared, settings.home / "checkpoints", client, run_id)
+            tuned = tune_step(study, job, prepared, settings, client, run_id)
             baseline = tuned.baseline if champion is None else None
             confirmed = confirm_step(study, job, prepared, baseline, client, run_id)
         verdict, promotion = _judge_and_promote(job, study, snapshot, confirmed, champion, store, device, settings)
         _notify(settings, job, verdict, promotion)
-        return report_step(job, study, snapshot, moved, tuned, verdict, promotion, settings, client, _now())
+        return report_step(job, study, snapshot, moved, tuned, confirmed, verdict, promotion, settings, client, _now())
 
 
 def _snapshot(job: TuningJob, snapshots: Path, studies: Path, store: Store) -> Snapshot:
@@ -196,7 +239,7 @@ def _judge_and_promote(
     judgements = 0
     while True:
         judgements += 1
-        with hold_device(device, settings.home / "locks"):
+        with hold_device(device, settings.home / "locks", RANKS[job.schedule.priority]):
             verdict = gate_step(job, confirmed, champion, snapshot, device)
         verdict = ask(job, verdict)
         try:
@@ -208,16 +251,37 @@ def _judge_and_promote(
             champion = read_champion(store, job.name, device)
 
 
+def _missed(job: TuningJob) -> str | None:
+    """Why a night that the schedule made is not to begin so late; None where it is."""
+    with get_client(sync_client=True) as prefect:
+        run = prefect.read_flow_run(UUID(runtime.flow_run.id))
+        due = run.expected_start_time
+        if not run.auto_scheduled or due is None:
+            return None
+        later = later_due_run(prefect, run)
+    missed = f"it was due at {due:%Y-%m-%d %H:%M} UTC and missed"
+    if later is not None:
+        return f"{missed}; the night of {later.expected_start_time:%Y-%m-%d %H:%M} UTC stands in for it"
+    if job.schedule.missed == "skip" and _now() - due > LATE:
+        return f"{missed}; schedule.missed: once would make up for it"
+    return None
+
+
 def _tune(
-    study: optuna.Study, job: TuningJob, prepared: Prepared, checkpoints: Path, client: MlflowClient, run_id: str
+    study: optuna.Study, job: TuningJob, prepared: Prepared, settings: Settings, client: MlflowClient, run_id: str
 ) -> Tuned:
-    with ProgressArtifact(study, job) as progress, TrialTracker(client, run_id) as tracker:
+    tracker = TrialTracker(client, run_id)
 
-        def on_trial(trial: FrozenTrial) -> None:
-            tracker.track(study, trial)
-            progress.update()
+    def trial_page(trial: FrozenTrial) -> str | None:
+        run = tracker.run_ids.get(trial.number)
+        return None if run is None else settings.mlflow_page(study.user_attrs[MLFLOW_EXPERIMENT], run)
 
-        tuned = tune(study, job, prepared, checkpoints, on_trial=on_trial)
+    def on_trial(trial: FrozenTrial) -> None:
+        tracker.track(study, trial)
+        progress.update()
+
+    with Progress(study, job, prepared.training.target.device, trial_page) as progress, tracker:
+        tuned = tune(study, job, prepared, settings.home / "checkpoints", on_trial=on_trial)
     with mlflow_may_be_away("trials"):
         track_missing_trials(client, run_id, study)
     return tuned
@@ -256,8 +320,7 @@ def _notify(settings: Settings, job: TuningJob, verdict: Verdict, promotion: Pro
 def _tell(settings: Settings, content: dict[str, str]) -> None:
     if settings.webhook is not None:
         run = runtime.flow_run.id
-        page = f"{settings.prefect_page}/runs/flow-run/{run}"
-        state = notify_step(settings.webhook, content | {"night": page}, return_state=True)
+        state = notify_step(settings.webhook, content | {"night": settings.night_page(run)}, return_state=True)
         if not state.is_completed():
             _logger.warning("%s; the night goes on", state.message)
 
@@ -287,7 +350,7 @@ prepare_step = task(
     persist_result=True,
     result_serializer="json",
 )(_prepare)
-skip_step = _step("skip", "{job.name}, as it was in {night}")(report_skipped)
+skip_step = _step("skip", "{job.name}")(report_skipped)
 tune_step = _step("tune", "{job.budget.trials} trials of {job.model}, {job.search.sampler}")(_tune)
 confirm_step = _step("confirm", "best {job.confirm.candidates} of {study.study_name}")(_confirm)
 gate_step = _step("gate", "trial {confirmed.challenger.trial.user_attrs[number]} on {snapshot.fingerprint}")(gate)

@@ -8,7 +8,7 @@ import copy
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any, Literal
 from uuid import UUID
 
@@ -20,8 +20,9 @@ from prefect.client.schemas.actions import (
     WorkPoolCreate,
 )
 from prefect.client.schemas.filters import DeploymentFilter, FlowRunFilter
-from prefect.client.schemas.objects import ConcurrencyLimitStrategy, ConcurrencyOptions, StateType
+from prefect.client.schemas.objects import ConcurrencyLimitStrategy, ConcurrencyOptions, FlowRun, StateType
 from prefect.client.schemas.schedules import CronSchedule
+from prefect.client.schemas.sorting import FlowRunSort
 from prefect.events.actions import ChangeFlowRunState
 from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
 from prefect.events.schemas.events import ResourceSpecification
@@ -113,6 +114,30 @@ def form_schema(schema: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str
         plain = next(kind for kind in field.pop("anyOf") if kind.get("type") != "null")
         schema["properties"][name] = {**field, **plain, "default": default}
     return schema
+
+
+def pause(client: SyncPrefectClient, name: str, *, paused: bool) -> None:
+    """Pause a deployment's schedule, or let it go on, as the switch in Prefect's UI does. Raises ObjectNotFound where
+    Prefect does not know the deployment."""
+    deployment = client.read_deployment_by_name(name)
+    for schedule in deployment.schedules:
+        client.update_deployment_schedule(deployment.id, schedule.id, active=not paused)
+    if deployment.paused and not paused:
+        client.resume_deployment(deployment.id)
+
+
+def later_due_run(client: SyncPrefectClient, run: FlowRun) -> FlowRun | None:
+    """A run that the schedule made for a later time that is past as well: Prefect keeps every run that nobody took,
+    and starts all of them once somebody does."""
+    assert run.expected_start_time is not None
+    due = {"after_": run.expected_start_time + timedelta(seconds=1), "before_": datetime.now(UTC)}
+    kinds = [StateType.SCHEDULED, StateType.PENDING, StateType.RUNNING, StateType.COMPLETED]
+    later = client.read_flow_runs(
+        deployment_filter=DeploymentFilter.model_validate({"id": {"any_": [run.deployment_id]}}),
+        flow_run_filter=FlowRunFilter.model_validate({"expected_start_time": due, "state": {"type": {"any_": kinds}}}),
+        sort=FlowRunSort.EXPECTED_START_TIME_DESC,
+    )
+    return next((other for other in later if other.auto_scheduled), None)
 
 
 def artifact_key(kind: str, job_name: str) -> str:

@@ -3,6 +3,7 @@
 import logging
 import os
 import resource
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -11,8 +12,11 @@ import psutil
 import torch
 from filelock import FileLock, Timeout
 
+POLL_SECONDS = 0.2
+
 _MEMORY_LIMITS = (resource.RLIMIT_AS, resource.RLIMIT_DATA)
 
+_PROCESS = psutil.Process()
 _logger = logging.getLogger(__name__)
 
 
@@ -28,6 +32,14 @@ def describe_device(device: torch.device) -> str:
     return f"cpu, {torch.get_num_threads()} of {os.cpu_count()} threads"
 
 
+def device_use(device: torch.device) -> str:
+    """How busy the device is with this process: a GPU's memory, or the CPU's time since this was last asked."""
+    if device.type == "cuda":
+        used, total = torch.cuda.memory_reserved(device), torch.cuda.get_device_properties(device).total_memory
+        return f"{used / 1e9:.1f} of {total / 1e9:.0f} GB of {device}"
+    return f"CPU {_PROCESS.cpu_percent() / (os.cpu_count() or 1):.0f} %"
+
+
 def memory_bytes(device: torch.device) -> int:
     """How much memory the device has: a GPU's own, else the machine's, or as much as a limit leaves this process."""
     if device.type == "cuda":
@@ -40,16 +52,35 @@ def memory_bytes(device: torch.device) -> int:
 
 
 @contextmanager
-def hold_device(device: torch.device, locks: Path) -> Iterator[None]:
-    """Have the device to oneself: a second night waits here. The kernel frees the lock when its holder dies."""
-    locks.mkdir(exist_ok=True)
+def hold_device(device: torch.device, locks: Path, rank: int = 0) -> Iterator[None]:
+    """Have the device to oneself: a second night waits here, and of those that wait the one of the lowest rank is next.
+    The kernel frees a lock when its holder dies."""
+    waiting = locks / f"waiting-{device.type}-{device.index or 0}"
+    waiting.mkdir(parents=True, exist_ok=True)
     lock = FileLock(locks / f"device-{device.type}-{device.index or 0}.lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        _logger.info("waiting for %s, which another night holds", device)
-        lock.acquire()
+    place = FileLock(waiting / f"{rank}-{os.getpid()}")
+    with place:
+        if not _is_next(lock, waiting, rank):
+            _logger.info("waiting for %s, which another night holds", device)
+            while not _is_next(lock, waiting, rank):
+                time.sleep(POLL_SECONDS)
+    Path(place.lock_file).unlink(missing_ok=True)
     try:
         yield
     finally:
         lock.release()
+
+
+def _is_next(lock: FileLock, waiting: Path, rank: int) -> bool:
+    """Take the lock unless somebody of a lower rank waits for it."""
+    for file in waiting.iterdir():
+        if int(file.name.split("-")[0]) < rank:
+            try:
+                with FileLock(file, timeout=0):
+                    file.unlink(missing_ok=True)  # whoever waited died
+            except Timeout:
+                return False
+    with suppress(Timeout):
+        lock.acquire(timeout=0)
+        return True
+    return False

@@ -126,11 +126,16 @@ class Settings(BaseSettings):
     def mlflow_url(self) -> str:
         return self.external_mlflow_url or f"http://{LOOPBACK}:{self.mlflow_port}"
 
-    def mlflow_page(self, experiment_id: str, run_id: str = "") -> str:
-        """The page of a job's nights and trials, or of one run."""
+    def night_page(self, flow_run_id: object) -> str:
+        """A night's page in Prefect."""
+        return f"{self.prefect_page}/runs/flow-run/{flow_run_id}"
+
+    def mlflow_page(self, experiment_id: str, run_id: str = "", artifact: str = "") -> str:
+        """The page of a job's nights and trials, of one run, or of an artifact of it."""
         runs = f"{self.mlflow_url}/#/experiments/{experiment_id}/runs"
+        place = f"{'/' if run_id else ''}{run_id}{'/artifacts/' if artifact else ''}{artifact}"
         # Without the workflow type MLflow opens its pages for language models.
-        return f"{runs}{'/' if run_id else ''}{run_id}?workflowType=machine_learning"
+        return f"{runs}{place}?workflowType=machine_learning"
 
     def environment(self) -> dict[str, str]:
         """The variables for each of our processes: the same home, servers and store, and no telemetry."""

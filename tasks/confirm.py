@@ -7,6 +7,7 @@ validation rows choose; the test rows stay unseen until the gate. Knows nothing 
 import logging
 import math
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -73,10 +74,12 @@ class Challenger:
 
 @dataclass(frozen=True, kw_only=True)
 class Confirmed:
-    """The challenger, and the baseline trained with as many seeds, None where there is none tonight."""
+    """The challenger, the baseline trained with as many seeds (None where there is none tonight), and how long all of
+    it took."""
 
     challenger: Challenger
     baseline: Challenger | None
+    seconds: float
 
 
 def confirm(
@@ -96,6 +99,7 @@ def confirm(
     Two trials with equal hyperparameters count once; ties go to the earlier trial. A seed that diverges is left out.
     Raises TuningFailed where every retraining diverged.
     """
+    began = time.perf_counter()
     candidates = _top_trials(study, job)
     also = [baseline] if baseline and baseline.number not in {trial.number for trial in candidates} else []
     confirmed: dict[int, Challenger] = {}
@@ -121,7 +125,9 @@ def confirm(
     if not challengers:
         raise TuningFailed(f"no configuration of {job.name} could be trained a second time: each diverged")
     return Confirmed(
-        challenger=_choose(challengers, job), baseline=confirmed.get(baseline.number) if baseline else None
+        challenger=_choose(challengers, job),
+        baseline=confirmed.get(baseline.number) if baseline else None,
+        seconds=time.perf_counter() - began,
     )
 
 

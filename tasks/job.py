@@ -5,6 +5,7 @@ before anything starts; what is wrong is said in one sentence. Knows nothing of 
 """
 
 import hashlib
+import math
 import re
 from collections.abc import Mapping
 from contextlib import suppress
@@ -34,6 +35,8 @@ PrunerName = Literal["none", "median", "halving", "hyperband", "patient", "wilco
 CostName = Literal["none", "parameters", "latency"]
 PromotionMode = Literal["automatic", "ask", "never"]
 Shipped = Literal["median", "ensemble"]
+PresetName = Literal["smoke", "nightly", "deep"]
+Priority = Literal["high", "normal", "low"]
 CheckName = Literal[
     "empty_column",
     "constant_column",
@@ -50,8 +53,13 @@ CheckName = Literal[
 ]
 Severity = Literal["error", "warn", "ignore"]
 
-Trials = Annotated[int, Field(ge=1, le=100_000)]
-Minutes = Annotated[float, Field(gt=0, le=7 * 24 * 60)]
+MOST_TRIALS = 100_000
+MOST_MINUTES = 7 * 24 * 60
+SMOKE_TRIALS, SMOKE_MINUTES, SMOKE_SEEDS = 8, 5, 2
+DEEP = 4  # times the budget of the job's file
+
+Trials = Annotated[int, Field(ge=1, le=MOST_TRIALS)]
+Minutes = Annotated[float, Field(gt=0, le=MOST_MINUTES)]
 
 
 class JobError(ExpectedError):
@@ -166,10 +174,30 @@ class SearchConfig(_Section):
 
 
 class BudgetConfig(_Section):
-    """Whichever is used up first ends the tuning; minutes are tested between trials."""
+    """Whichever is used up first ends the tuning; minutes are tested between trials.
+
+    `price_per_hour` is what an hour of the device costs, in a currency of your choice; the report then counts money
+    too. The search may cost `max_cost` at most: trials that are under way then are cut off at their next epoch. What
+    comes after the search (confirm, gate) is not cut off.
+    """
 
     trials: Trials = 60
     minutes: Minutes = 60
+    price_per_hour: float | None = Field(default=None, gt=0)
+    max_cost: float | None = Field(default=None, gt=0)
+
+    @model_validator(mode="after")
+    def _a_cost_has_a_price(self) -> Self:
+        if self.max_cost is not None and self.price_per_hour is None:
+            raise ValueError(f"max_cost needs a price_per_hour, found {self.max_cost:g} without one; add it")
+        return self
+
+    @property
+    def most_device_seconds(self) -> float:
+        """What `max_cost` buys; without one there is no end."""
+        if self.max_cost is None or self.price_per_hour is None:
+            return math.inf
+        return 3600 * self.max_cost / self.price_per_hour
 
 
 class ConfirmConfig(_Section):
@@ -202,11 +230,17 @@ class PromotionConfig(_Section):
 
 
 class ScheduleConfig(_Section):
-    """When a night starts, and what a second one does while the first still runs: wait for it, or be refused."""
+    """When a night starts, and what a second one does while the first still runs: wait for it, or be refused.
+
+    Of nights that were `missed`, because the machine or its worker was off, the last one is made up for `once`, or all
+    are left out (skip). Where jobs wait for one device, the one of the higher `priority` gets it first.
+    """
 
     cron: str = "0 2 * * *"
     timezone: str = "UTC"
     overlap: Literal["wait", "refuse"] = "wait"
+    missed: Literal["once", "skip"] = "once"
+    priority: Priority = "normal"
 
     @field_validator("cron")
     @classmethod
@@ -299,6 +333,7 @@ def load_job(
     name: str,
     extra_folder: Path | None,
     *,
+    preset: PresetName = "nightly",
     trials: int | None = None,
     minutes: float | None = None,
     sampler: str | None = None,
@@ -306,31 +341,54 @@ def load_job(
 ) -> TuningJob:
     """The job of that name with a night's overrides merged in; None leaves what the file says.
 
-    Raises JobError: no job has that name (the known ones are listed), or what is merged is no valid job.
+    A preset decides whatever is left as the file says: smoke makes a short night that promotes nothing, deep one of
+    four times the budget, and nightly is the file itself. Raises JobError: no job has that name (the known ones are
+    listed), or what is merged is no valid job.
     """
     files = job_files(extra_folder)
     if name not in files:
         raise JobError(f"no job is named {name!r}; known are {', '.join(files)}")
     content = _read_mapping(files[name])
-    overrides = [
-        (section, field, value)
-        for section, field, value in (
-            ("budget", "trials", trials),
-            ("budget", "minutes", minutes),
-            ("search", "sampler", sampler),
-            ("promotion", "mode", promotion),
-        )
-        if value is not None
-    ]
-    for section, field, value in overrides:
+    given: dict[tuple[str, str], object] = {
+        ("budget", "trials"): trials,
+        ("budget", "minutes"): minutes,
+        ("search", "sampler"): sampler,
+        ("promotion", "mode"): promotion,
+    }
+    overrides = {place: value for place, value in given.items() if value is not None}
+    if preset != "nightly":
+        written = parse_job(content, files[name])
+        # Prefect's form sends every field, changed or not.
+        changed = {
+            (section, field): value
+            for (section, field), value in overrides.items()
+            if value != getattr(getattr(written, section), field)
+        }
+        overrides = _preset(preset, written) | changed
+    for (section, field), value in overrides.items():
         content[section] = {**(content.get(section) or {}), field: value}
     try:
         return parse_job(content, files[name])
     except JobError as error:
         if not overrides:
             raise
-        chosen = ", ".join(f"{section}.{field} {value}" for section, field, value in overrides)
+        chosen = ", ".join(f"{section}.{field} {value}" for (section, field), value in overrides.items())
         raise JobError(f"{error} (the file was overridden with {chosen})") from error
+
+
+def _preset(preset: PresetName, job: TuningJob) -> dict[tuple[str, str], object]:
+    if preset == "smoke":
+        return {
+            ("budget", "trials"): min(job.budget.trials, SMOKE_TRIALS),
+            ("budget", "minutes"): min(job.budget.minutes, SMOKE_MINUTES),
+            ("confirm", "candidates"): 1,
+            ("confirm", "seeds"): min(job.confirm.seeds, SMOKE_SEEDS),
+            ("promotion", "mode"): "never",
+        }
+    return {
+        ("budget", "trials"): min(DEEP * job.budget.trials, MOST_TRIALS),
+        ("budget", "minutes"): min(DEEP * job.budget.minutes, MOST_MINUTES),
+    }
 
 
 def load_jobs(extra_folder: Path | None) -> list[TuningJob]:

@@ -21,11 +21,13 @@ from optuna.trial import FrozenTrial, TrialState
 
 from models.diagnosis import Diagnosis
 from models.space import Range
+from tasks.confirm import Confirmed
 from tasks.drift import Change
 from tasks.gate import Verdict
 from tasks.job import TuningJob
 from tasks.study import FAILURE, number_of, ranked, tonights_trials
 from tasks.tracking import DIAGNOSIS, SECONDS
+from tasks.tune import Tuned
 
 BEST_SHARE = 0.1
 LEAST_BEST = 3
@@ -76,12 +78,16 @@ a { color: #00558a; }
 {% endfor %}
 <h2>What it cost</h2>
 <table>
-<thead><tr><th scope="col">outcome</th><th scope="col">trials</th><th scope="col">device-hours</th></tr></thead>
+<thead><tr><th scope="col">what the device did</th><th scope="col">trials</th><th scope="col">hours</th>
+{% if price %}<th scope="col">cost</th>{% endif %}</tr></thead>
 <tbody>
-{% for cost in costs %}<tr><th scope="row">{{ cost.outcome }}</th><td>{{ cost.trials }}</td>
-<td>{{ cost.hours }}</td></tr>
+{% for cost in costs %}<tr><th scope="row">{{ cost.meaning }}</th>
+<td>{% if cost.trials is not none %}{{ cost.trials }}{% endif %}</td><td>{{ "%.3f" % cost.hours }}</td>
+{% if price %}<td>{{ "%.2f" % (cost.hours * price) }}</td>{% endif %}</tr>
 {% endfor %}</tbody>
 </table>
+{% if price %}<p>An hour costs {{ price }}{% if max_cost %}; the search may cost {{ max_cost }} at most{% endif %}.</p>
+{% endif %}
 {% if failures %}<h2>Trials that failed</h2>
 <table>
 <thead><tr><th scope="col">trial</th><th scope="col">why</th></tr></thead>
@@ -106,6 +112,16 @@ class Region:
     edge: str | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """Hours of the device that went into one outcome; `trials` is None where none are counted."""
+
+    outcome: str
+    meaning: str
+    trials: int | None
+    hours: float
+
+
 def night_page(
     job: TuningJob,
     study: optuna.Study,
@@ -114,6 +130,7 @@ def night_page(
     moved: Sequence[Change],
     importance: Mapping[str, float],
     plots: Mapping[str, Figure],
+    costs: Sequence[Cost],
 ) -> str:
     """The page. `summary` is the report in Markdown; `plots` are figures by their captions."""
     regions = regions_of(study, job, importance)
@@ -126,7 +143,9 @@ def night_page(
         advices=advices_of(job, study, verdict, moved, regions),
         regions=regions,
         plots=[{"image": _svg(figure), "caption": caption} for caption, figure in plots.items()],
-        costs=_costs(study),
+        costs=costs,
+        price=job.budget.price_per_hour,
+        max_cost=job.budget.max_cost,
         failures=_failures(study),
     )
 
@@ -157,7 +176,7 @@ def _region(name: str, best: list[FrozenTrial], job: TuningJob, explains: float 
     scale = np.log if domain.log else float
     low, high = scale(domain.low), scale(domain.high)
     place = (scale(float(np.median(values))) - low) / (high - low)
-    edge = "low" if place <= EDGE else "high" if place >= 1 - EDGE else None
+    edge = "high" if place >= 1 - EDGE else "low" if place <= EDGE and domain.low != _least(name, job) else None
     return Region(
         name=name,
         explains=share,
@@ -165,6 +184,13 @@ def _region(name: str, best: list[FrozenTrial], job: TuningJob, explains: float 
         searched=f"{domain.low:g} to {domain.high:g}",
         edge=edge,
     )
+
+
+def _least(name: str, job: TuningJob) -> float | None:
+    """Below which a hyperparameter makes no sense: there is no dropout below 0, and no depth below 1."""
+    field = job.family.hyperparameters.model_fields.get(name)
+    bounds = [] if field is None else [getattr(bound, "ge", None) for bound in field.metadata]
+    return next((float(bound) for bound in bounds if bound is not None), None)
 
 
 def advices_of(
@@ -203,14 +229,22 @@ _REMEDIES: dict[Diagnosis, str] = {
 }
 
 
-def _costs(study: optuna.Study) -> list[dict[str, Any]]:
-    kinds = {"complete": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}
+def costs_of(job: TuningJob, study: optuna.Study, tuned: Tuned, confirmed: Confirmed) -> list[Cost]:
+    """What the device's time went into; the last row is their sum."""
+    states = {
+        "useful": ("trials that completed", TrialState.COMPLETE),
+        "pruned": ("trials that were cut short", TrialState.PRUNED),
+        "failed": ("trials that failed or were interrupted", TrialState.FAIL),
+    }
     costs = []
-    for outcome, state in kinds.items():
+    for outcome, (meaning, state) in states.items():
         some = tonights_trials(study, state)
         hours = sum(trial.user_attrs.get(SECONDS, 0.0) for trial in some) / 3600
-        costs.append({"outcome": outcome, "trials": len(some), "hours": f"{hours:.3f}"})
-    return costs
+        costs.append(Cost(outcome=outcome, meaning=meaning, trials=len(some), hours=hours))
+    again = f"the best {job.confirm.candidates} and a baseline, trained again with {job.confirm.seeds} seeds"
+    costs.append(Cost(outcome="confirmed", meaning=again, trials=None, hours=confirmed.seconds / 3600))
+    costs.append(Cost(outcome="idle", meaning="idle between trials", trials=None, hours=tuned.idle_seconds / 3600))
+    return [*costs, Cost(outcome="all", meaning="all", trials=None, hours=sum(cost.hours for cost in costs))]
 
 
 def _failures(study: optuna.Study) -> list[dict[str, Any]]:

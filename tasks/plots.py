@@ -4,16 +4,19 @@ and Ito's palette and are never alone in telling things apart.
 Each function returns a figure, or None where there is nothing to draw. Knows nothing of files and pages.
 """
 
+import html
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 import optuna
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullFormatter
 from numpy.typing import NDArray
-from optuna.trial import TrialState
+from optuna import visualization
+from optuna.trial import TrialState, create_trial
 
 from models.space import Domain, Range
 from tasks.job import TuningJob
@@ -95,6 +98,7 @@ def slices(study: optuna.Study, job: TuningJob, found: dict[str, float]) -> Figu
         axes.plot(values, [trial.values[0] for trial in some], linestyle="", marker="o", color=BLUE, markersize=4)
         if _is_log(job.space.get(name)):
             axes.set_xscale("log")
+            axes.xaxis.set_minor_formatter(NullFormatter())  # whose labels overlap
         axes.set_xlabel(name)
         axes.set_ylabel(job.search.objective)
         axes.grid(alpha=0.3)
@@ -118,6 +122,108 @@ def curves(study: optuna.Study, job: TuningJob) -> Figure | None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend()
     return figure
+
+
+def intermediate(study: optuna.Study, job: TuningJob) -> Figure | None:
+    """Every trial's curve; those that were cut short end in a cross."""
+    trials = [trial for trial in tonights_trials(study) if len(trial.user_attrs.get(CURVE, ())) > 0]
+    if not trials:
+        return None
+    figure, axes = _figure("epoch", f"validation {job.search.objective}")
+    shown = set()
+    for trial in trials:
+        is_whole = trial.state == TrialState.COMPLETE
+        label = "complete" if is_whole else "pruned or failed"
+        epochs, values = zip(*((point[0], point[3]) for point in trial.user_attrs[CURVE]), strict=True)
+        axes.plot(
+            epochs, values, color=BLUE if is_whole else VERMILION, alpha=0.4, linestyle="-" if is_whole else "--",
+            marker="" if is_whole else "x", markevery=[-1], label=None if label in shown else label,
+        )  # fmt: skip
+        shown.add(label)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend()
+    return figure
+
+
+def contour(study: optuna.Study, job: TuningJob, found: dict[str, float]) -> Figure | None:
+    """The objective over the two numbers that explain the most, between the trials interpolated on a plane."""
+    names = [name for name in found if isinstance(job.space.get(name), Range)][:2]
+    trials = [trial for trial in tonights_trials(study, TrialState.COMPLETE) if set(names) <= trial.params.keys()]
+    if len(names) < 2 or len(trials) < LEAST_TRIALS:
+        return None
+    x, y = (_scaled([trial.params[name] for trial in trials], job.space[name]) for name in names)
+    values = np.array([trial.values[0] for trial in trials])
+    # Outliers, such as losses that nearly diverged, would leave one colour for all that matters.
+    low, high = (
+        np.quantile(values, [0.1, 1]) if job.objective.direction == "maximize" else np.quantile(values, [0, 0.9])
+    )
+    if low == high:
+        return None
+    colours = "cividis_r" if job.objective.direction == "maximize" else "cividis"
+    figure, axes = _figure(*(_axis_name(name, job.space[name]) for name in names))
+    with suppress(ValueError, RuntimeError):  # trials on one line make no plane
+        axes.tricontourf(x, y, np.clip(values, low, high), levels=10, cmap=colours)
+    points = axes.scatter(x, y, c=values, cmap=colours, vmin=low, vmax=high, edgecolors="white", s=36)
+    figure.colorbar(points, ax=axes, label=f"validation {job.search.objective}")
+    return figure
+
+
+def parallel(study: optuna.Study, job: TuningJob, found: dict[str, float]) -> Figure | None:
+    """A line a complete trial through its hyperparameters, each from the low to the high end of what was searched."""
+    trials = ranked(tonights_trials(study, TrialState.COMPLETE), job)
+    # Whoever lacks a hyperparameter, as a trial with sgd lacks a momentum, has no place on its axis.
+    names = [name for name in found if name in job.space and all(name in trial.params for trial in trials)]
+    if len(names) < 2 or len(trials) < LEAST_TRIALS:
+        return None
+    figure, axes = _figure("", "")
+    axes.set_ylim(-0.05, 1.05)
+    axes.set_xticks(range(len(names)), names, rotation=20, ha="right")
+    axes.set_yticks([0, 1], ["low", "high"])
+    best = max(1, len(trials) // 10)
+    for place in reversed(range(len(trials))):
+        is_best = place < best
+        axes.plot(
+            [_share(trials[place].params[name], job.space[name]) for name in names],
+            color=VERMILION if is_best else GREY, alpha=1 if is_best else 0.25, linewidth=2 if is_best else 1,
+            label="the best tenth" if place == 0 else "all others" if place == best else None,
+        )  # fmt: skip
+    axes.legend()
+    return figure
+
+
+def interactive(study: optuna.Study, job: TuningJob) -> str | None:
+    """Optuna's own plots of tonight's trials on one HTML page that needs no network, to be turned and zoomed; None
+    where no trial completed."""
+    alone = optuna.create_study(direction=job.objective.direction)
+    alone.add_trials(
+        create_trial(
+            state=trial.state,
+            value=trial.values[0] if trial.state == TrialState.COMPLETE else None,
+            params=trial.params,
+            distributions=trial.distributions,
+            intermediate_values={point[0]: point[3] for point in trial.user_attrs.get(CURVE, ())},
+        )
+        for trial in tonights_trials(study, TrialState.COMPLETE, TrialState.PRUNED)
+    )
+    found = importance(study, job)
+    if not found:
+        return None
+    name = f"validation {job.search.objective}"
+    drawn = [
+        visualization.plot_optimization_history(alone, target_name=name),
+        visualization.plot_intermediate_values(alone),
+        visualization.plot_parallel_coordinate(alone, params=list(found), target_name=name),
+        visualization.plot_slice(alone, params=list(found)[:MOST_SLICES], target_name=name),
+    ]
+    if len(found) > 1:
+        drawn.append(visualization.plot_contour(alone, params=list(found)[:2], target_name=name))
+    parts = [
+        figure.update_layout(template="plotly_white").to_html(full_html=False, include_plotlyjs=place == 0)
+        for place, figure in enumerate(drawn)
+    ]
+    title = html.escape(study.study_name)
+    head = f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title></head>'
+    return f"{head}<body>{''.join(parts)}</body></html>\n"
 
 
 def nights(earlier: Sequence[optuna.Study], job: TuningJob) -> Figure | None:
@@ -187,6 +293,24 @@ def _figure(x: str, y: str) -> tuple[Figure, Axes]:
     axes.set_ylabel(y)
     axes.grid(alpha=0.3)
     return figure, axes
+
+
+def _scaled(values: list[float], domain: Domain) -> NDArray[np.float64]:
+    """Powers of ten where the range is a logarithmic one."""
+    return np.log10(values) if _is_log(domain) else np.asarray(values, dtype=np.float64)
+
+
+def _axis_name(name: str, domain: Domain) -> str:
+    return f"{name}, as a power of ten" if _is_log(domain) else name
+
+
+def _share(value: Any, domain: Domain) -> float:
+    """Where on its axis a value lies, from 0 to 1."""
+    if isinstance(domain, Range):
+        low, high, place = _scaled([domain.low, domain.high, value], domain)
+        return float((place - low) / (high - low))
+    choices = list(domain) if isinstance(domain, tuple) else [domain]
+    return choices.index(value) / max(1, len(choices) - 1)
 
 
 def _is_log(domain: Domain | None) -> bool:

@@ -5,6 +5,7 @@ Reads what the steps returned and decides nothing.
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from pathlib import Path
 
 import optuna
 import torch
@@ -20,35 +21,44 @@ from infra.deploy import artifact_key
 from infra.settings import Settings
 from models.evaluate import predict_outputs, predictions_of
 from tasks import plots
-from tasks.confirm import Challenger
+from tasks.confirm import Challenger, Confirmed
 from tasks.drift import Change, drift_table
 from tasks.gate import Verdict
 from tasks.job import TuningJob
-from tasks.night_page import night_page
+from tasks.night_page import Cost, costs_of, night_page
 from tasks.promotions import Promotion
-from tasks.snapshots import Snapshot
+from tasks.snapshots import Snapshot, read_snapshot
 from tasks.study import (
     ENDED,
+    FINGERPRINT,
+    FLOW_RUN,
     HYPERPARAMETERS,
     IMPORTED_FROM,
     MLFLOW_EXPERIMENT,
     MLFLOW_RUN,
+    OBJECTIVE,
     ROLE,
+    SEARCH_DIGEST,
     earlier_studies,
+    in_words,
     number_of,
     ranked,
     tonights_trials,
 )
-from tasks.tracking import DEVICE, DIAGNOSIS, SECONDS, mlflow_may_be_away
-from tasks.tune import Tuned
+from tasks.tracking import DEVICE, DIAGNOSIS, mlflow_may_be_away
+from tasks.tune import Tuned, trained_seconds
 
+PAGE = "report.html"
 MOST_MOVED = 10
 MOST_NIGHTS = 60
 CAPTIONS = {
     "history": "Every complete trial in the order of the night, and the best so far",
     "importance": "How much of the objective's variation each hyperparameter explains (fANOVA)",
     "slices": "The objective over the hyperparameters that explain the most",
+    "contour": "The objective over the two numbers that explain the most: the darker, the better",
+    "parallel": "Each complete trial as a line through its hyperparameters, the best tenth in colour",
     "curves": "How the best trials learned",
+    "intermediate": "Every trial's curve, and where the pruner cut",
     "confusion": "Test rows of each class by the class that the challenger takes them for",
     "reliability": "How often the challenger is right where it is so sure, on the test rows",
     "residuals": "What the challenger predicts for the test rows, and what is",
@@ -62,6 +72,7 @@ def report(
     snapshot: Snapshot,
     moved: tuple[Change, ...],
     tuned: Tuned,
+    confirmed: Confirmed,
     verdict: Verdict,
     promotion: Promotion | None,
     settings: Settings,
@@ -72,11 +83,15 @@ def report(
     Markdown."""
     studies = list(reversed(list(earlier_studies(job.name, settings.home / "studies"))))[-MOST_NIGHTS:]
     run_id, experiment_id = study.user_attrs[MLFLOW_RUN], study.user_attrs[MLFLOW_EXPERIMENT]
-    text = summarize(
-        job, study, snapshot, moved, tuned, verdict, promotion,
-        night_page=settings.mlflow_page(experiment_id, run_id),
-        trials_page=settings.mlflow_page(experiment_id),
-    )  # fmt: skip
+    links = {
+        "This night in Prefect": settings.night_page(study.user_attrs[FLOW_RUN]),
+        "in MLflow": settings.mlflow_page(experiment_id, run_id),
+        "all nights and trials": settings.mlflow_page(experiment_id),
+        "the night on one page": settings.mlflow_page(experiment_id, run_id, PAGE),
+    }
+    before = studies[-2] if len(studies) > 1 else None
+    changed = "" if before is None else _changed(job, study, before, snapshot, settings.home / "snapshots")
+    text = summarize(job, study, snapshot, moved, tuned, verdict, promotion, changed, links)
     tags = {
         MLFLOW_RUN_NOTE: text,
         "verdict": verdict.decision,
@@ -101,7 +116,12 @@ def report(
         client.log_dict(run_id, verdict.evidence(), "gate.json")
         if moved:
             client.log_text(run_id, drift_table(moved), "drift.md")
-        _log_page(client, run_id, job, study, snapshot, moved, verdict, text, studies)
+        costs = costs_of(job, study, tuned, confirmed)
+        metrics_of_cost = [
+            Metric(f"device_hours_{cost.outcome}", cost.hours, int(now.timestamp() * 1000), 0) for cost in costs
+        ]
+        client.log_batch(run_id, metrics=metrics_of_cost)
+        _log_page(client, run_id, job, study, snapshot, moved, verdict, costs, text, studies)
     create_markdown_artifact(
         text, key=artifact_key("report", job.name), description=f"{study.study_name}: {verdict.decision}"
     )
@@ -117,16 +137,20 @@ def _log_page(
     snapshot: Snapshot,
     moved: tuple[Change, ...],
     verdict: Verdict,
+    costs: Sequence[Cost],
     summary: str,
     studies: Sequence[optuna.Study],
 ) -> None:
-    """The plots as pictures, and the page with all of them."""
+    """The plots as pictures and to be explored, and the page with all of them."""
     importance = plots.importance(study, job)
     figures = {
         "history": plots.history(study, job),
         "importance": plots.importances(importance),
         "slices": plots.slices(study, job, importance),
+        "contour": plots.contour(study, job, importance),
+        "parallel": plots.parallel(study, job, importance),
         "curves": plots.curves(study, job),
+        "intermediate": plots.intermediate(study, job),
         **_test_figures(snapshot, verdict),
         "nights": plots.nights([one for one in studies if one.directions == study.directions], job),
     }
@@ -134,8 +158,10 @@ def _log_page(
     for name, figure in drawn.items():
         client.log_figure(run_id, figure, f"plots/{name}.png")
     captions = {CAPTIONS[name]: figure for name, figure in drawn.items()}
-    page = night_page(job, study, summary, verdict, moved, importance, captions)
-    client.log_text(run_id, page, "report.html")
+    page = night_page(job, study, summary, verdict, moved, importance, captions, costs)
+    client.log_text(run_id, page, PAGE)
+    if (explore := plots.interactive(study, job)) is not None:
+        client.log_text(run_id, explore, "plots/explore.html")
 
 
 def _test_figures(snapshot: Snapshot, verdict: Verdict) -> dict[str, Figure | None]:
@@ -153,16 +179,12 @@ def _test_figures(snapshot: Snapshot, verdict: Verdict) -> dict[str, Figure | No
     }
 
 
-def report_skipped(job: TuningJob, snapshot: Snapshot, night: str) -> str:
+def report_skipped(job: TuningJob, reason: str) -> str:
     """Say in Prefect why a night did nothing; returns the reason."""
-    reason = (
-        f"nothing has changed since {night}: the same search, and the same {snapshot.rows} rows (snapshot "
-        f"{snapshot.fingerprint[:12]}); data.unchanged: continue searches on"
-    )
     create_markdown_artifact(
         f"# {job.name}: skipped\n\n{reason[0].upper()}{reason[1:]}.\n",
         key=artifact_key("report", job.name),
-        description=f"skipped as {night}",
+        description="skipped",
     )
     return reason
 
@@ -175,14 +197,15 @@ def summarize(
     tuned: Tuned,
     verdict: Verdict,
     promotion: Promotion | None,
-    *,
-    night_page: str,
-    trials_page: str,
+    changed: str,
+    links: Mapping[str, str],
 ) -> str:
-    """The night in Markdown: outcome first, then the numbers, the best trials and where to look."""
+    """The night in Markdown: outcome first, then the numbers, the best trials and where to look.
+
+    `changed` says what is other than in the last night, `links` are pages by their names.
+    """
     name = job.search.objective
     rows = snapshot.row_counts
-    seconds = sum(trial.user_attrs.get(SECONDS, 0.0) for trial in tonights_trials(study))
     challenger = verdict.challenger
     theirs = "" if verdict.opponent_test is None else f", {verdict.opponent} {verdict.opponent_test[name]:.4f}"
     trials = ranked(tonights_trials(study, TrialState.COMPLETE), job)
@@ -192,21 +215,41 @@ def summarize(
 
 {verdict.reason[0].upper()}{verdict.reason[1:]}.
 
-| | |
-| --- | --- |
-| data | {snapshot.source}, snapshot `{snapshot.fingerprint[:12]}`: {rows["train"]} training, {rows["validation"]} validation and {rows["test"]} test rows |
-{_drift_in_words(moved)}| search | {tuned.complete} trials complete, {tuned.pruned} pruned, {tuned.failed} failed in {seconds:.0f} s of training; ended by {tuned.ended_by} |
-| baseline | {_baseline_in_words(job, tuned)} |
-| challenger | trial {number_of(challenger.trial)}, validation {name} {challenger.trial.values[0]:.4f} in the search, {challenger.mean:.4f} ± {challenger.spread:.4f} confirmed with {len(challenger.seeds)} seeds ({_curse(challenger)}); generalization gap {challenger.generalization_gap:.4f}, sharpness {challenger.sharpness:.4f} |
-| on the test rows | challenger {name} {verdict.challenger_test[name]:.4f}{theirs}{_left_out(verdict)} |
-{_guard_rails(verdict)}| trained on | {challenger.trial.user_attrs[DEVICE]} |
+- **data**: {snapshot.source}, snapshot `{snapshot.fingerprint[:12]}`: {rows["train"]} training, {rows["validation"]} validation and {rows["test"]} test rows
+{changed}{_drift_in_words(moved)}- **search**: {tuned.complete} trials complete, {tuned.pruned} pruned, {tuned.failed} failed in {trained_seconds(study):.0f} s of training; ended by {tuned.ended_by}
+- **baseline**: {_baseline_in_words(job, tuned)}
+- **challenger**: trial {number_of(challenger.trial)}, validation {name} {challenger.trial.values[0]:.4f} in the search, {challenger.mean:.4f} ± {challenger.spread:.4f} confirmed with {len(challenger.seeds)} seeds ({_curse(challenger)}); generalization gap {challenger.generalization_gap:.4f}, sharpness {challenger.sharpness:.4f}
+- **on the test rows**: challenger {name} {verdict.challenger_test[name]:.4f}{theirs}{_left_out(verdict)}
+{_guard_rails(verdict)}- **trained on**: {challenger.trial.user_attrs[DEVICE]}
 
 | trial | validation {name} |{_cost_head(job)} diagnosis | hyperparameters |
 | --- | --- |{" --- |" if _cost_head(job) else ""} --- | --- |
 {best}
 {_pareto_in_words(study, job)}{_moved_in_a_table(moved)}
-[This night in MLflow]({night_page}), [all nights and trials]({trials_page})
+{", ".join(f"[{name}]({page})" for name, page in links.items())}
 """  # noqa: E501 a table's row is one line
+
+
+def _changed(job: TuningJob, study: optuna.Study, before: optuna.Study, snapshot: Snapshot, snapshots: Path) -> str:
+    """A line of the summary: rows, search and best value beside those of the last night."""
+    parts = []
+    if snapshot.fingerprint == before.user_attrs[FINGERPRINT]:
+        parts.append("the same rows")
+    elif (known := read_snapshot(snapshots, before.user_attrs[FINGERPRINT])) is not None:
+        parts.append(f"{snapshot.rows} rows instead of {known.rows}")
+    else:
+        parts.append("other rows")
+    is_same = study.user_attrs[SEARCH_DIGEST] == before.user_attrs.get(SEARCH_DIGEST)
+    parts.append("the same search" if is_same else "another search")
+    best, best_before = (
+        ranked(tonights_trials(one, TrialState.COMPLETE), job) if one.directions == study.directions else []
+        for one in (study, before)
+    )
+    if best and best_before and before.user_attrs[OBJECTIVE] == study.user_attrs[OBJECTIVE]:
+        gain = job.objective.gain(best[0].values[0], best_before[0].values[0])
+        how = "as good" if gain == 0 else f"{abs(gain):.4f} {'better' if gain > 0 else 'worse'}"
+        parts.append(f"the best validation {job.search.objective} is {how}")
+    return f"- **since {before.study_name}**: {'; '.join(parts)}\n"
 
 
 def _drift_in_words(moved: tuple[Change, ...]) -> str:
@@ -214,7 +257,7 @@ def _drift_in_words(moved: tuple[Change, ...]) -> str:
         return ""
     large = [change for change in moved if change.is_large]
     farthest = f"the farthest is {moved[0].column} with a stability index of {moved[0].stability_index:.2f}"
-    return f"| since the champion's snapshot | {len(large)} of {len(moved)} columns moved much; {farthest} |\n"
+    return f"- **since the champion's snapshot**: {len(large)} of {len(moved)} columns moved much; {farthest}\n"
 
 
 def _moved_in_a_table(moved: tuple[Change, ...]) -> str:
@@ -225,7 +268,7 @@ def _moved_in_a_table(moved: tuple[Change, ...]) -> str:
 
 def _guard_rails(verdict: Verdict) -> str:
     return "".join(
-        f"| guard rail: {rail.name} | {'kept' if rail.holds else 'broken'}: {rail.evidence} |\n"
+        f"- **guard rail {rail.name}**: {'kept' if rail.holds else 'broken'}: {rail.evidence}\n"
         for rail in verdict.guard_rails
     )
 
@@ -292,10 +335,3 @@ def _outcome(job: TuningJob, verdict: Verdict, promotion: Promotion | None) -> s
     if verdict.decision == "PROMOTE":
         return f"not promoted, because promotion.mode is {job.promotion.mode}"
     return f"champion stays ({verdict.decision})"
-
-
-def in_words(values: Mapping[str, object]) -> str:
-    """`learning_rate 0.00298, batch_size 32`: names and values for a table, numbers to four digits."""
-    return ", ".join(
-        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in values.items()
-    )

@@ -19,7 +19,8 @@ from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, LifecycleStage, Metric, Param, RunStatus, ViewType
 from mlflow.exceptions import MlflowException
 from mlflow.store.tracking import SEARCH_MAX_RESULTS_DEFAULT
-from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME
+from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME, MLFLOW_RUN_NOTE
 from optuna.trial import FrozenTrial, TrialState
 
 from infra.errors import ExpectedError
@@ -71,9 +72,15 @@ def mlflow_may_be_away(what: str) -> Iterator[None]:
 
 
 def begin_night(
-    client: MlflowClient, job: TuningJob, study: optuna.Study, snapshot: Snapshot, flow_run_id: str | None
+    client: MlflowClient,
+    job: TuningJob,
+    study: optuna.Study,
+    snapshot: Snapshot,
+    flow_run_id: str | None,
+    prefect_page: str,
 ) -> str:
-    """The night's parent run, created or, for a study that is continued, opened again; returns its id.
+    """The night's parent run, created or, for a study that is continued, opened again, with a link to its page in
+    Prefect; returns its id.
 
     Raises TrackingError where MLflow does not answer.
     """
@@ -87,6 +94,7 @@ def begin_night(
             study.set_user_attr(MLFLOW_RUN, run_id)
         client.update_run(run_id, status="RUNNING")
         client.set_tag(run_id, FLOW_RUN, flow_run_id or "none")
+        client.set_tag(run_id, MLFLOW_RUN_NOTE, f"Under way: [this night in Prefect]({prefect_page})")
     except MlflowException as error:
         raise TrackingError(
             f"MLflow does not answer as it should at {client.tracking_uri} ({error.message.splitlines()[0]}); "
@@ -110,15 +118,29 @@ def night_ends_with_its_run(client: MlflowClient, run_id: str) -> Iterator[None]
             client.set_terminated(run_id, status)
 
 
+@contextmanager
+def system_metrics(run_id: str) -> Iterator[None]:
+    """How busy CPU, GPU and memory are, every ten seconds, as metrics `system/...` of the night's run."""
+    logging.getLogger("mlflow.system_metrics").setLevel(logging.ERROR)
+    monitor: Any = SystemMetricsMonitor(run_id, resume_logging=True)  # type: ignore[no-untyped-call]
+    monitor.start()
+    try:
+        yield
+    finally:
+        monitor.finish()
+
+
 class TrialTracker:
     """Writes finished trials on a thread of its own; what could not be written is logged and left to
-    `track_missing_trials`. The queue is as long as the night's trials at most, and holds no tensors."""
+    `track_missing_trials`. The queue is as long as the night's trials at most, and holds no tensors. `run_ids` names
+    the runs of the trials that it wrote, by the trials' numbers in the study."""
 
     def __init__(self, client: MlflowClient, parent_run_id: str) -> None:
         self._client = client
         self._parent_run_id = parent_run_id
         self._experiment_id = client.get_run(parent_run_id).info.experiment_id
         self._away = False
+        self.run_ids: dict[int, str] = {}
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mlflow")
 
     def __enter__(self) -> "TrialTracker":
@@ -136,14 +158,15 @@ class TrialTracker:
             return
         self._away = True
         with mlflow_may_be_away(f"trial {trial.number} and those after it"):
-            track_trial(self._client, self._experiment_id, self._parent_run_id, study, trial)
+            run_id = track_trial(self._client, self._experiment_id, self._parent_run_id, study, trial)
+            self.run_ids[trial.number] = run_id
             self._away = False
 
 
 def track_trial(
     client: MlflowClient, experiment_id: str, parent_run_id: str, study: optuna.Study, trial: FrozenTrial
-) -> None:
-    """Write one finished trial as a nested run: created, filled by one batch, ended."""
+) -> str:
+    """Write one finished trial as a nested run: created, filled by one batch, ended; returns the run's id."""
     start, end = _milliseconds(trial.datetime_start), _milliseconds(trial.datetime_complete)
     tags = {
         MLFLOW_PARENT_RUN_ID: parent_run_id,
@@ -180,6 +203,7 @@ def track_trial(
     if TRACEBACK in trial.user_attrs:
         client.log_text(run.info.run_id, trial.user_attrs[TRACEBACK], "traceback.txt")
     client.set_terminated(run.info.run_id, _run_status(trial), end)
+    return str(run.info.run_id)
 
 
 def track_confirmed(

@@ -16,20 +16,13 @@ import statistics
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextvars import copy_context
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
-from uuid import UUID
 
-import httpx
 import optuna
 import torch
 from optuna.trial import FrozenTrial, TrialState
-from prefect.artifacts import create_progress_artifact, update_progress_artifact
 
-from infra.deploy import artifact_key
 from infra.device import describe_device, memory_bytes
 from infra.errors import ExpectedError
 from models.batches import Split
@@ -157,8 +150,8 @@ def forecast(job: TuningJob, studies: Path, device: torch.device) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Tuned:
-    """What the search came to: its best trial, the baseline's if it completed, how many ended how, and which limit
-    ended it."""
+    """What the search came to: its best trial, the baseline's if it completed, how many ended how, which limit ended
+    it, and for how long it held the device without training."""
 
     best: FrozenTrial
     baseline: FrozenTrial | None
@@ -166,6 +159,7 @@ class Tuned:
     pruned: int
     failed: int
     ended_by: str
+    idle_seconds: float
 
     def __post_init__(self) -> None:
         assert self.best.values is not None
@@ -181,17 +175,21 @@ def tune(
     on_trial: Callable[[FrozenTrial], None] = lambda _: None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Tuned:
-    """Run trials until the budget's trials are finished, its minutes are over (`clock` counts seconds), or a grid has
-    no point left.
+    """Run trials until the budget's trials are finished, its minutes are over (`clock` counts seconds), its money is
+    spent, or a grid has no point left.
 
     A trial that is interrupted goes on from its last checkpoint in the next night. Raises TuningFailed where not a
     single trial completed, or already when the first three all failed: then the rest would fail as well.
     """
-    deadline = clock() + job.budget.minutes * 60
+    began, trained_before = clock(), trained_seconds(study)
+    deadline = began + job.budget.minutes * 60
     ended_by = "trials"
     while len(finished_trials(study)) < job.budget.trials:
         if clock() >= deadline:
             ended_by = "minutes"
+            break
+        if trained_seconds(study) >= job.budget.most_device_seconds:
+            ended_by = "max_cost"
             break
         if GRID_EXHAUSTED in study.user_attrs:
             ended_by = "the end of the grid"
@@ -205,7 +203,7 @@ def tune(
         reasons = failures or [trial.user_attrs[FAILURE] for trial in trials if FAILURE in trial.user_attrs]
         raise TuningFailed(
             f"none of {len(trials)} trials of {job.name} completed"
-            + (f"; the first ended with: {reasons[0]}" if reasons else "; give the budget more minutes")
+            + (f"; the first ended with: {reasons[0]}" if reasons else f"; give the budget more {ended_by}")
         )
     return Tuned(
         best=ranked(complete, job)[0],
@@ -214,7 +212,13 @@ def tune(
         pruned=len(trials) - len(complete) - len(failures),
         failed=len(failures),
         ended_by=ended_by,
+        idle_seconds=max(0.0, clock() - began - (trained_seconds(study) - trained_before)),
     )
+
+
+def trained_seconds(study: optuna.Study) -> float:
+    """How long the device has trained tonight's trials, those that were interrupted too."""
+    return float(sum(trial.user_attrs.get(SECONDS, 0.0) for trial in tonights_trials(study)))
 
 
 def _failures(trials: list[FrozenTrial]) -> list[str]:
@@ -327,15 +331,17 @@ def _run_wave(
     setting = prepared.setting(job.family, job.search.objective)
     untold: list[_Candidate] = []
     drawn: list[tuple[_Candidate, Training]] = []
-    counted_to = time.perf_counter()
+    began = counted_to = time.perf_counter()
+    may_take = job.budget.most_device_seconds - trained_seconds(study)
 
     def on_epoch(epochs: Mapping[int, Epoch]) -> list[int]:
         nonlocal counted_to
         seconds = (time.perf_counter() - counted_to) / len(epochs)
         counted_to += seconds * len(epochs)
+        is_spent = counted_to - began >= may_take
         for place, epoch in epochs.items():
             drawn[place][0].report(epoch, seconds)
-        return [place for place in epochs if drawn[place][0].is_hopeless()]
+        return [place for place in epochs if is_spent or drawn[place][0].is_hopeless()]
 
     try:
         candidate = None
@@ -352,7 +358,7 @@ def _run_wave(
                 on_trial(candidate.tell(error))
             else:
                 drawn.append((candidate, training))
-        counted_to = time.perf_counter()
+        began = counted_to = time.perf_counter()
         for place, outcome in train_all(setting, [training for _, training in drawn], on_epoch):
             candidate = drawn[place][0]
             untold.remove(candidate)
@@ -400,53 +406,3 @@ def _check_limits(
     if broken:
         raise Infeasible("; ".join(broken))
     return [] if job.search.cost == "none" else [costs[job.search.cost]]
-
-
-class ProgressArtifact:
-    """How far the tuning is, as Prefect's progress artifact of this task run; written once a second at most, on a
-    thread of its own: while its server is away Prefect's client tries again for a minute, and a bar is worth no trial.
-    """
-
-    def __init__(self, study: optuna.Study, job: TuningJob) -> None:
-        self._study = study
-        self._job = job
-        self._budget = job.budget.trials
-        created = create_progress_artifact(
-            self._percent(), key=artifact_key("progress", job.name), description=self._text()
-        )
-        self._id = cast(UUID, created)
-        self._written_at = time.monotonic()
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="progress")
-        self._writing: Future[None] | None = None
-
-    def __enter__(self) -> "ProgressArtifact":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            self._submit()
-        self._thread.shutdown(wait=True)
-
-    def update(self) -> None:
-        is_free = self._writing is None or self._writing.done()
-        if is_free and time.monotonic() - self._written_at >= 1:
-            self._submit()
-
-    def _submit(self) -> None:
-        self._written_at = time.monotonic()
-        # In this thread's context, so that Prefect knows whose artifact it is.
-        self._writing = self._thread.submit(copy_context().run, self._write, self._percent(), self._text())
-
-    def _write(self, percent: float, text: str) -> None:
-        try:
-            update_progress_artifact(self._id, percent, description=text)
-        except httpx.HTTPError as error:
-            _logger.warning("Prefect does not show how far the tuning is: %s", error)
-
-    def _percent(self) -> float:
-        return min(100.0, 100 * len(finished_trials(self._study)) / self._budget)
-
-    def _text(self) -> str:
-        complete = ranked(tonights_trials(self._study, TrialState.COMPLETE), self._job)
-        best = f", best {complete[0].values[0]:.4f}" if complete else ""
-        return f"{len(finished_trials(self._study))} of {self._budget} trials{best}"

@@ -213,7 +213,8 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
 
 
 def write_jobs(folder: Path) -> None:
-    """Jobs of tiny trials: some done in seconds, some long enough to be interrupted, and one that is due soon."""
+    """Jobs of tiny trials: some done in seconds, some long enough to be interrupted, one that is due soon, and one that
+    is due day by day."""
     soon = datetime.now(UTC).timestamp() + 240
     minute = datetime.fromtimestamp(soon, UTC)
     search = "search: {pruner: none, space: {epochs: 2, batch_size: 64, width: [16, 32], depth: 1}}"
@@ -224,6 +225,7 @@ def write_jobs(folder: Path) -> None:
         ("shadow", 2, yearly),
         ("damaged", 2, yearly),
         ("unchanging", 2, yearly),
+        ("missed", 2, f"0 {(minute.hour + 12) % 24} * * *"),
         ("untracked", 60, yearly),
         ("unwatched", 100, yearly),
         ("long", 400, yearly),

@@ -1,12 +1,14 @@
 """Whole nights against a real Prefect server, a real MLflow server and real stores."""
 
 import json
+import re
+import sqlite3
 import tempfile
 import threading
 import time
 import uuid
 from collections.abc import Iterator
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -52,14 +54,22 @@ def test_the_terminal_shows_each_step_the_outcome_and_two_pages(stack: Stack, ni
 def test_prefect_shows_the_night(stack: Stack, night: str) -> None:
     run = first_run(stack, "quick")
     assert run["state_type"] == "COMPLETED"
-    assert str(run["name"]).startswith("quick · 20")
+    assert re.fullmatch(r"quick · \d{4}-\d\d-\d\d · 5 trials", str(run["name"]))
     steps = stack.prefect("task_runs/filter", flow_runs={"id": {"any_": [run["id"]]}}, sort="EXPECTED_START_TIME_ASC")
     assert [str(step["name"]).partition(":")[0] for step in steps] == STEPS
     assert "tune: 5 trials of mlp, auto" in {step["name"] for step in steps}
     artifacts = stack.prefect("artifacts/filter", flow_runs={"id": {"any_": [run["id"]]}})
     kept = {artifact["key"]: artifact for artifact in artifacts}
     assert kept["progress-quick"]["data"] == 100.0
+    assert str(kept["progress-quick"]["description"]).startswith("5 of 5 trials, best 0.")
     assert str(kept["report-quick"]["data"]).startswith("# quick: version")
+    study = study_of(stack, "quick")
+    parent, nested = runs_of(stack, study)
+    assert str(kept["mlflow-quick"]["data"]).startswith("[This night in MLflow](http")
+    assert parent.info.run_id in str(kept["mlflow-quick"]["data"])
+    linked = set(re.findall(r"/runs/(\w+)\?", str(kept["trials-quick"]["data"])))
+    assert linked == {nested_run.info.run_id for nested_run in nested}
+    assert f"/runs/flow-run/{run['id']}" in parent.data.tags["mlflow.note.content"]
     logs = stack.prefect("logs/filter", logs={"flow_run_id": {"any_": [run["id"]]}})
     assert any("rows of sklearn://digits" in str(log["message"]) for log in logs)
 
@@ -138,9 +148,47 @@ def test_a_night_leaves_a_page_and_its_plots_in_mlflow(stack: Stack, night: str,
     names = {item.path for item in client.list_artifacts(run_id)}
     assert {"report.html", "plots", "data_card.md", "gate.json"} <= names
     pictures = {Path(item.path).stem for item in client.list_artifacts(run_id, "plots")}
-    assert {"history", "curves", "confusion", "reliability"} <= pictures
+    assert {"history", "curves", "intermediate", "confusion", "reliability"} <= pictures
     page = Path(client.download_artifacts(run_id, "report.html", str(tmp_path))).read_text()
     assert "<h2>What to do next</h2>" in page
+
+
+def test_a_schedule_is_paused_and_goes_on(stack: Stack) -> None:
+    def next_night() -> str:
+        rows = {row["job"]: row for row in json.loads(stack.nightly("ls", "--json").stdout)}
+        return str(rows["shadow"]["next night"])
+
+    assert "is paused" in stack.nightly("pause", "shadow").stdout
+    assert next_night() == "paused"
+    stack.nightly("up")
+    assert next_night() == "paused"
+    stack.nightly("resume", "shadow")
+    wait_for(lambda: next_night().endswith("01-01 02:00"), 60, "the schedule to go on")
+    assert "no job is named 'nobody'" in stack.nightly("pause", "nobody", ok=False).stderr
+
+
+def test_of_missed_nights_the_last_one_is_made_up_for(stack: Stack) -> None:
+    """Prefect keeps every run that nobody took. Here its database is told that three of them were due."""
+
+    def scheduled() -> list[dict[str, object]]:
+        return [run for run in stack.flow_runs("missed") if run["auto_scheduled"]][-3:]
+
+    wait_for(lambda: len(scheduled()) == 3, 60, "runs to be scheduled")
+    now = datetime.now(UTC)
+    for days, run in enumerate(scheduled()):
+        due = now - timedelta(days=days, minutes=5)
+        with sqlite3.connect(stack.home / "prefect/prefect.db", timeout=60) as database:
+            database.execute(
+                "UPDATE flow_run SET expected_start_time = ? WHERE id = ?",
+                (due.strftime("%Y-%m-%d %H:%M:%S.%f"), str(run["id"])),
+            )
+        database.close()
+    for run in reversed(scheduled()):
+        state = {"type": "SCHEDULED", "state_details": {"scheduled_time": run["expected_start_time"]}}
+        stack.ask_prefect("POST", f"flow_runs/{run['id']}/set_state", {"state": state, "force": True})
+    wait_for(lambda: all(run["state_type"] == "COMPLETED" for run in scheduled()), 240, "the nights to end")
+    assert [run["state_name"] for run in scheduled()] == ["Completed", "Skipped", "Skipped"]
+    assert len(list((stack.home / "studies/missed").glob("*.journal"))) == 1
 
 
 def test_the_doctor_finds_a_running_stack_well(stack: Stack) -> None:

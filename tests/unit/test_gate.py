@@ -73,7 +73,7 @@ def verdict_of(
     job: TuningJob = JOB,
     baseline: Challenger | None = None,
 ) -> Verdict:
-    return gate(job, Confirmed(challenger=challenger, baseline=baseline), champion, snapshot, CPU)
+    return gate(job, Confirmed(challenger=challenger, baseline=baseline, seconds=1.0), champion, snapshot, CPU)
 
 
 @pytest.fixture(scope="module")

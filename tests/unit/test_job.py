@@ -1,10 +1,12 @@
 """The job: what is enough, what is refused, and how it is said."""
 
+import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tasks.job import JobError, job_files, load_job, load_jobs, parse_job
+from tasks.job import JobError, PresetName, job_files, load_job, load_jobs, parse_job
 from tests.conftest import make_job
 from tests.unit.test_families import NET, write_net
 
@@ -114,6 +116,41 @@ def test_overrides_are_merged_before_the_job_is_validated() -> None:
     assert (job.search.sampler, job.promotion.mode) == ("random", "never")
     with pytest.raises(JobError, match=r"budget\.trials: Input should be greater than or equal to 1, found 0"):
         load_job("digits-mlp", None, trials=0)
+
+
+@pytest.mark.parametrize(
+    ("preset", "given", "budget", "confirm", "mode"),
+    [
+        ("nightly", {}, (30, 30), (3, 5), "automatic"),
+        ("smoke", {}, (8, 5), (1, 2), "never"),
+        ("deep", {}, (120, 120), (3, 5), "automatic"),
+        # As Prefect's form sends it, with every field as it stood there, and one that was changed.
+        ("deep", {"trials": 30, "minutes": 7, "promotion": "automatic"}, (120, 7), (3, 5), "automatic"),
+        ("smoke", {"trials": 50, "promotion": "ask"}, (50, 5), (1, 2), "ask"),
+    ],
+)
+def test_a_preset_decides_what_is_left_as_the_file_says(
+    preset: PresetName,
+    given: dict[str, Any],
+    budget: tuple[int, float],
+    confirm: tuple[int, int],
+    mode: str,
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "small.yaml").write_text(
+        "name: small\ndata: {source: 'sklearn://digits'}\nbudget: {trials: 30, minutes: 30}\n"
+    )
+    job = load_job("small", tmp_path, preset=preset, **given)
+    assert (job.budget.trials, job.budget.minutes) == budget
+    assert (job.confirm.candidates, job.confirm.seeds) == confirm
+    assert job.promotion.mode == mode
+
+
+def test_money_is_spent_by_the_hour() -> None:
+    assert make_job(budget={"price_per_hour": 2, "max_cost": 3}).budget.most_device_seconds == 5400
+    assert make_job().budget.most_device_seconds == math.inf
+    with pytest.raises(JobError, match=r"budget: max_cost needs a price_per_hour, found 3 without one; add it"):
+        make_job(budget={"max_cost": 3})
 
 
 def test_a_relative_source_is_relative_to_the_job_file(tmp_path: Path) -> None:

@@ -13,13 +13,13 @@ from optuna.trial import TrialState, create_trial
 
 from models.evaluate import predict_outputs, predictions_of
 from tasks import plots
-from tasks.confirm import confirm
+from tasks.confirm import Confirmed, confirm
 from tasks.drift import Change
 from tasks.gate import Verdict
-from tasks.job import TuningJob
-from tasks.night_page import advices_of, night_page, regions_of
+from tasks.job import BudgetConfig, TuningJob
+from tasks.night_page import advices_of, costs_of, night_page, regions_of
 from tasks.study import FAILURE, NUMBER, open_study
-from tasks.tune import Prepared, tune
+from tasks.tune import Prepared, Tuned, trained_seconds, tune
 from tests.conftest import CPU, make_job
 from tests.unit.test_gate import make_challenger, verdict_of
 from tests.unit.test_tune import NOW
@@ -57,6 +57,10 @@ def night(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> tuple
     return job, study, verdict_of(challenger, None, prepared.snapshot, job, make_challenger(prepared, 1))
 
 
+BEST = create_trial(value=1.0)
+TUNED = Tuned(best=BEST, baseline=None, complete=12, pruned=0, failed=0, ended_by="trials", idle_seconds=36)
+
+
 def page_of(
     night: tuple[TuningJob, optuna.Study, Verdict], summary: str = "# a night", moved: tuple[Change, ...] = ()
 ) -> str:
@@ -65,8 +69,12 @@ def page_of(
     drawn = {
         "history": plots.history(study, job), "importance": plots.importances(found),
         "slices": plots.slices(study, job, found), "curves": plots.curves(study, job),
+        "contour": plots.contour(study, job, found), "parallel": plots.parallel(study, job, found),
+        "intermediate": plots.intermediate(study, job),
     }  # fmt: skip
-    return night_page(job, study, summary, verdict, moved, found, {name: it for name, it in drawn.items() if it})
+    costs = costs_of(job, study, TUNED, Confirmed(challenger=verdict.challenger, baseline=None, seconds=720))
+    kept = {name: figure for name, figure in drawn.items() if figure is not None}
+    return night_page(job, study, summary, verdict, moved, found, kept, costs)
 
 
 def test_the_page_needs_no_network_is_small_and_well_formed(night: tuple[TuningJob, optuna.Study, Verdict]) -> None:
@@ -77,7 +85,7 @@ def test_the_page_needs_no_network_is_small_and_well_formed(night: tuple[TuningJ
     tags = Tags(page)
     assert tags.open == []
     names = [tag for tag, _ in tags.found]
-    assert names.count("img") == 4
+    assert names.count("img") == 7
     assert {"script", "link", "iframe"}.isdisjoint(names)
     for tag, attributes in tags.found:
         if tag == "img":
@@ -85,6 +93,34 @@ def test_the_page_needs_no_network_is_small_and_well_formed(night: tuple[TuningJ
             assert attributes["alt"]
     assert names.count("h1") == 1
     assert {"What to do next", "What the search learned", "What it cost"} <= set(re.findall(r"<h2>(.*?)</h2>", page))
+
+
+def test_the_devices_hours_are_counted_by_what_they_went_into_and_in_money(
+    night: tuple[TuningJob, optuna.Study, Verdict],
+) -> None:
+    job, study, verdict = night
+    costs = costs_of(job, study, TUNED, Confirmed(challenger=verdict.challenger, baseline=None, seconds=720))
+    hours = {cost.outcome: cost.hours for cost in costs}
+    assert (hours["confirmed"], hours["idle"]) == (0.2, 0.01)
+    assert hours["useful"] == pytest.approx(trained_seconds(study) / 3600)
+    assert hours["all"] == pytest.approx(sum(value for name, value in hours.items() if name != "all"))
+    assert "An hour costs" not in page_of(night)
+    priced = job.model_copy(update={"budget": BudgetConfig(price_per_hour=2.5, max_cost=4)})
+    page = page_of((priced, study, verdict))
+    assert "An hour costs 2.5; the search may cost 4.0 at most." in page
+    assert "<td>0.200</td>\n<td>0.50</td>" in page
+
+
+def test_the_plots_to_explore_hold_tonights_trials_and_need_no_network(
+    night: tuple[TuningJob, optuna.Study, Verdict], tmp_path: Path
+) -> None:
+    job, study, _ = night
+    page = plots.interactive(study, job)
+    assert page is not None
+    assert "plotly.js v" in page
+    assert re.search(r"<script[^>]* src=", page) is None
+    assert page.count('class="plotly-graph-div"') == 5
+    assert plots.interactive(open_study(job, "f" * 32, tmp_path, NOW), job) is None
 
 
 def test_what_stands_in_data_and_errors_is_shown_and_not_run(
@@ -123,6 +159,23 @@ def test_a_range_whose_end_is_best_is_to_be_widened(
     assert "Widen search.space.learning_rate: the best trials lie at its low end (0.0001)." in advices
     assert "The budget's 60 trials were not reached: give it more minutes." in advices
     assert plots.importance(study, job) == {"learning_rate": 1.0}
+
+
+def test_what_cannot_go_lower_is_not_to_be_widened(
+    night: tuple[TuningJob, optuna.Study, Verdict], tmp_path: Path
+) -> None:
+    job = make_job(search={"space": {"dropout": {"low": 0.0, "high": 0.5}}}, budget={"trials": 60})
+    study = open_study(job, "f" * 32, tmp_path, NOW)
+    dropouts = FloatDistribution(0.0, 0.5)
+    for number in range(30):
+        study.add_trial(
+            create_trial(
+                value=1 - number / 100, params={"dropout": number / 60}, distributions={"dropout": dropouts},
+                user_attrs={NUMBER: number},
+            )
+        )  # fmt: skip
+    (region,) = regions_of(study, job, {})
+    assert (region.best, region.edge) == ("0 to 0.0333", None)
 
 
 def test_the_test_rows_are_drawn_for_classes_and_for_numbers(

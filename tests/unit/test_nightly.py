@@ -1,16 +1,29 @@
-"""What the night does when another promoter came first. The steps are stand-ins: only their order is looked at here."""
+"""What the night does when another promoter came first (the steps are stand-ins: only their order is looked at here),
+and the form that Prefect shows for it."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import flows.nightly
-from flows.nightly import JUDGEMENTS, _judge_and_promote
+from flows.cli import deployment_of
+from flows.nightly import JUDGEMENTS, _judge_and_promote, nightly_tuning
+from infra.deploy import form_schema
 from infra.settings import Settings
 from infra.store import open_store
+from tasks.job import load_jobs
 from tasks.promotions import StaleJudgement
 from tests.conftest import CPU, make_job
+
+
+def test_the_run_form_is_as_it_was() -> None:
+    """Flat, each field with a help text, bounds and a default: a change of it should be meant."""
+    (job,) = (job for job in load_jobs(None) if job.name == "digits-mlp")
+    form = form_schema(nightly_tuning.parameters.model_dump(), deployment_of(job).form_defaults)
+    assert form == json.loads(Path(__file__).with_name("run_form.json").read_text())
+    assert all("description" in field for field in form["properties"].values())
 
 
 @pytest.mark.parametrize("lost", [0, 1, JUDGEMENTS])

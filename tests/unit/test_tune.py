@@ -32,7 +32,7 @@ from tasks.study import (
     ranked,
 )
 from tasks.tracking import CURVE, DIAGNOSIS, SECONDS, TRACEBACK
-from tasks.tune import Prepared, TuningFailed, forecast, tune
+from tasks.tune import Prepared, TuningFailed, forecast, trained_seconds, tune
 from tests.conftest import CPU, make_job
 from tests.unit.test_families import NET, write_net
 
@@ -76,6 +76,26 @@ def test_the_budget_of_minutes_is_kept(prepared: Prepared, tmp_path: Path) -> No
     clock = itertools.count(0, 25.0)
     tuned = tune(open_for(job, prepared, tmp_path), job, prepared, tmp_path, clock=lambda: next(clock))
     assert (tuned.complete + tuned.pruned, tuned.ended_by) == (12, "minutes")
+
+
+def test_the_budget_of_money_cuts_off_what_is_under_way(prepared: Prepared, tmp_path: Path) -> None:
+    space = {"epochs": 2000, "batch_size": 64, "width": 16, "depth": 1, "early_stopping_patience": 0}
+    first = {"epochs": 1}
+    job = make_job(
+        search={"pruner": "none", "space": space | first}, budget={"trials": 1, "price_per_hour": 3600, "max_cost": 9}
+    )
+    study = open_for(job, prepared, tmp_path / "cheap")
+    assert tune(study, job, prepared, tmp_path).ended_by == "trials"
+    job = make_job(
+        search={"pruner": "none", "baseline": False, "space": space},
+        budget={"trials": 40, "price_per_hour": 3600, "max_cost": 0.5},
+    )
+    study = open_for(job, prepared, tmp_path / "dear")
+    with pytest.raises(TuningFailed, match="give the budget more max_cost"):
+        tune(study, job, prepared, tmp_path)
+    assert {trial.state for trial in study.trials} == {TrialState.PRUNED}
+    assert 0 < min(len(trial.user_attrs[CURVE]) for trial in study.trials) < 2000
+    assert 0.5 <= trained_seconds(study) < 5
 
 
 def test_the_same_job_on_the_same_data_gives_the_same_trials(prepared: Prepared, tmp_path: Path) -> None:

@@ -1,0 +1,33 @@
+"""Who gets the device, and when."""
+
+import threading
+from functools import partial
+from pathlib import Path
+
+from infra.device import hold_device
+from tests.conftest import CPU
+from tests.servers import wait_for
+
+
+def test_the_lowest_rank_that_waits_is_next_and_a_dead_one_holds_nobody_up(tmp_path: Path) -> None:
+    waiting = tmp_path / "waiting-cpu-0"
+    dead = waiting / "0-999999"
+    got: list[int] = []
+
+    def wait(rank: int) -> None:
+        with hold_device(CPU, tmp_path, rank):
+            got.append(rank)
+
+    def stands(many: int) -> bool:
+        return len([place for place in waiting.iterdir() if place != dead]) == many
+
+    with hold_device(CPU, tmp_path):
+        dead.touch()  # of a process that died while it waited
+        threads = [threading.Thread(target=wait, args=(rank,)) for rank in (2, 1, 0)]
+        for standing, thread in enumerate(threads, start=1):
+            thread.start()
+            wait_for(partial(stands, standing), 10, "it to stand in line")
+    for thread in threads:
+        thread.join(timeout=30)
+    assert got == [0, 1, 2]
+    assert list(waiting.iterdir()) == []
