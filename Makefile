@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 
-.PHONY: run test bench lock clean
+.PHONY: run test bench screenshots lock clean
 
 run: .venv/run.stamp
 	$(BIN)/nightly up
@@ -21,6 +21,10 @@ test: .venv/test.stamp
 # Every measurement, or one suite of it: make bench ONLY=search.
 bench: .venv/bench.stamp
 	$(BIN)/python -m tests.benchmarks --only $(or $(ONLY),all)
+
+# The README's pictures, taken anew by the tests of what a browser shows.
+screenshots: .venv/test.stamp
+	NIGHTLY_PICTURES=tests/browser/pictures $(BIN)/pytest tests/browser
 
 # The lock is used as constraints, so that one file serves both and a plain user installs no test tools.
 .venv/run.stamp: pyproject.toml requirements.lock | .venv
