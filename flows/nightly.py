@@ -72,7 +72,7 @@ from tasks.tracking import (
 from tasks.tune import Prepared, Tuned, forecast, tune
 
 JUDGEMENTS = 3
-# A night that begins later was missed, unless it waited for another one of its job.
+# A night that begins so much later than it was due counts as missed, whatever it waited for.
 LATE = timedelta(hours=1)
 RANKS: dict[Priority, int] = {"high": 0, "normal": 1, "low": 2}
 

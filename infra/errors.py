@@ -3,3 +3,11 @@
 
 class ExpectedError(Exception):
     """Shown without a traceback: its message is a sentence with the field, the rule, the value found and the remedy."""
+
+
+def stopped_by(error: BaseException | None) -> BaseException | None:
+    """The signal or Ctrl-C that an error came of, None where it came of none: a signal may land anywhere, and whatever
+    it interrupts may answer with an error of its own."""
+    while isinstance(error, Exception):
+        error = error.__cause__ or error.__context__
+    return error

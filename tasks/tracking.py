@@ -23,7 +23,7 @@ from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME, MLFLOW_RUN_NOTE
 from optuna.trial import FrozenTrial, TrialState
 
-from infra.errors import ExpectedError
+from infra.errors import ExpectedError, stopped_by
 from models.solo import Epoch
 from tasks.data_card import data_card
 from tasks.job import TuningJob
@@ -111,7 +111,7 @@ def night_ends_with_its_run(client: MlflowClient, run_id: str) -> Iterator[None]
         yield
         status = "FINISHED"
     except Exception as error:
-        status = "KILLED" if _was_stopped(error) else "FAILED"
+        status = "FAILED" if stopped_by(error) is None else "KILLED"
         raise
     finally:
         with mlflow_may_be_away("the night's end"):
@@ -367,15 +367,6 @@ def _dataset(snapshot: Snapshot) -> DatasetInput:
         ),
         tags=[InputTag("mlflow.data.context", "snapshot")],
     )
-
-
-def _was_stopped(error: BaseException | None) -> bool:
-    """A signal may land anywhere, and whatever it interrupts may answer with an error of its own."""
-    while error is not None:
-        if not isinstance(error, Exception):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 def _run_status(trial: FrozenTrial) -> str:

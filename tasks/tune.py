@@ -24,7 +24,7 @@ import torch
 from optuna.trial import FrozenTrial, TrialState
 
 from infra.device import describe_device, memory_bytes
-from infra.errors import ExpectedError
+from infra.errors import ExpectedError, stopped_by
 from models.batches import Split
 from models.checkpoints import Checkpoint
 from models.diagnosis import Diagnosis, diagnose
@@ -141,9 +141,12 @@ def forecast(job: TuningJob, studies: Path, device: torch.device) -> str:
         seconds = [trial.user_attrs[SECONDS] for trial in tonights_trials(earlier) if SECONDS in trial.user_attrs]
         if seconds:
             each = statistics.fmean(seconds)
+            hours = each * job.budget.trials / 3600
+            price = job.budget.price_per_hour
+            cost = "" if price is None else f", which cost {hours * price:.2f}"
             return (
-                f"{budget}; at {each:.2f} s a trial, as in {earlier.study_name}, that is "
-                f"{each * job.budget.trials / 60:.1f} minutes of training"
+                f"{budget}; at {each:.2f} s a trial, as in {earlier.study_name}, that is {60 * hours:.1f} minutes of "
+                f"training{cost}"
             )
     return f"{budget}; no earlier night tells how long a trial takes"
 
@@ -354,6 +357,7 @@ def _run_wave(
                 if first and may_widen_wave(candidate.trial, study, job):
                     widen_wave(candidate.trial, min(_wave_size(job, setting), fusion_for(setting, training).members))
             except Exception as error:  # noqa: BLE001 told with its traceback
+                _go_on_unless_stopped(error)
                 untold.remove(candidate)
                 on_trial(candidate.tell(error))
             else:
@@ -361,6 +365,8 @@ def _run_wave(
         began = counted_to = time.perf_counter()
         for place, outcome in train_all(setting, [training for _, training in drawn], on_epoch):
             candidate = drawn[place][0]
+            if isinstance(outcome, Exception):
+                _go_on_unless_stopped(outcome)
             untold.remove(candidate)
             on_trial(candidate.tell(outcome))
     except BaseException:
@@ -368,6 +374,12 @@ def _run_wave(
             candidate.tell_interrupted()
         settle_running_trials(study)  # one whose ask was interrupted
         raise
+
+
+def _go_on_unless_stopped(error: Exception) -> None:
+    """Optuna's journal, whose lock a signal finds released halfway, says FileNotFoundError: no fault of the trial's."""
+    if (signal := stopped_by(error)) is not None:
+        raise signal from error
 
 
 def _wave_size(job: TuningJob, setting: Setting) -> int:

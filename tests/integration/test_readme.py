@@ -2,20 +2,26 @@
 
 import json
 import re
+import shutil
+import subprocess
+import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
+import click
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+import typer
 import yaml
 
+from flows.cli import app
 from tasks.job import parse_job
 from tasks.prepare import prepare
 from tasks.study import open_study
 from tasks.tune import Prepared, tune
-from tests.conftest import CPU, Stack, make_stack
+from tests.conftest import CPU, Stack, make_stack, require
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
 
@@ -56,6 +62,39 @@ def test_a_model_of_ones_own_is_tuned(tmp_path: Path) -> None:
     tuned = tune(study, job, prepared, tmp_path)
     assert tuned.failed == 0
     assert {"frequencies", "units", "learning_rate"} <= tuned.best.params.keys()
+
+
+def test_the_first_command_runs_a_whole_night(tmp_path: Path) -> None:
+    root = Path(__file__).parents[2]
+    if Path(sys.prefix) != root / ".venv":
+        require("these tests don't run in the .venv that `make run` uses")
+    stack = make_stack(tmp_path)
+    try:
+        shown = subprocess.run(
+            [shutil.which("make") or "make", "run"],
+            cwd=root,
+            env=stack.environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert shown.returncode == 0, shown.stdout + shown.stderr
+        assert "# digits-mlp: version" in shown.stdout
+    finally:
+        stack.nightly("down")
+
+
+def test_every_command_that_the_readme_names_is_there_with_its_options() -> None:
+    commands = typer.main.get_command(app)
+    assert isinstance(commands, click.Group)
+    named = re.findall(r"`(?:\.venv/bin/)?nightly ([a-z]+)([^`]*)`", README)
+    assert {name for name, _ in named} >= commands.commands.keys() - {"point-champion"}
+    for name, rest in named:
+        known = {option for parameter in commands.commands[name].params for option in parameter.opts}
+        assert set(re.findall(r"--[a-z-]+", rest)) <= known, name
+    targets = re.findall(r"^([a-z]+):", (Path(__file__).parents[2] / "Makefile").read_text(), re.MULTILINE)
+    assert set(re.findall(r"`?make ([a-z]+)", README)) - {"what"} <= set(targets)
 
 
 def test_every_file_that_the_readme_names_exists() -> None:

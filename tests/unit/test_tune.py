@@ -16,6 +16,7 @@ import models.training
 import tasks.tune
 from models.evaluate import parameter_count
 from models.fused import OnEpoch, Outcome
+from models.hyperparameters import Hyperparameters
 from models.solo import Epoch, Setting, Training, train
 from tasks.confirm import Challenger, confirm
 from tasks.job import TuningJob
@@ -68,6 +69,8 @@ def test_a_night_says_what_it_will_cost_by_what_the_last_one_did(prepared: Prepa
     each = sum(trial.user_attrs[SECONDS] for trial in study.trials) / 6
     twice = forecast(make_job(budget={"trials": 600}), tmp_path, CPU)
     assert f"at {each:.2f} s a trial, as in {study.study_name}, that is {10 * each:.1f} minutes" in twice
+    dear = make_job(budget={"trials": 600, "price_per_hour": 600})
+    assert forecast(dear, tmp_path, CPU).endswith(f" of training, which cost {100 * each:.2f}")
 
 
 def test_the_budget_of_minutes_is_kept(prepared: Prepared, tmp_path: Path) -> None:
@@ -185,6 +188,31 @@ def test_an_interruption_in_the_middle_of_a_trial_is_told(
         tune(study, job, prepared, tmp_path)
     assert [trial.state for trial in study.trials] == [TrialState.FAIL]
     assert is_interrupted(study.trials[0])
+
+
+def test_a_signal_that_surfaces_as_another_error_stops_the_night_and_is_no_fault_of_a_trial(
+    prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As from Optuna's journal, which a signal finds with its lock released halfway."""
+    drawn = []
+    draw = tasks.tune._draw
+
+    def interrupted(trial: optuna.Trial, job: TuningJob) -> Hyperparameters:
+        drawn.append(trial)
+        if len(drawn) < 3:
+            return draw(trial, job)
+        try:
+            raise KeyboardInterrupt
+        finally:
+            (tmp_path / "lock").unlink()
+
+    job = make_job()
+    study = open_for(job, prepared, tmp_path)
+    monkeypatch.setattr(tasks.tune, "_draw", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        tune(study, job, prepared, tmp_path)
+    assert is_interrupted(study.trials[-1])
+    assert all(FAILURE not in trial.user_attrs for trial in study.trials)
 
 
 def test_a_configuration_that_kills_its_process_is_given_up_and_takes_no_other_with_it(
