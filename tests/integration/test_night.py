@@ -153,20 +153,6 @@ def test_a_night_leaves_a_page_and_its_plots_in_mlflow(stack: Stack, night: str,
     assert "<h2>What to do next</h2>" in page
 
 
-def test_a_schedule_is_paused_and_goes_on(stack: Stack) -> None:
-    def next_night() -> str:
-        rows = {row["job"]: row for row in json.loads(stack.nightly("ls", "--json").stdout)}
-        return str(rows["shadow"]["next night"])
-
-    assert "is paused" in stack.nightly("pause", "shadow").stdout
-    assert next_night() == "paused"
-    stack.nightly("up")
-    assert next_night() == "paused"
-    stack.nightly("resume", "shadow")
-    wait_for(lambda: next_night().endswith("01-01 02:00"), 60, "the schedule to go on")
-    assert "no job is named 'nobody'" in stack.nightly("pause", "nobody", ok=False).stderr
-
-
 def test_of_missed_nights_the_last_one_is_made_up_for(stack: Stack) -> None:
     """Prefect keeps every run that nobody took. Here its database is told that two of them were due."""
 
@@ -302,7 +288,7 @@ def test_the_run_form_is_flat_and_shows_what_the_job_says(stack: Stack) -> None:
     deployment = stack.ask_prefect("GET", "deployments/name/nightly_tuning/quick").json()
     fields = deployment["parameter_openapi_schema"]["properties"]
     assert {name: field.get("default") for name, field in fields.items()} == {
-        "job": None, "trials": 5, "minutes": 10.0, "sampler": "auto", "promotion": "automatic",
+        "job": None, "preset": "nightly", "trials": 5, "minutes": 10.0, "sampler": "auto", "promotion": "automatic",
     }  # fmt: skip
     assert all(field["description"] and "anyOf" not in field for field in fields.values())
     assert fields["sampler"]["enum"] == ["auto", "tpe", "gp", "cmaes", "random", "qmc", "grid"]
@@ -310,14 +296,19 @@ def test_the_run_form_is_flat_and_shows_what_the_job_says(stack: Stack) -> None:
     assert deployment["global_concurrency_limit"]["limit"] == 1
 
 
-def test_a_paused_schedule_stays_paused(stack: Stack) -> None:
-    path = "deployments/name/nightly_tuning/quick"
-    deployment = stack.ask_prefect("GET", path).json()
-    (schedule,) = deployment["schedules"]
-    stack.ask_prefect("PATCH", f"deployments/{deployment['id']}/schedules/{schedule['id']}", {"active": False})
+def test_a_schedule_is_paused_stays_so_and_goes_on(stack: Stack) -> None:
+    def schedule() -> dict[str, object]:
+        (found,) = stack.ask_prefect("GET", "deployments/name/nightly_tuning/quick").json()["schedules"]
+        return dict(found)
+
+    before = schedule()
+    assert "is paused" in stack.nightly("pause", "quick").stdout
     stack.nightly("up")
-    (after,) = stack.ask_prefect("GET", path).json()["schedules"]
-    assert after == {**schedule, "active": False, "updated": after["updated"]}
+    after = schedule()
+    assert after == {**before, "active": False, "updated": after["updated"]}
+    stack.nightly("resume", "quick")
+    assert schedule()["active"] is True
+    assert "no job is named 'nobody'" in stack.nightly("pause", "nobody", ok=False).stderr
 
 
 def test_schedules_lay_runs_ahead_and_one_starts_by_itself(stack: Stack) -> None:

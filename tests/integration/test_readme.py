@@ -7,8 +7,8 @@ import subprocess
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
-import click
 import numpy as np
 import pandas as pd
 import pytest
@@ -86,12 +86,11 @@ def test_the_first_command_runs_a_whole_night(tmp_path: Path) -> None:
 
 
 def test_every_command_that_the_readme_names_is_there_with_its_options() -> None:
-    commands = typer.main.get_command(app)
-    assert isinstance(commands, click.Group)
+    commands: dict[str, Any] = vars(typer.main.get_command(app))["commands"]
     named = re.findall(r"`(?:\.venv/bin/)?nightly ([a-z]+)([^`]*)`", README)
-    assert {name for name, _ in named} >= commands.commands.keys() - {"point-champion"}
+    assert {name for name, _ in named} >= commands.keys() - {"point_champion"}  # for ourselves
     for name, rest in named:
-        known = {option for parameter in commands.commands[name].params for option in parameter.opts}
+        known = {option for parameter in commands[name].params for option in parameter.opts}
         assert set(re.findall(r"--[a-z-]+", rest)) <= known, name
     targets = re.findall(r"^([a-z]+):", (Path(__file__).parents[2] / "Makefile").read_text(), re.MULTILINE)
     assert set(re.findall(r"`?make ([a-z]+)", README)) - {"what"} <= set(targets)

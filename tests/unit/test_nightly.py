@@ -2,14 +2,18 @@
 and the form that Prefect shows for it."""
 
 import json
+from contextlib import nullcontext
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from uuid import uuid4
 
 import pytest
 
 import flows.nightly
 from flows.cli import deployment_of
-from flows.nightly import JUDGEMENTS, _judge_and_promote, nightly_tuning
+from flows.nightly import JUDGEMENTS, _judge_and_promote, _missed, nightly_tuning
 from infra.deploy import form_schema
 from infra.settings import Settings
 from infra.store import open_store
@@ -24,6 +28,29 @@ def test_the_run_form_is_as_it_was() -> None:
     form = form_schema(nightly_tuning.parameters.model_dump(), deployment_of(job).form_defaults)
     assert form == json.loads(Path(__file__).with_name("run_form.json").read_text())
     assert all("description" in field for field in form["properties"].values())
+
+
+@pytest.mark.parametrize(
+    ("missed", "hours", "is_scheduled", "says"),
+    [
+        ("once", 30, True, None),
+        ("skip", 30, True, "and missed; schedule.missed: once would make up for it"),
+        ("skip", 0.5, True, None),
+        ("skip", 30, False, None),
+    ],
+)
+def test_a_night_that_begins_late_is_skipped_where_the_job_says_so(
+    missed: str, hours: float, is_scheduled: bool, says: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prefect's client is a stand-in: a real schedule cannot be made to be late by a day."""
+    due = datetime.now(UTC) - timedelta(hours=hours)
+    run = SimpleNamespace(auto_scheduled=is_scheduled, expected_start_time=due)
+    client = nullcontext(SimpleNamespace(read_flow_run=lambda _: run))
+    monkeypatch.setattr(flows.nightly, "get_client", lambda **_: client)
+    monkeypatch.setattr(flows.nightly, "later_due_run", lambda *_: None)
+    monkeypatch.setattr(flows.nightly, "runtime", SimpleNamespace(flow_run=SimpleNamespace(id=str(uuid4()))))
+    reason = _missed(make_job(schedule={"missed": missed}))
+    assert reason is None if says is None else str(reason).endswith(says)
 
 
 @pytest.mark.parametrize("lost", [0, 1, JUDGEMENTS])
