@@ -6,7 +6,7 @@ and imports them afterwards; it also keeps `nightly --help` quick.
 
 import json
 import sys
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -123,10 +123,12 @@ def run(
     settings = enter()
     from tasks.job import load_job
 
-    load_job(job, settings.jobs, preset=preset, trials=trials, minutes=minutes, sampler=sampler, promotion=promotion)
+    given: dict[str, Any] = {
+        "preset": preset, "trials": trials, "minutes": minutes, "sampler": sampler, "promotion": promotion,
+    }  # fmt: skip
+    load_job(job, settings.jobs, **given)
     from flows.follow import follow_night, pages, submit_night
 
-    given = {"preset": preset, "trials": trials, "minutes": minutes, "sampler": sampler, "promotion": promotion}
     overrides = {name: value for name, value in given.items() if value not in (None, "nightly")}
     night = submit_night(settings, f"{FLOW}/{job}", {"job": job, **overrides})
     console.print(f"night of {job}: {settings.night_page(night.id)}")

@@ -102,8 +102,9 @@ def _watch(client: SyncPrefectClient, night_id: UUID, job: str, console: Console
             assert night.state is not None
             if night.state.is_final():
                 return night
-            found = _artifact(client, night_id, artifact_key("progress", job))
             under_way = next((step.name for step in steps if step.id not in shown), str(night.state.name))
+            is_tuning = under_way.startswith("tune")
+            found = _artifact(client, night_id, artifact_key("progress", job)) if is_tuning else None
             view.update(under_way, found)
             if night.state.is_scheduled() and not warned and time.monotonic() - began > WORKER_PATIENCE_SECONDS:
                 warned = True
@@ -135,7 +136,7 @@ class _Live:
         self._live.stop()
 
     def update(self, step: str, found: Any) -> None:
-        if found is not None and step.startswith("tune"):
+        if found is not None:
             self._live.update(self._task, description=step, completed=found.data, total=100, news=found.description)
         else:
             self._live.update(self._task, description=step, total=None, news="")
@@ -155,7 +156,7 @@ class _Lines:
         """Nothing to put away."""
 
     def update(self, step: str, found: Any) -> None:
-        news = step if found is None or not step.startswith("tune") else f"{step}: {found.description}"
+        news = step if found is None else f"{step}: {found.description}"
         if news != self._said and time.monotonic() - self._said_at >= PLAIN_PROGRESS_SECONDS:
             self._said, self._said_at = news, time.monotonic()
             self._console.print(news, markup=False)

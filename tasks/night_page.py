@@ -26,8 +26,8 @@ from tasks.drift import Change
 from tasks.gate import Verdict
 from tasks.job import TuningJob
 from tasks.study import FAILURE, number_of, ranked, tonights_trials
-from tasks.tracking import DIAGNOSIS, SECONDS
-from tasks.tune import Tuned
+from tasks.tracking import DIAGNOSIS
+from tasks.tune import Tuned, trained_seconds
 
 BEST_SHARE = 0.1
 LEAST_BEST = 3
@@ -238,9 +238,8 @@ def costs_of(job: TuningJob, study: optuna.Study, tuned: Tuned, confirmed: Confi
     }
     costs = []
     for outcome, (meaning, state) in states.items():
-        some = tonights_trials(study, state)
-        hours = sum(trial.user_attrs.get(SECONDS, 0.0) for trial in some) / 3600
-        costs.append(Cost(outcome=outcome, meaning=meaning, trials=len(some), hours=hours))
+        trials, hours = len(tonights_trials(study, state)), trained_seconds(study, state) / 3600
+        costs.append(Cost(outcome=outcome, meaning=meaning, trials=trials, hours=hours))
     again = f"the best {job.confirm.candidates} and a baseline, trained again with {job.confirm.seeds} seeds"
     costs.append(Cost(outcome="confirmed", meaning=again, trials=None, hours=confirmed.seconds / 3600))
     costs.append(Cost(outcome="idle", meaning="idle between trials", trials=None, hours=tuned.idle_seconds / 3600))

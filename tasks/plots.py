@@ -191,9 +191,11 @@ def parallel(study: optuna.Study, job: TuningJob, found: dict[str, float]) -> Fi
     return figure
 
 
-def interactive(study: optuna.Study, job: TuningJob) -> str | None:
+def interactive(study: optuna.Study, job: TuningJob, found: dict[str, float]) -> str | None:
     """Optuna's own plots of tonight's trials on one HTML page that needs no network, to be turned and zoomed; None
-    where no trial completed."""
+    where nothing is explained."""
+    if not found:
+        return None
     alone = optuna.create_study(direction=job.objective.direction)
     alone.add_trials(
         create_trial(
@@ -205,9 +207,6 @@ def interactive(study: optuna.Study, job: TuningJob) -> str | None:
         )
         for trial in tonights_trials(study, TrialState.COMPLETE, TrialState.PRUNED)
     )
-    found = importance(study, job)
-    if not found:
-        return None
     name = f"validation {job.search.objective}"
     drawn = [
         visualization.plot_optimization_history(alone, target_name=name),

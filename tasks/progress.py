@@ -44,11 +44,10 @@ class Progress:
         job: TuningJob,
         device: torch.device,
         trial_page: Callable[[FrozenTrial], str | None],
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._study, self._job, self._device = study, job, device
-        self._trial_page, self._clock = trial_page, clock
-        self._began = self._bar_at = self._table_at = clock()
+        self._trial_page = trial_page
+        self._began = self._bar_at = self._table_at = time.monotonic()
         self._done_before = len(finished_trials(study))
         bar = create_progress_artifact(
             self.percent(), key=artifact_key("progress", job.name), description=self.sentence()
@@ -71,7 +70,7 @@ class Progress:
     def update(self) -> None:
         """To be called after each trial."""
         is_free = self._writing is None or self._writing.done()
-        now = self._clock()
+        now = time.monotonic()
         if is_free and now - self._bar_at >= BAR_SECONDS:
             is_due = now - self._table_at >= TABLE_SECONDS
             self._submit(self.table() if is_due else None)
@@ -116,12 +115,12 @@ class Progress:
         done = len(finished_trials(self._study))
         if done == self._done_before:
             return None
-        elapsed = self._clock() - self._began
+        elapsed = time.monotonic() - self._began
         by_trials = (self._job.budget.trials - done) * elapsed / (done - self._done_before)
         return max(0.0, min(by_trials, 60 * self._job.budget.minutes - elapsed))
 
     def _submit(self, table: str | None) -> None:
-        self._bar_at = self._clock()
+        self._bar_at = time.monotonic()
         if table is not None:
             self._table_at = self._bar_at
         # In this thread's context, so that Prefect knows whose artifacts they are.

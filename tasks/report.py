@@ -102,6 +102,8 @@ def report(
     metrics |= {f"test_{name}": value for name, value in verdict.challenger_test.items()}
     metrics |= {f"{verdict.opponent}_test_{name}": value for name, value in (verdict.opponent_test or {}).items()}
     metrics |= {"winners_curse": verdict.challenger.winners_curse, "confirmed_spread": verdict.challenger.spread}
+    costs = costs_of(job, study, tuned, confirmed)
+    metrics |= {f"device_hours_{cost.outcome}": cost.hours for cost in costs}
     if moved:
         metrics["drift_stability_index"] = moved[0].stability_index
     if verdict.comparison is not None:
@@ -116,11 +118,6 @@ def report(
         client.log_dict(run_id, verdict.evidence(), "gate.json")
         if moved:
             client.log_text(run_id, drift_table(moved), "drift.md")
-        costs = costs_of(job, study, tuned, confirmed)
-        metrics_of_cost = [
-            Metric(f"device_hours_{cost.outcome}", cost.hours, int(now.timestamp() * 1000), 0) for cost in costs
-        ]
-        client.log_batch(run_id, metrics=metrics_of_cost)
         _log_page(client, run_id, job, study, snapshot, moved, verdict, costs, text, studies)
     create_markdown_artifact(
         text, key=artifact_key("report", job.name), description=f"{study.study_name}: {verdict.decision}"
@@ -160,7 +157,7 @@ def _log_page(
     captions = {CAPTIONS[name]: figure for name, figure in drawn.items()}
     page = night_page(job, study, summary, verdict, moved, importance, captions, costs)
     client.log_text(run_id, page, PAGE)
-    if (explore := plots.interactive(study, job)) is not None:
+    if (explore := plots.interactive(study, job, importance)) is not None:
         client.log_text(run_id, explore, "plots/explore.html")
 
 

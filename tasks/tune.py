@@ -219,9 +219,9 @@ def tune(
     )
 
 
-def trained_seconds(study: optuna.Study) -> float:
-    """How long the device has trained tonight's trials, those that were interrupted too."""
-    return float(sum(trial.user_attrs.get(SECONDS, 0.0) for trial in tonights_trials(study)))
+def trained_seconds(study: optuna.Study, *states: TrialState) -> float:
+    """How long the device has trained tonight's trials, of the given states if any, those that were interrupted too."""
+    return float(sum(trial.user_attrs.get(SECONDS, 0.0) for trial in tonights_trials(study, *states)))
 
 
 def _failures(trials: list[FrozenTrial]) -> list[str]:

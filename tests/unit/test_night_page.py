@@ -115,12 +115,13 @@ def test_the_plots_to_explore_hold_tonights_trials_and_need_no_network(
     night: tuple[TuningJob, optuna.Study, Verdict], tmp_path: Path
 ) -> None:
     job, study, _ = night
-    page = plots.interactive(study, job)
+    page = plots.interactive(study, job, plots.importance(study, job))
     assert page is not None
     assert "plotly.js v" in page
     assert re.search(r"<script[^>]* src=", page) is None
     assert page.count('class="plotly-graph-div"') == 5
-    assert plots.interactive(open_study(job, "f" * 32, tmp_path, NOW), job) is None
+    empty = open_study(job, "f" * 32, tmp_path, NOW)
+    assert plots.interactive(empty, job, plots.importance(empty, job)) is None
 
 
 def test_what_stands_in_data_and_errors_is_shown_and_not_run(
