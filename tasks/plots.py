@@ -4,7 +4,6 @@ and Ito's palette and are never alone in telling things apart.
 Each function returns a figure, or None where there is nothing to draw. Knows nothing of files and pages.
 """
 
-import html
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
@@ -15,8 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter
 from numpy.typing import NDArray
-from optuna import visualization
-from optuna.trial import TrialState, create_trial
+from optuna.trial import FrozenTrial, TrialState
 
 from models.space import Domain, Range
 from tasks.job import TuningJob
@@ -25,6 +23,7 @@ from tasks.tracking import CURVE
 
 # jfly.uni-koeln.de/color: told apart with any common kind of colour vision.
 BLUE, ORANGE, GREEN, VERMILION, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#767676"
+COLOURS = (BLUE, VERMILION, GREEN, ORANGE, GREY)
 LINES = ("-", "--", "-.", ":", (0, (1, 3)))
 MARKERS = ("o", "s", "^", "D", "v")
 LEAST_TRIALS = 8  # of fewer a forest explains nothing
@@ -105,19 +104,23 @@ def slices(study: optuna.Study, job: TuningJob, found: dict[str, float]) -> Figu
     return figure
 
 
+def best_with_curves(study: optuna.Study, job: TuningJob) -> list[FrozenTrial]:
+    """Of the best trials those that have a curve: what was imported or infeasible has none."""
+    best = ranked(tonights_trials(study, TrialState.COMPLETE), job)[:MOST_CURVES]
+    return [trial for trial in best if trial.user_attrs.get(CURVE)]
+
+
 def curves(study: optuna.Study, job: TuningJob) -> Figure | None:
     """How the best trials learned: the objective on validation rows after each epoch."""
-    best = ranked(tonights_trials(study, TrialState.COMPLETE), job)[:MOST_CURVES]
-    best = [trial for trial in best if trial.user_attrs.get(CURVE)]
+    best = best_with_curves(study, job)
     if not best:
         return None
     figure, axes = _figure("epoch", f"validation {job.search.objective}")
-    colours = (BLUE, VERMILION, GREEN, ORANGE, GREY)
     for place, trial in enumerate(best):
         epochs = [point[0] for point in trial.user_attrs[CURVE]]
         axes.plot(
             epochs, [point[3] for point in trial.user_attrs[CURVE]], linestyle=LINES[place], marker=MARKERS[place],
-            markersize=3, color=colours[place], label=f"trial {number_of(trial)}",
+            markersize=3, color=COLOURS[place], label=f"trial {number_of(trial)}",
         )  # fmt: skip
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend()
@@ -191,61 +194,46 @@ def parallel(study: optuna.Study, job: TuningJob, found: dict[str, float]) -> Fi
     return figure
 
 
-def interactive(study: optuna.Study, job: TuningJob, found: dict[str, float]) -> str | None:
-    """Optuna's own plots of tonight's trials on one HTML page that needs no network, to be turned and zoomed; None
-    where nothing is explained."""
-    if not found:
-        return None
-    alone = optuna.create_study(direction=job.objective.direction)
-    alone.add_trials(
-        create_trial(
-            state=trial.state,
-            value=trial.values[0] if trial.state == TrialState.COMPLETE else None,
-            params=trial.params,
-            distributions=trial.distributions,
-            intermediate_values={point[0]: point[3] for point in trial.user_attrs.get(CURVE, ())},
-        )
-        for trial in tonights_trials(study, TrialState.COMPLETE, TrialState.PRUNED)
-    )
-    name = f"validation {job.search.objective}"
-    drawn = [
-        visualization.plot_optimization_history(alone, target_name=name),
-        visualization.plot_intermediate_values(alone),
-        visualization.plot_parallel_coordinate(alone, params=list(found), target_name=name),
-        visualization.plot_slice(alone, params=list(found)[:MOST_SLICES], target_name=name),
-    ]
-    if len(found) > 1:
-        drawn.append(visualization.plot_contour(alone, params=list(found)[:2], target_name=name))
-    parts = [
-        figure.update_layout(template="plotly_white").to_html(full_html=False, include_plotlyjs=place == 0)
-        for place, figure in enumerate(drawn)
-    ]
-    title = html.escape(study.study_name)
-    head = f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title></head>'
-    return f"{head}<body>{''.join(parts)}</body></html>\n"
+def best_of_nights(earlier: Sequence[optuna.Study], job: TuningJob) -> tuple[list[str], list[float]]:
+    """The nights' dates, and the best validation value of each; without those where no trial completed."""
+    ranks = ((study, ranked(tonights_trials(study, TrialState.COMPLETE), job)) for study in earlier)
+    found = [(study.study_name.removeprefix(f"{job.name}-"), best[0].values[0]) for study, best in ranks if best]
+    return [date for date, _ in found], [value for _, value in found]
 
 
 def nights(earlier: Sequence[optuna.Study], job: TuningJob) -> Figure | None:
     """The best validation value of each night of the same objective, the oldest first."""
-    points = []
-    for study in earlier:
-        best = ranked(tonights_trials(study, TrialState.COMPLETE), job)
-        if best:
-            points.append((study.study_name.removeprefix(f"{job.name}-"), best[0].values[0]))
-    if len(points) < 2:
+    dates, values = best_of_nights(earlier, job)
+    if len(dates) < 2:
         return None
     figure, axes = _figure("night", f"best validation {job.search.objective}")
-    axes.plot([name for name, _ in points], [value for _, value in points], marker="o", color=BLUE)
+    axes.plot(dates, values, marker="o", color=BLUE)
     axes.tick_params(axis="x", rotation=45)
     return figure
+
+
+def class_counts(probabilities: NDArray[np.float64], target: NDArray[np.int64], classes: int) -> NDArray[np.int64]:
+    """How many rows of each class (first axis) are taken for each class (second axis)."""
+    counts = np.zeros((classes, classes), dtype=np.int64)
+    np.add.at(counts, (target, probabilities.argmax(axis=1)), 1)
+    return counts
+
+
+def calibration(probabilities: NDArray[np.float64], target: NDArray[np.int64]) -> tuple[list[float], list[float]]:
+    """How sure the challenger is, in tenths that hold any row: its mean probability, and the share it is right on."""
+    sure, right = probabilities.max(axis=1), probabilities.argmax(axis=1) == target
+    bins = np.minimum((sure * BINS).astype(int), BINS - 1)
+    there = [place for place in range(BINS) if (bins == place).any()]
+    return [float(sure[bins == place].mean()) for place in there], [
+        float(right[bins == place].mean()) for place in there
+    ]
 
 
 def confusion(probabilities: NDArray[np.float64], target: NDArray[np.int64], classes: Sequence[str]) -> Figure | None:
     """Of each class's rows the share that the challenger takes for each class."""
     if len(classes) > MOST_CLASSES_SHOWN:
         return None
-    counts = np.zeros((len(classes), len(classes)))
-    np.add.at(counts, (target, probabilities.argmax(axis=1)), 1)
+    counts = class_counts(probabilities, target, len(classes))
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     figure, axes = _figure("taken for", "is")
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
@@ -254,7 +242,7 @@ def confusion(probabilities: NDArray[np.float64], target: NDArray[np.int64], cla
         for column in range(len(classes)):
             if counts[row, column]:
                 dark = shares[row, column] > 0.5
-                text = f"{counts[row, column]:.0f}"
+                text = str(counts[row, column])
                 axes.text(column, row, text, ha="center", va="center", color="white" if dark else "black", fontsize=8)
     axes.set_xticks(range(len(classes)), classes, rotation=45, ha="right")
     axes.set_yticks(range(len(classes)), classes)
@@ -263,15 +251,9 @@ def confusion(probabilities: NDArray[np.float64], target: NDArray[np.int64], cla
 
 def reliability(probabilities: NDArray[np.float64], target: NDArray[np.int64]) -> Figure:
     """How often the challenger is right where it is so sure."""
-    sure, right = probabilities.max(axis=1), probabilities.argmax(axis=1) == target
-    bins = np.minimum((sure * BINS).astype(int), BINS - 1)
     figure, axes = _figure("how sure the challenger is", "share of rows that it is right on")
     axes.plot([0, 1], [0, 1], linestyle="--", color=GREY, label="as sure as right")
-    there = [place for place in range(BINS) if (bins == place).any()]
-    axes.plot(
-        [sure[bins == place].mean() for place in there], [right[bins == place].mean() for place in there],
-        marker="o", color=BLUE, label="the challenger",
-    )  # fmt: skip
+    axes.plot(*calibration(probabilities, target), marker="o", color=BLUE, label="the challenger")
     axes.legend()
     return figure
 

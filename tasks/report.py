@@ -6,13 +6,16 @@ Reads what the steps returned and decides nothing.
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import optuna
 import torch
 from matplotlib.figure import Figure
 from mlflow import MlflowClient
 from mlflow.entities import Metric, RunTag
 from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE
+from numpy.typing import NDArray
 from optuna.trial import FrozenTrial, TrialState
 from prefect.artifacts import create_markdown_artifact
 from torch import nn
@@ -23,6 +26,7 @@ from models.evaluate import predict_outputs, predictions_of
 from tasks import plots
 from tasks.confirm import Challenger, Confirmed
 from tasks.drift import Change, drift_table
+from tasks.explore import explore
 from tasks.gate import Verdict
 from tasks.job import TuningJob
 from tasks.night_page import Cost, costs_of, night_page
@@ -140,6 +144,8 @@ def _log_page(
 ) -> None:
     """The plots as pictures and to be explored, and the page with all of them."""
     importance = plots.importance(study, job)
+    nights = [one for one in studies if one.directions == study.directions]
+    predictions, target = _predicted(snapshot, verdict)
     figures = {
         "history": plots.history(study, job),
         "importance": plots.importances(importance),
@@ -148,8 +154,8 @@ def _log_page(
         "parallel": plots.parallel(study, job, importance),
         "curves": plots.curves(study, job),
         "intermediate": plots.intermediate(study, job),
-        **_test_figures(snapshot, verdict),
-        "nights": plots.nights([one for one in studies if one.directions == study.directions], job),
+        **_test_figures(snapshot, predictions, target),
+        "nights": plots.nights(nights, job),
     }
     drawn = {name: figure for name, figure in figures.items() if figure is not None}
     for name, figure in drawn.items():
@@ -157,17 +163,22 @@ def _log_page(
     captions = {CAPTIONS[name]: figure for name, figure in drawn.items()}
     page = night_page(job, study, summary, verdict, moved, importance, captions, costs)
     client.log_text(run_id, page, PAGE)
-    if (explore := plots.interactive(study, job, importance)) is not None:
-        client.log_text(run_id, explore, "plots/explore.html")
+    to_explore = explore(study, job, importance, nights, predictions, target, snapshot.classes)
+    client.log_text(run_id, to_explore, "plots/explore.html")
 
 
-def _test_figures(snapshot: Snapshot, verdict: Verdict) -> dict[str, Figure | None]:
-    """What the challenger makes of the test rows."""
+def _predicted(snapshot: Snapshot, verdict: Verdict) -> tuple[NDArray[np.float64], NDArray[Any]]:
+    """What the challenger makes of the test rows, and what they are."""
     challenger = verdict.challenger
     device = next(challenger.model.parameters()).device
     served = nn.Sequential(challenger.preprocessing, challenger.model)
     predictions = predictions_of(predict_outputs(served, snapshot.features("test", device)))
-    target = snapshot.target("test", torch.device("cpu")).numpy()
+    return predictions, snapshot.target("test", torch.device("cpu")).numpy()
+
+
+def _test_figures(
+    snapshot: Snapshot, predictions: NDArray[np.float64], target: NDArray[Any]
+) -> dict[str, Figure | None]:
     if not snapshot.classes:
         return {"residuals": plots.residuals(predictions, target)}
     return {

@@ -4,6 +4,7 @@ import re
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
@@ -15,6 +16,7 @@ from models.evaluate import predict_outputs, predictions_of
 from tasks import plots
 from tasks.confirm import Confirmed, confirm
 from tasks.drift import Change
+from tasks.explore import explore
 from tasks.gate import Verdict
 from tasks.job import BudgetConfig, TuningJob
 from tasks.night_page import advices_of, costs_of, night_page, regions_of
@@ -55,6 +57,15 @@ def night(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> tuple
     tune(study, job, prepared, tmp_path_factory.mktemp("checkpoints"))
     challenger = confirm(study, job, prepared).challenger
     return job, study, verdict_of(challenger, None, prepared.snapshot, job, make_challenger(prepared, 1))
+
+
+@pytest.fixture(scope="module")
+def rows_judged(night: tuple[TuningJob, optuna.Study, Verdict], prepared: Prepared) -> tuple[Any, Any]:
+    """What the challenger makes of them, and what they are."""
+    _, _, verdict = night
+    served = torch.nn.Sequential(verdict.challenger.preprocessing, verdict.challenger.model)
+    predictions = predictions_of(predict_outputs(served, prepared.snapshot.features("test", CPU)))
+    return predictions, prepared.snapshot.target("test", CPU).numpy()
 
 
 BEST = create_trial(value=1.0)
@@ -111,17 +122,24 @@ def test_the_devices_hours_are_counted_by_what_they_went_into_and_in_money(
     assert "<td>0.200</td>\n<td>0.50</td>" in page
 
 
-def test_the_plots_to_explore_hold_tonights_trials_and_need_no_network(
-    night: tuple[TuningJob, optuna.Study, Verdict], tmp_path: Path
+def test_the_plots_to_explore_hold_the_night_and_need_no_network(
+    night: tuple[TuningJob, optuna.Study, Verdict], rows_judged: tuple[Any, Any], prepared: Prepared, tmp_path: Path
 ) -> None:
     job, study, _ = night
-    page = plots.interactive(study, job, plots.importance(study, job))
-    assert page is not None
+    predictions, target = rows_judged
+    classes = prepared.snapshot.classes
+    page = explore(study, job, plots.importance(study, job), [study, study], predictions, target, classes)
     assert "plotly.js v" in page
     assert re.search(r"<script[^>]* src=", page) is None
-    assert page.count('class="plotly-graph-div"') == 5
+    for title in (
+        "Optimization History", "Intermediate Values", "Parallel Coordinate", "Slice", "Contour", "Importances",
+        "Learning Curves", "Confusion Matrix", "Reliability", "Best Value of Each Night",
+    ):  # fmt: skip
+        assert title in page, title
     empty = open_study(job, "f" * 32, tmp_path, NOW)
-    assert plots.interactive(empty, job, plots.importance(empty, job)) is None
+    page = explore(empty, job, plots.importance(empty, job), [], predictions[:, 0], target.astype("float32"), [])
+    assert "Predicted and True Values" in page
+    assert "Importances" not in page
 
 
 def test_what_stands_in_data_and_errors_is_shown_and_not_run(
@@ -180,14 +198,13 @@ def test_what_cannot_go_lower_is_not_to_be_widened(
 
 
 def test_the_test_rows_are_drawn_for_classes_and_for_numbers(
-    night: tuple[TuningJob, optuna.Study, Verdict], prepared: Prepared
+    night: tuple[TuningJob, optuna.Study, Verdict], rows_judged: tuple[Any, Any], prepared: Prepared
 ) -> None:
-    _, _, verdict = night
-    snapshot = prepared.snapshot
-    served = torch.nn.Sequential(verdict.challenger.preprocessing, verdict.challenger.model)
-    predictions = predictions_of(predict_outputs(served, snapshot.features("test", CPU)))
-    target = snapshot.target("test", CPU).numpy()
-    assert plots.confusion(predictions, target, snapshot.classes) is not None
+    predictions, target = rows_judged
+    assert plots.confusion(predictions, target, prepared.snapshot.classes) is not None
+    counts = plots.class_counts(predictions, target, 10)
+    assert counts.sum() == len(target)
+    assert counts.trace() == (predictions.argmax(axis=1) == target).sum()
     assert plots.confusion(predictions, target, [str(number) for number in range(30)]) is None
     assert plots.reliability(predictions, target).axes
     assert plots.residuals(predictions[:, 0], target.astype("float32")).axes
