@@ -158,7 +158,7 @@ def check(
     tuning_job = load_job(job, settings.jobs)
     snapshots = settings.home / "snapshots"
     with errors.status(f"Reading {tuning_job.data.source}"):
-        last = last_snapshot(tuning_job.name, settings.home / "studies", snapshots)
+        last = last_snapshot(tuning_job.name, settings.studies, snapshots)
         snapshot = prepare(tuning_job.data, tuning_job.objective.problem, snapshots, last)
     if as_json:
         console.print_json(json.dumps(asdict(snapshot), default=str))

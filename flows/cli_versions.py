@@ -213,9 +213,7 @@ def reconcile(
     store = open_store(settings.store_url)
     for each in [load_job(job, settings.jobs)] if job else load_jobs(settings.jobs):
         with only_night_of(each.name, settings.home):
-            found = settle(
-                each, store, MlflowClient(settings.mlflow_url), settings.home / "studies", torch.device("cpu")
-            )
+            found = settle(each, store, MlflowClient(settings.mlflow_url), settings.studies, torch.device("cpu"))
         console.print(f"{each.name}: champion {found.promotion.version if found else 'none yet'}")
 
 

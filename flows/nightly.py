@@ -59,6 +59,7 @@ from tasks.reconcile import only_night_of, reconcile
 from tasks.report import report, report_skipped
 from tasks.snapshots import FORMAT, Snapshot, fetch_snapshot, mark_as_used, publish_snapshot, read_snapshot
 from tasks.sources import source_stamp
+from tasks.storage import Studies
 from tasks.study import MLFLOW_EXPERIMENT, last_snapshot, open_study, unchanged_night
 from tasks.tracking import (
     TrialTracker,
@@ -143,7 +144,7 @@ def _night(job: TuningJob, settings: Settings, *, may_skip: bool) -> Any:
     client = MlflowClient(settings.mlflow_url)
     device = choose_device()
     store = open_store(settings.store_url)
-    studies = settings.home / "studies"
+    studies = settings.studies
 
     with get_client(sync_client=True) as prefect:
         crash_dead_runs(prefect, job.name, states=(StateType.RUNNING, StateType.CANCELLING), spare=UUID(flow_run_id))
@@ -183,7 +184,7 @@ def _night(job: TuningJob, settings: Settings, *, may_skip: bool) -> Any:
         return report_step(job, study, snapshot, moved, tuned, confirmed, verdict, promotion, settings, client, _now())
 
 
-def _snapshot(job: TuningJob, snapshots: Path, studies: Path, store: Store) -> Snapshot:
+def _snapshot(job: TuningJob, snapshots: Path, studies: Studies, store: Store) -> Snapshot:
     """Read from the source again where anything in it changed, or what was read before is gone."""
     last = last_snapshot(job.name, studies, snapshots)
     snapshot = read_snapshot(snapshots, prepare_step(job.data, job.objective.problem, snapshots, last))

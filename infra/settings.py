@@ -67,6 +67,7 @@ class Settings(BaseSettings):
     jobs: AbsolutePath | None = None
     store: str | None = None
     webhook: SecretStr | None = None
+    optuna_url: SecretStr | None = None
     work_pool: str = "local"
     prefect_port: Port = 4200
     # Not MLflow's usual 5000: on a Mac the AirPlay receiver sits there.
@@ -80,6 +81,13 @@ class Settings(BaseSettings):
         if store is not None and urlsplit(store).scheme not in ("file", "s3"):
             raise ValueError("must start with file:// (a directory) or s3:// (a bucket)")
         return store
+
+    @field_validator("optuna_url")
+    @classmethod
+    def _optuna_url_is_known(cls, url: SecretStr | None) -> SecretStr | None:
+        if url is not None and urlsplit(url.get_secret_value()).scheme != "postgresql":
+            raise ValueError("must start with postgresql:// (without it, studies are journals in the home)")
+        return url
 
     @field_validator("webhook")
     @classmethod
@@ -115,6 +123,11 @@ class Settings(BaseSettings):
         return self.store or (self.home / "store").as_uri()
 
     @property
+    def studies(self) -> Path | str:
+        """Where studies lie: a folder of the home, or the URL of a database."""
+        return self.home / "studies" if self.optuna_url is None else self.optuna_url.get_secret_value()
+
+    @property
     def prefect_page(self) -> str:
         return self.prefect_api_url.removesuffix("/api")
 
@@ -144,6 +157,7 @@ class Settings(BaseSettings):
             "NIGHTLY_STORE": self.store_url,
             "NIGHTLY_WORK_POOL": self.work_pool,
             **({"NIGHTLY_JOBS": str(self.jobs)} if self.jobs else {}),
+            **({"NIGHTLY_OPTUNA_URL": self.optuna_url.get_secret_value()} if self.optuna_url else {}),
             **({"NIGHTLY_WEBHOOK": self.webhook.get_secret_value()} if self.webhook else {}),
             "PREFECT_HOME": str(self.home / "prefect"),
             "PREFECT_API_URL": self.prefect_api_url,
@@ -169,7 +183,7 @@ def _sentence(error: ValidationError, prefix: str) -> SettingsError:
     field = str(problem["loc"][0])
     variable = field if field.isupper() else f"{prefix}{field.upper()}"
     reason = problem["msg"].removeprefix("Value error, ")
-    found = "" if variable == "NIGHTLY_WEBHOOK" else f", found {problem['input']!r}"
+    found = "" if variable in ("NIGHTLY_WEBHOOK", "NIGHTLY_OPTUNA_URL") else f", found {problem['input']!r}"
     return SettingsError(f"{variable}: {reason}{found}; set it right or unset it")
 
 

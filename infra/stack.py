@@ -5,6 +5,7 @@ lives, so a stale one is harmless. Knows nothing of jobs.
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import socket
@@ -216,7 +217,12 @@ def _spawn(settings: Settings, service: Service) -> Running:
 
 
 def _read_settings(settings: Settings, service: Service) -> dict[str, str]:
-    return {name: value for name, value in settings.environment().items() if name.startswith(service.reads)}
+    """By their digests: some are secrets, which no file is to hold."""
+    return {
+        name: hashlib.sha256(value.encode()).hexdigest()
+        for name, value in settings.environment().items()
+        if name.startswith(service.reads)
+    }
 
 
 def _changed_settings(settings: Settings, service: Service) -> list[str]:

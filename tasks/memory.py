@@ -10,7 +10,6 @@ import warnings
 from collections import Counter
 from collections.abc import Mapping
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import optuna
@@ -21,6 +20,7 @@ from tasks.champion import Champion
 from tasks.drift import drift
 from tasks.job import TuningJob
 from tasks.snapshots import Snapshot, read_snapshot
+from tasks.storage import Studies
 from tasks.study import (
     COSTS,
     ENDED,
@@ -43,7 +43,9 @@ BASELINE = "baseline"
 _logger = logging.getLogger(__name__)
 
 
-def recall(study: optuna.Study, job: TuningJob, snapshot: Snapshot, champion: Champion | None, studies: Path) -> None:
+def recall(
+    study: optuna.Study, job: TuningJob, snapshot: Snapshot, champion: Champion | None, studies: Studies
+) -> None:
     """Import earlier trials into a new study and queue what is tried first; a study that is continued has both."""
     if QUEUE in study.user_attrs:
         return
@@ -92,7 +94,7 @@ def _champion_entry(job: TuningJob, champion: Champion) -> dict[str, Any] | None
     return _entry(f"champion {champion.promotion.version}", params)
 
 
-def _prior(study: optuna.Study, job: TuningJob, snapshot: Snapshot, studies: Path) -> list[FrozenTrial]:
+def _prior(study: optuna.Study, job: TuningJob, snapshot: Snapshot, studies: Studies) -> list[FrozenTrial]:
     found: list[FrozenTrial] = []
     dropped: Counter[str] = Counter()
     ended = (earlier for earlier in earlier_studies(job.name, studies) if ENDED in earlier.user_attrs)

@@ -19,6 +19,7 @@ from infra.errors import ExpectedError
 from infra.store import Store, check_store
 from tasks.champion import Champion, read_champion
 from tasks.job import TuningJob
+from tasks.storage import Studies
 from tasks.study import ENDED, MLFLOW_RUN, last_study, number_of, settle_running_trials
 from tasks.tracking import mlflow_may_be_away, point_champion, track_missing_trials
 
@@ -42,7 +43,7 @@ def only_night_of(job_name: str, home: Path) -> Iterator[None]:
 
 
 def reconcile(
-    job: TuningJob, store: Store, client: MlflowClient, studies: Path, device: torch.device
+    job: TuningJob, store: Store, client: MlflowClient, studies: Studies, device: torch.device
 ) -> Champion | None:
     """Check the store, verify the champion, settle the last night; returns the champion, None before the first.
 
@@ -59,7 +60,7 @@ def reconcile(
     return champion
 
 
-def _settle_last_night(job_name: str, client: MlflowClient, studies: Path) -> None:
+def _settle_last_night(job_name: str, client: MlflowClient, studies: Studies) -> None:
     study = last_study(job_name, studies)
     if study is None:
         return

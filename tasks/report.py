@@ -85,7 +85,7 @@ def report(
 ) -> str:
     """Write the night's summary and plots to its MLflow run and as a Prefect artifact, mark the study ended; returns
     Markdown."""
-    studies = list(reversed(list(earlier_studies(job.name, settings.home / "studies"))))[-MOST_NIGHTS:]
+    studies = list(reversed(list(earlier_studies(job.name, settings.studies))))[-MOST_NIGHTS:]
     run_id, experiment_id = study.user_attrs[MLFLOW_RUN], study.user_attrs[MLFLOW_EXPERIMENT]
     links = {
         "This night in Prefect": settings.night_page(study.user_attrs[FLOW_RUN]),

@@ -40,6 +40,7 @@ from tasks.job import TuningJob
 from tasks.memory import BASELINE
 from tasks.samplers import GRID_EXHAUSTED, ORDINAL
 from tasks.snapshots import Snapshot, SplitName
+from tasks.storage import Studies
 from tasks.study import (
     COSTS,
     FAILURE,
@@ -134,7 +135,7 @@ class Prepared:
         )
 
 
-def forecast(job: TuningJob, studies: Path, device: torch.device) -> str:
+def forecast(job: TuningJob, studies: Studies, device: torch.device) -> str:
     """What the search is about to cost, as far as the last night tells."""
     budget = f"{job.budget.trials} trials, {job.budget.minutes:g} minutes at most, on {describe_device(device)}"
     for earlier in earlier_studies(job.name, studies):

@@ -76,9 +76,12 @@ def run_directly(stack: Stack, job: str, **environment: str) -> tuple[str, str]:
 def night_under_way(stack: Stack, job: str, *, trials: int) -> optuna.Study:
     """Start a job's first night and wait until so many trials are finished; returns its study."""
     stack.nightly("run", job, "--no-follow")
-    wait_for(lambda: (stack.home / "studies" / job).exists(), 60, "the night to begin")
+    wait_for(lambda: (stack.home / "studies" / job).exists(), 180, "the night to begin")
+    wait_for(
+        lambda: last_study(job, stack.home / "studies"), 180, "its study"
+    )  # whose file is there a moment before it
     study = study_of(stack, job)
-    wait_for(lambda: len(finished_trials(study)) >= trials, 60, f"{trials} trials")
+    wait_for(lambda: len(finished_trials(study)) >= trials, 180, f"{trials} trials")
     return study
 
 
@@ -88,13 +91,14 @@ def service_of(stack: Stack, name: str) -> psutil.Process:
     return psutil.Process(next(service["pid"] for service in services if service["service"] == name))
 
 
-def engine_of(stack: Stack) -> psutil.Process:
-    """The process in which the stack's one worker runs a night."""
+def engine_of(stack: Stack, job: str) -> psutil.Process:
+    """The process in which the stack's worker runs the job's newest night."""
+    run = str(latest_run(stack, job)["id"])
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
-            if "prefect.engine" in process.cmdline() and process.environ().get("NIGHTLY_HOME") == str(stack.home):
+            if "prefect.engine" in process.cmdline() and process.environ().get("PREFECT__FLOW_RUN_ID") == run:
                 return process
-    pytest.fail("no process runs a night")
+    pytest.fail(f"no process runs the night of {job}")
 
 
 def cancel(stack: Stack, run: dict[str, object]) -> None:

@@ -113,57 +113,71 @@ def postgres_programs() -> Path | None:
     return found[-1].parent if found else Path(on_path).resolve().parent if on_path else None
 
 
-@dataclass(frozen=True)
 class PostgresServer:
-    """Where a PostgreSQL server listens; its user `nightly` needs the password."""
+    """A PostgreSQL server that asks its user `nightly` for a password. It refuses to run as root, so root runs it as
+    `postgres`. Listens on the given address."""
 
-    port: int
-    password: str
+    password = "a password that only these tests know"  # noqa: S105
 
-    @property
-    def url(self) -> str:
-        return f"postgresql://nightly@127.0.0.1:{self.port}/postgres"
-
-
-@contextmanager
-def postgres_server() -> Iterator[PostgresServer]:
-    """A PostgreSQL server that asks for a password. It refuses to run as root, so root runs it as `postgres`."""
-    programs = postgres_programs()
-    assert programs is not None
-    port, password = free_port(), "a password that only these tests know"
-    account = "postgres" if os.geteuid() == 0 else None
-    with tempfile.TemporaryDirectory(prefix="nightly-postgres-", ignore_cleanup_errors=True) as name:
-        folder = Path(name)
-        (folder / "password").write_text(password)
-        if account is not None:
+    def __init__(self, folder: Path, address: str = "127.0.0.1") -> None:
+        programs = postgres_programs()
+        assert programs is not None
+        self._programs, self._folder, self._address = programs, folder, address
+        self._account = "postgres" if os.geteuid() == 0 else None
+        self._process: subprocess.Popen[bytes] | None = None
+        self.port = free_port()
+        (folder / "password").write_text(self.password)
+        if self._account is not None:
             for path in (folder, folder / "password"):
-                shutil.chown(path, account, account)
+                shutil.chown(path, self._account, self._account)
         initdb = [str(programs / "initdb"), "-D", str(folder / "data"), "-U", "nightly", "-A", "scram-sha-256"]
         subprocess.run(
             [*initdb, "-N", f"--pwfile={folder / 'password'}"],
             check=True,
             capture_output=True,
             cwd=folder,
-            user=account,
-            group=account,
+            user=self._account,
+            group=self._account,
         )
-        command = [str(programs / "postgres"), "-D", str(folder / "data"), "-p", str(port), "-h", "127.0.0.1"]
-        with (folder / "log").open("wb") as log:
-            process = subprocess.Popen(
-                [*command, "-k", str(folder), "-F"],
-                stdout=log,
+
+    @property
+    def url(self) -> str:
+        return f"postgresql://nightly@{self._address}:{self.port}/postgres"
+
+    def start(self) -> None:
+        command = [
+            str(self._programs / "postgres"), "-D", str(self._folder / "data"), "-p", str(self.port),
+            "-h", self._address, "-k", str(self._folder), "-F",
+        ]  # fmt: skip
+        log = self._folder / "log"
+        with log.open("ab") as output:
+            self._process = subprocess.Popen(
+                command,
+                stdout=output,
                 stderr=subprocess.STDOUT,
-                cwd=folder,
-                user=account,
-                group=account,
+                cwd=self._folder,
+                user=self._account,
+                group=self._account,
             )
+        process = self._process
+        wait_for(lambda: _listens(self.port, self._address) or process.poll() is not None, 60, "PostgreSQL")
+        assert process.poll() is None, log.read_text()[-2000:]
+
+    def stop(self) -> None:
+        if self._process is not None:
+            self._process.send_signal(signal.SIGINT)  # its fast shutdown
+            self._process.wait(30)
+
+
+@contextmanager
+def postgres_server() -> Iterator[PostgresServer]:
+    with tempfile.TemporaryDirectory(prefix="nightly-postgres-", ignore_cleanup_errors=True) as name:
+        server = PostgresServer(Path(name))
         try:
-            wait_for(lambda: _listens(port) or process.poll() is not None, 60, "PostgreSQL")
-            assert process.poll() is None, (folder / "log").read_text()[-2000:]
-            yield PostgresServer(port, password)
+            server.start()
+            yield server
         finally:
-            process.send_signal(signal.SIGINT)  # its fast shutdown
-            process.wait(30)
+            server.stop()
 
 
 def free_port() -> int:
@@ -214,6 +228,6 @@ def background(command: list[str], log: Path, **environment: str) -> Iterator[su
             process.wait()
 
 
-def _listens(port: int) -> bool:
+def _listens(port: int, address: str = "127.0.0.1") -> bool:
     with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
+        return probe.connect_ex((address, port)) == 0

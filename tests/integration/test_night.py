@@ -159,7 +159,7 @@ def test_of_missed_nights_the_last_one_is_made_up_for(stack: Stack) -> None:
     def scheduled() -> list[dict[str, object]]:
         return [run for run in stack.flow_runs("missed") if run["auto_scheduled"]][-2:]
 
-    wait_for(lambda: len(scheduled()) == 2, 60, "runs to be scheduled")
+    wait_for(lambda: len(scheduled()) == 2, 180, "runs to be scheduled")
     now = datetime.now(UTC)
     for days, run in enumerate(scheduled()):
         due = now - timedelta(days=days, minutes=5)
@@ -315,7 +315,7 @@ def test_schedules_lay_runs_ahead_and_one_starts_by_itself(stack: Stack) -> None
     def ahead() -> list[dict[str, object]]:
         return [run for run in stack.flow_runs("digits-mlp") if run["auto_scheduled"]]
 
-    wait_for(ahead, 60, "runs to be scheduled")
+    wait_for(ahead, 180, "runs to be scheduled")
 
     def done() -> list[dict[str, object]]:
         runs = stack.flow_runs("scheduled")
@@ -338,7 +338,7 @@ def test_a_person_decides_where_the_job_asks(
 ) -> None:
     stack.nightly("run", job, "--no-follow")
     if answer is not None:
-        wait_for(lambda: latest_run(stack, job)["state_type"] == "PAUSED", 90, "the night to pause")
+        wait_for(lambda: latest_run(stack, job)["state_type"] == "PAUSED", 240, "the night to pause")
         run = latest_run(stack, job)["id"]
         assert not (stack.home / "store/models" / job).exists()
         inputs = stack.prefect(f"flow_runs/{run}/input/filter", prefix="paused", limit=10)
@@ -347,7 +347,7 @@ def test_a_person_decides_where_the_job_asks(
         assert "| accuracy |" in described
         taken = stack.ask_prefect("POST", f"flow_runs/{run}/resume", {"run_input": answer}).json()
         assert taken["status"] == "ACCEPT", taken
-    wait_for(lambda: latest_run(stack, job)["state_type"] == "COMPLETED", 90, "the night to go on")
+    wait_for(lambda: latest_run(stack, job)["state_type"] == "COMPLETED", 240, "the night to go on")
     (report,) = stack.prefect("artifacts/filter", artifacts={"key": {"any_": [f"report-{job}"]}})
     assert state in str(report["data"]).splitlines()[0]
     assert reason[:1].upper() + reason[1:] in str(report["data"])
@@ -377,7 +377,7 @@ def test_a_rollback_from_the_prefect_ui_and_the_alias_follows(stack: Stack, nigh
     def state() -> str:
         return str(stack.ask_prefect("GET", f"flow_runs/{run}").json()["state_type"])
 
-    wait_for(lambda: state() in ("COMPLETED", "FAILED"), 60, "the rollback")
+    wait_for(lambda: state() in ("COMPLETED", "FAILED"), 180, "the rollback")
     assert state() == "COMPLETED"
     assert champion_alias(stack, "quick").tags["store_version"] == first.version
     rows = json.loads(stack.nightly("history", "quick", "--json").stdout)
@@ -387,7 +387,7 @@ def test_a_rollback_from_the_prefect_ui_and_the_alias_follows(stack: Stack, nigh
     assert rows[0]["reason"] == "it disappoints"
     back = stack.nightly("rollback", "quick", "--to", second, "--reason", "after all", "--json")
     assert json.loads(back.stdout)["number"] == 4
-    wait_for(lambda: champion_alias(stack, "quick").tags["store_version"] == second, 60, "the alias")
+    wait_for(lambda: champion_alias(stack, "quick").tags["store_version"] == second, 180, "the alias")
     assert "it disappoints" in stack.nightly("history", "quick", COLUMNS="200").stdout
     again = json.loads(stack.nightly("reproduce", "quick", first.version, "--json").stdout)
     assert again["within_tolerance"]

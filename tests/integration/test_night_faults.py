@@ -45,8 +45,8 @@ def test_a_store_that_cannot_be_used_is_found_before_the_first_trial(stack: Stac
 
 def test_a_killed_night_is_continued_and_loses_no_finished_trial(stack: Stack) -> None:
     study = night_under_way(stack, "long", trials=8)
-    os.kill(engine_of(stack).pid, signal.SIGKILL)
-    wait_for(lambda: latest_run(stack, "long")["state_type"] == "CRASHED", 60, "the worker to notice")
+    os.kill(engine_of(stack, "long").pid, signal.SIGKILL)
+    wait_for(lambda: latest_run(stack, "long")["state_type"] == "CRASHED", 180, "the worker to notice")
     kept = [trial.params for trial in finished_trials(study)]
     stack.nightly("run", "long", "--trials", str(len(kept) + 10))
     assert study_of(stack, "long").study_name == study.study_name
@@ -58,7 +58,7 @@ def test_a_killed_night_is_continued_and_loses_no_finished_trial(stack: Stack) -
 
 def test_a_night_that_went_down_with_its_stack_is_continued(stack: Stack) -> None:
     study = night_under_way(stack, "longer", trials=3)
-    engine = engine_of(stack)
+    engine = engine_of(stack, "longer")
     stack.nightly("down")
     assert not engine.is_running()
     stack.nightly("up")
@@ -71,7 +71,7 @@ def test_a_night_that_went_down_with_its_stack_is_continued(stack: Stack) -> Non
 def test_a_cancelled_night_stops_and_promotes_nothing(stack: Stack) -> None:
     study = night_under_way(stack, "cancelled", trials=3)
     cancel(stack, latest_run(stack, "cancelled"))
-    wait_for(lambda: latest_run(stack, "cancelled")["state_type"] == "CANCELLED", 30, "the night to be cancelled")
+    wait_for(lambda: latest_run(stack, "cancelled")["state_type"] == "CANCELLED", 180, "the night to be cancelled")
     assert not (stack.home / "store/models/cancelled").exists()
     assert not study.get_trials(states=(TrialState.RUNNING,))
     parent, _ = runs_of(stack, study)
@@ -95,31 +95,31 @@ def test_a_night_whose_stop_came_out_as_another_error_is_killed(stack: Stack) ->
 @pytest.mark.parametrize(("job", "state"), [("overlapping", "AwaitingConcurrencySlot"), ("refusing", "Cancelled")])
 def test_a_second_night_of_a_job_waits_or_is_refused_as_the_job_says(stack: Stack, job: str, state: str) -> None:
     stack.nightly("run", job, "--no-follow")
-    wait_for(lambda: (stack.home / "studies" / job).exists(), 60, "the night to begin")
+    wait_for(lambda: (stack.home / "studies" / job).exists(), 180, "the night to begin")
     first = latest_run(stack, job)
     stack.nightly("run", job, "--no-follow")
-    wait_for(lambda: latest_run(stack, job)["state_name"] == state, 60, f"the second night to be {state}")
+    wait_for(lambda: latest_run(stack, job)["state_name"] == state, 180, f"the second night to be {state}")
     second = latest_run(stack, job)
     assert first["id"] != second["id"]
     for run in (second, first):
         cancel(stack, run)
-    wait_for(lambda: not unfinished(stack, job), 60, "both nights to end")
+    wait_for(lambda: not unfinished(stack, job), 180, "both nights to end")
 
 
 def test_nights_of_two_jobs_share_the_device_one_after_the_other(stack: Stack, tmp_path: Path) -> None:
     stack.nightly("run", "holding", "--no-follow")
-    wait_for(lambda: (stack.home / "studies/holding").exists(), 60, "the first night to begin")
+    wait_for(lambda: (stack.home / "studies/holding").exists(), 180, "the first night to begin")
     stack.nightly("run", "shadow", "--trials", "2", "--promotion", "never", "--no-follow")
 
     def waits() -> bool:
         logs = stack.prefect("logs/filter", logs={"flow_run_id": {"any_": [latest_run(stack, "shadow")["id"]]}})
         return any("waiting for cpu, which another night holds" in str(log["message"]) for log in logs)
 
-    wait_for(waits, 60, "the second night to wait")
+    wait_for(waits, 180, "the second night to wait")
     shown = stack.nightly("up", NIGHTLY_JOBS=str(tmp_path)).stdout
     assert "worker keeps its old settings (NIGHTLY_JOBS changed) while a night runs" in shown
     cancel(stack, latest_run(stack, "holding"))
-    wait_for(lambda: latest_run(stack, "shadow")["state_type"] == "COMPLETED", 60, "the second night to go on")
+    wait_for(lambda: latest_run(stack, "shadow")["state_type"] == "COMPLETED", 180, "the second night to go on")
 
 
 def test_a_lost_mlflow_run_is_written_anew(stack: Stack) -> None:

@@ -1,0 +1,113 @@
+"""Where studies lie: several writers, torn lines, killed holders, a database that is away."""
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import optuna
+import pytest
+from filelock import FileLock
+from optuna.trial import TrialState
+from tenacity import stop_after_delay
+
+from tasks import storage
+from tasks.storage import STORAGE_IS_AWAY, one_claims, storage_of, study_names
+from tests.servers import PostgresServer
+
+NAME = "small-20261123-020000"
+
+
+def open_study(studies: Path | str, name: str = NAME) -> optuna.Study:
+    return optuna.create_study(study_name=name, storage=storage_of(studies, "small", name), load_if_exists=True)
+
+
+def ask_and_tell(studies: Path | str, count: int) -> None:
+    study = open_study(studies)
+    for _ in range(count):
+        with one_claims(studies, "small", NAME):
+            trial = study.ask()
+            taken = {other.user_attrs.get("place") for other in study.get_trials(deepcopy=False)}
+            trial.set_user_attr("place", next(place for place in range(1000) if place not in taken))
+        study.tell(trial, trial.suggest_float("x", 0, 1))
+
+
+@pytest.mark.parametrize("kind", ["journal", "database"])
+def test_several_processes_ask_and_tell_and_none_takes_anothers_place(
+    kind: str, tmp_path: Path, postgres: PostgresServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PGPASSWORD", postgres.password)
+    studies = tmp_path if kind == "journal" else postgres.url
+    study = open_study(studies)
+    context = multiprocessing.get_context("spawn")
+    writers = [context.Process(target=ask_and_tell, args=(studies, 20)) for _ in range(2)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join(120)
+        assert writer.exitcode == 0
+    trials = study.get_trials()
+    assert sorted(trial.user_attrs["place"] for trial in trials) == list(range(40))
+    assert {trial.state for trial in trials} == {TrialState.COMPLETE}
+    assert study_names(studies, "small") == [NAME]
+    assert study_names(studies, "smal") == []
+
+
+def test_a_killed_writer_keeps_nobody_waiting(tmp_path: Path) -> None:
+    study = open_study(tmp_path)
+    lock = tmp_path / f"small/{NAME}.journal.lock"
+    ready = tmp_path / "ready"
+    writer = multiprocessing.get_context("spawn").Process(target=hold_for_ever, args=(lock, ready))
+    writer.start()
+    while not ready.exists():
+        assert writer.is_alive()
+        time.sleep(0.05)
+    assert writer.pid is not None
+    os.kill(writer.pid, signal.SIGKILL)
+    writer.join(10)
+    began = time.monotonic()
+    study.ask()
+    assert time.monotonic() - began < 10  # Optuna's own lock waits for 30 s
+
+
+def hold_for_ever(lock: Path, ready: Path) -> None:
+    FileLock(lock).acquire()
+    ready.touch()
+    time.sleep(60)
+
+
+@pytest.mark.parametrize("whole", [0, 3])
+def test_a_line_that_was_cut_off_is_dropped(tmp_path: Path, whole: int) -> None:
+    study = open_study(tmp_path)
+    for _ in range(whole):
+        study.ask()
+    journal = tmp_path / f"small/{NAME}.journal"
+    with journal.open("ab") as file:
+        file.write(b'{"op_code":4,"worker_')
+    open_study(tmp_path).ask()
+    assert len(open_study(tmp_path).trials) == whole + 1
+    assert journal.read_bytes().endswith(b"}\n")
+
+
+def test_a_database_that_is_restarted_is_waited_for_but_by_a_report(
+    postgres: PostgresServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PGPASSWORD", postgres.password)
+    study = open_study(postgres.url, "restarted-20261123-020000")
+    trial = study.ask()
+    postgres.stop()
+    with pytest.raises(STORAGE_IS_AWAY):
+        trial.report(0.5, 1)
+    timer = threading.Timer(3, postgres.start)
+    timer.start()
+    study.tell(trial, 0.5)
+    timer.join()
+    assert [trial.values for trial in study.get_trials()] == [[0.5]]
+
+
+def test_a_database_that_stays_away_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage._patiently, "stop", stop_after_delay(1))
+    with pytest.raises(STORAGE_IS_AWAY):
+        storage_of("postgresql://nightly@127.0.0.1:9/postgres", "small", NAME)
