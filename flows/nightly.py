@@ -52,6 +52,7 @@ from tasks.job import (
 )
 from tasks.memory import recall
 from tasks.prepare import prepare
+from tasks.prepared import Prepared
 from tasks.progress import Progress
 from tasks.promote import promote
 from tasks.promotions import Promotion, StaleJudgement
@@ -70,7 +71,8 @@ from tasks.tracking import (
     track_confirmed,
     track_missing_trials,
 )
-from tasks.tune import Prepared, Tuned, forecast, tune
+from tasks.trainer import TrainerProcess
+from tasks.tune import Tuned, forecast, tune
 
 JUDGEMENTS = 3
 # A night that begins so much later than it was due counts as missed, whatever it waited for.
@@ -175,8 +177,8 @@ def _night(job: TuningJob, settings: Settings, *, may_skip: bool) -> Any:
     _logger.info("this night in MLflow: %s", mlflow_page)
     with night_ends_with_its_run(client, run_id), system_metrics(run_id):
         with hold_device(device, settings.home / "locks", RANKS[job.schedule.priority]):
+            tuned = tune_step(study, job, snapshot, device, settings, client, run_id)
             prepared = Prepared.load(snapshot, device)
-            tuned = tune_step(study, job, prepared, settings, client, run_id)
             baseline = tuned.baseline if champion is None else None
             confirmed = confirm_step(study, job, prepared, baseline, client, run_id)
         verdict, promotion = _judge_and_promote(job, study, snapshot, confirmed, champion, store, device, settings)
@@ -269,7 +271,13 @@ def _missed(job: TuningJob) -> str | None:
 
 
 def _tune(
-    study: optuna.Study, job: TuningJob, prepared: Prepared, settings: Settings, client: MlflowClient, run_id: str
+    study: optuna.Study,
+    job: TuningJob,
+    snapshot: Snapshot,
+    device: torch.device,
+    settings: Settings,
+    client: MlflowClient,
+    run_id: str,
 ) -> Tuned:
     tracker = TrialTracker(client, run_id)
 
@@ -281,8 +289,12 @@ def _tune(
         tracker.track(study, trial)
         progress.update()
 
-    with Progress(study, job, prepared.training.target.device, trial_page) as progress, tracker:
-        tuned = tune(study, job, prepared, settings.home / "checkpoints", on_trial=on_trial)
+    with (
+        Progress(study, job, device, trial_page) as progress,
+        tracker,
+        TrainerProcess(job, snapshot, device) as trainer,
+    ):
+        tuned = tune(study, job, trainer, settings.home / "checkpoints", on_trial=on_trial)
     with mlflow_may_be_away("trials"):
         track_missing_trials(client, run_id, study)
     return tuned

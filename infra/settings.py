@@ -5,6 +5,8 @@ Settings are the machine's, configuration is the job's. Every process that we st
 """
 
 import os
+import re
+from collections.abc import Mapping
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -18,6 +20,11 @@ from infra.errors import ExpectedError
 LOOPBACK = "127.0.0.1"
 LOOPBACK_NAMES = (LOOPBACK, "localhost", "::1")
 OUR_LOGGERS = ("flows", "tasks", "models", "infra")
+
+_SECRET = re.compile(
+    r"AWS_.*|PG.*|PREFECT_.*(KEY|AUTH_STRING|CONNECTION_URL)|NIGHTLY_(WEBHOOK|OPTUNA_URL)"
+    r"|MLFLOW_(TRACKING_(USERNAME|PASSWORD|TOKEN)|BACKEND_STORE_URI)"
+)
 
 AbsolutePath = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())]
 Port = Annotated[int, Field(ge=1, le=65535)]
@@ -185,6 +192,11 @@ def _sentence(error: ValidationError, prefix: str) -> SettingsError:
     reason = problem["msg"].removeprefix("Value error, ")
     found = "" if variable in ("NIGHTLY_WEBHOOK", "NIGHTLY_OPTUNA_URL") else f", found {problem['input']!r}"
     return SettingsError(f"{variable}: {reason}{found}; set it right or unset it")
+
+
+def without_secrets(environment: Mapping[str, str]) -> dict[str, str]:
+    """An environment for code that is not ours: neither the store's, the servers' nor a database's credentials."""
+    return {name: value for name, value in environment.items() if not _SECRET.fullmatch(name)}
 
 
 def enter() -> Settings:

@@ -24,9 +24,10 @@ from models.preprocessing import Preprocessing
 from models.solo import Diverged, Trained, Training, mean_loss
 from models.training import train_all
 from tasks.job import TuningJob
+from tasks.prepared import Prepared
 from tasks.samplers import ORDINAL
 from tasks.study import HYPERPARAMETERS, derived_seed, number_of, ranked, tonights_trials
-from tasks.tune import Prepared, TuningFailed
+from tasks.tune import TuningFailed
 
 MEASURED_ROWS = 4096
 

@@ -27,7 +27,8 @@ from tasks.gate import Verdict
 from tasks.job import TuningJob
 from tasks.study import FAILURE, number_of, ranked, tonights_trials
 from tasks.tracking import DIAGNOSIS
-from tasks.tune import Tuned, trained_seconds
+from tasks.tune import Tuned
+from tasks.work import trained_seconds
 
 BEST_SHARE = 0.1
 LEAST_BEST = 3

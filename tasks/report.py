@@ -50,7 +50,8 @@ from tasks.study import (
     tonights_trials,
 )
 from tasks.tracking import DEVICE, DIAGNOSIS, mlflow_may_be_away
-from tasks.tune import Tuned, trained_seconds
+from tasks.tune import Tuned
+from tasks.work import trained_seconds
 
 PAGE = "report.html"
 MOST_MOVED = 10

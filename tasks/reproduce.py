@@ -17,8 +17,8 @@ from tasks.champion import read_version
 from tasks.confirm import assemble, train_seeds
 from tasks.job import DataConfig
 from tasks.prepare import prepare
+from tasks.prepared import Prepared
 from tasks.snapshots import Snapshot, fetch_snapshot
-from tasks.tune import Prepared
 from tasks.versions import Manifest
 
 TOLERANCE = 0.01

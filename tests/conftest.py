@@ -25,8 +25,8 @@ from models.shapes import DataShape
 from models.solo import Epoch, Resumable, Trained, Training, train
 from tasks.job import DataConfig, TuningJob, parse_job
 from tasks.prepare import prepare
+from tasks.prepared import Prepared
 from tasks.snapshots import Snapshot
-from tasks.tune import Prepared
 from tests.servers import (
     PostgresServer,
     S3Server,

@@ -24,9 +24,11 @@ from tasks.confirm import confirm
 from tasks.job import TuningJob, parse_job
 from tasks.memory import recall
 from tasks.prepare import prepare
+from tasks.prepared import Prepared
 from tasks.snapshots import Snapshot
 from tasks.study import open_study
-from tasks.tune import Prepared, tune
+from tasks.trainer import LocalTrainer
+from tasks.tune import tune
 from tests.benchmarks.datasets import DATASETS
 
 # By name: data.source, model, search.objective. Everything else is a job's default.
@@ -70,7 +72,7 @@ def _tuned(job: TuningJob, snapshot: Snapshot, home: Path) -> dict[str, Any]:
     prepared = Prepared.load(snapshot, torch.device("cpu"))
     study = open_study(job, snapshot.fingerprint, home / "studies", datetime.now(UTC))
     recall(study, job, snapshot, None, home / "studies")
-    tuned = tune(study, job, prepared, home / "checkpoints")
+    tuned = tune(study, job, LocalTrainer(job, prepared), home / "checkpoints")
     challenger = confirm(study, job, prepared).challenger
     features, target = snapshot.load(torch.device("cpu"))["test"]
     test = evaluate(nn.Sequential(challenger.preprocessing, challenger.model), features, target)

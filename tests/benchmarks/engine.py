@@ -22,9 +22,11 @@ from models.solo import Training, new_model
 from models.training import train_all
 from tasks.job import TuningJob, parse_job
 from tasks.prepare import prepare
+from tasks.prepared import Prepared
 from tasks.samplers import ORDINAL
 from tasks.study import NUMBER, WAVE, open_study
-from tasks.tune import Prepared, tune
+from tasks.trainer import LocalTrainer
+from tasks.tune import tune
 from tests.benchmarks.datasets import shared
 from tests.benchmarks.search import Record
 
@@ -58,13 +60,13 @@ def late_trials(content: dict[str, Any], before: int) -> Record:
         first = _with_trials(content, LATE_TRIALS)
         prepared = prepared_by(first, folder)
         study = open_study(first, prepared.snapshot.fingerprint, folder / "first", datetime.now(UTC))
-        tune(study, first, prepared, folder / "checkpoints")
+        tune(study, first, LocalTrainer(first, prepared), folder / "checkpoints")
         later = _with_trials(content, before + LATE_TRIALS)
         grown = open_study(later, prepared.snapshot.fingerprint, folder / "later", datetime.now(UTC))
         known = study.get_trials()
         grown.add_trials([_as_if_number(known[number % len(known)], number) for number in range(before)])
         began = time.perf_counter()
-        tune(grown, later, prepared, folder / "checkpoints")
+        tune(grown, later, LocalTrainer(later, prepared), folder / "checkpoints")
         seconds = time.perf_counter() - began
     return {"measured": "late", "before": before, "seconds": seconds / LATE_TRIALS}
 
@@ -89,7 +91,7 @@ def cnn(way: str, seed: int) -> Record:
         study = open_study(job, prepared.snapshot.fingerprint, folder, datetime.now(UTC))
         began = time.perf_counter()
         if way == "bare":
-            tune(study, job, prepared, folder / "checkpoints")
+            tune(study, job, LocalTrainer(job, prepared), folder / "checkpoints")
         else:
             _plain_cnns(prepared, seed)
         seconds = time.perf_counter() - began

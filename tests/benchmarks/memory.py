@@ -12,8 +12,10 @@ import torch
 from tasks.job import parse_job
 from tasks.memory import recall
 from tasks.prepare import prepare
+from tasks.prepared import Prepared
 from tasks.study import ENDED, open_study
-from tasks.tune import Prepared, tune
+from tasks.trainer import LocalTrainer
+from tasks.tune import tune
 from tests.benchmarks.datasets import DATASETS
 
 NIGHTS = (1, 2, 3, 4, 5)
@@ -49,7 +51,7 @@ def _trials_until_target(home: Path, night: int, memory: bool, seed: int) -> int
     tune(
         study,
         job,
-        prepared,
+        LocalTrainer(job, prepared),
         home / "checkpoints",
         on_trial=lambda trial: values.append(trial.values[0] if trial.values else 0.0),
     )

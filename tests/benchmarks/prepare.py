@@ -23,8 +23,8 @@ from models.families import family_named
 from models.solo import Training, train
 from tasks.job import DataConfig
 from tasks.prepare import prepare
+from tasks.prepared import Prepared
 from tasks.snapshots import fetch_snapshot, publish_snapshot
-from tasks.tune import Prepared
 from tests.benchmarks.datasets import has_shared_data, shared
 from tests.benchmarks.search import Measurement, Record
 from tests.servers import private_bytes

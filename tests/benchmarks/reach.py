@@ -24,8 +24,10 @@ from models.space import Domain, Range
 from tasks.job import TuningJob, parse_job
 from tasks.memory import recall
 from tasks.prepare import prepare
+from tasks.prepared import Prepared
 from tasks.study import derived_seed, open_study
-from tasks.tune import Prepared, TuningFailed, tune
+from tasks.trainer import LocalTrainer
+from tasks.tune import TuningFailed, tune
 from tests.benchmarks.datasets import DATASETS
 
 HYPEROPT = "hyperopt tpe"
@@ -117,7 +119,7 @@ def _ours(job: TuningJob, prepared: Prepared, target: float) -> Reached:
         study = open_study(job, prepared.snapshot.fingerprint, Path(folder), datetime.now(UTC))
         recall(study, job, prepared.snapshot, None, Path(folder))
         try:
-            tune(study, job, prepared, Path(folder) / "checkpoints", on_trial=on_trial)
+            tune(study, job, LocalTrainer(job, prepared), Path(folder) / "checkpoints", on_trial=on_trial)
         except _TargetReached:
             return Reached(count, time.process_time() - began)
         except TuningFailed:

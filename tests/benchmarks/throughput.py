@@ -35,6 +35,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from tasks.job import TuningJob, parse_job
 from tasks.study import open_study
+from tasks.trainer import LocalTrainer
 from tasks.tune import tune
 from tests.benchmarks.datasets import has_shared_data
 from tests.benchmarks.engine import STEP_MEMBERS, STEP_WIDTHS, cnn, late_trials, prepared_by, step
@@ -214,7 +215,7 @@ def _bare(trials: int, seed: int) -> dict[str, float]:
         prepared = prepared_by(job, folder)
         study = open_study(job, prepared.snapshot.fingerprint, folder, datetime.now(UTC))
         began = time.perf_counter()
-        tune(study, job, prepared, folder / "checkpoints")
+        tune(study, job, LocalTrainer(job, prepared), folder / "checkpoints")
         return {"seconds": time.perf_counter() - began}
 
 
@@ -233,7 +234,7 @@ def _ours_until(seed: int) -> bool:
         prepared = prepared_by(job, folder)
         study = open_study(job, prepared.snapshot.fingerprint, folder, datetime.now(UTC))
         try:
-            tune(study, job, prepared, folder / "checkpoints", on_trial=on_trial)
+            tune(study, job, LocalTrainer(job, prepared), folder / "checkpoints", on_trial=on_trial)
         except _TargetReached:
             return True
     return False

@@ -19,8 +19,10 @@ import yaml
 from flows.cli import app
 from tasks.job import parse_job
 from tasks.prepare import prepare
+from tasks.prepared import Prepared
 from tasks.study import open_study
-from tasks.tune import Prepared, tune
+from tasks.trainer import LocalTrainer
+from tasks.tune import tune
 from tests.conftest import CPU, Stack, make_stack, require
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
@@ -59,7 +61,7 @@ def test_a_model_of_ones_own_is_tuned(tmp_path: Path) -> None:
     snapshot = prepare(job.data, job.objective.problem, tmp_path)
     study = open_study(job, snapshot.fingerprint, tmp_path, datetime.now(UTC))
     prepared = Prepared.load(snapshot, CPU)
-    tuned = tune(study, job, prepared, tmp_path)
+    tuned = tune(study, job, LocalTrainer(job, prepared), tmp_path)
     assert tuned.failed == 0
     assert {"frequencies", "units", "learning_rate"} <= tuned.best.params.keys()
 

@@ -17,7 +17,7 @@ from tasks import prepare as preparing
 from tasks import sources
 from tasks.job import DataConfig
 from tasks.prepare import prepare
-from tasks.tune import Prepared
+from tasks.prepared import Prepared
 from tests.servers import private_bytes
 
 

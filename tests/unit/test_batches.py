@@ -15,8 +15,8 @@ from models.training import fusion_for
 from tasks import tune
 from tasks.job import DataConfig
 from tasks.prepare import prepare
+from tasks.prepared import Prepared
 from tasks.snapshots import Snapshot
-from tasks.tune import Prepared
 from tests.conftest import CPU
 
 

@@ -14,8 +14,10 @@ from models.solo import Diverged
 from tasks.confirm import Challenger, confirm
 from tasks.job import TuningJob
 from tasks.memory import recall
+from tasks.prepared import Prepared
 from tasks.study import open_study
-from tasks.tune import Prepared, Tuned, TuningFailed, tune
+from tasks.trainer import LocalTrainer
+from tasks.tune import Tuned, TuningFailed, tune
 from tests.conftest import make_job
 from tests.unit.test_tune import NOW
 
@@ -25,7 +27,7 @@ DIVERGED = Diverged("diverged at epoch 1: the loss is not finite")
 def searched(job: TuningJob, prepared: Prepared, folder: Path) -> tuple[object, Tuned]:
     study = open_study(job, prepared.snapshot.fingerprint, folder, NOW)
     recall(study, job, prepared.snapshot, None, folder)
-    return study, tune(study, job, prepared, folder)
+    return study, tune(study, job, LocalTrainer(job, prepared), folder)
 
 
 def confirmed(job: TuningJob, prepared: Prepared, folder: Path, *, baseline: bool = False) -> list[Challenger]:

@@ -4,7 +4,7 @@ import pytest
 
 from models.diagnosis import diagnose
 from models.solo import Epoch
-from tasks.tune import Prepared
+from tasks.prepared import Prepared
 from tests.conftest import train_on
 
 

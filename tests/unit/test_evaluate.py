@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from models.evaluate import METRICS, MetricName, evaluate, latency_ms, metrics_of, parameter_count, score, sharpness
 from models.solo import mean_loss
-from tasks.tune import Prepared
+from tasks.prepared import Prepared
 from tests.conftest import train_on
 
 RANDOM = np.random.default_rng(0)

@@ -18,7 +18,7 @@ from models.optimizers import build_optimizer
 from models.solo import Diverged, Epoch, Resumable, Setting, Trained, Training, new_model, train
 from models.stacked_optimizers import UPDATES, StackedOptimizer
 from models.training import fusion_for, train_all
-from tasks.tune import Prepared
+from tasks.prepared import Prepared
 from tests.unit.test_solo import assert_equal
 
 EVERYTHING = {

@@ -19,9 +19,9 @@ from tasks.confirm import Challenger, Confirmed
 from tasks.gate import GuardRail, Verdict, gate, judge
 from tasks.job import DataConfig, TuningJob
 from tasks.prepare import prepare
+from tasks.prepared import Prepared
 from tasks.promotions import Promotion
 from tasks.snapshots import Snapshot
-from tasks.tune import Prepared
 from tasks.versions import Lineage, Manifest, TableColumn
 from tests.conftest import CPU, make_job, train_on
 from tests.unit.test_comparison import simulated

@@ -19,6 +19,7 @@ from tasks.drift import changes, drift, drift_table, since
 from tasks.job import DataConfig, TuningJob, load_job
 from tasks.memory import BASELINE, NIGHTS, recall
 from tasks.prepare import prepare
+from tasks.prepared import Prepared
 from tasks.promotions import Promotion
 from tasks.snapshots import Snapshot
 from tasks.study import (
@@ -32,7 +33,8 @@ from tasks.study import (
     open_study,
     tonights_trials,
 )
-from tasks.tune import Prepared, tune
+from tasks.trainer import LocalTrainer
+from tasks.tune import tune
 from tasks.versions import Lineage, Manifest
 from tests.conftest import CPU, make_job
 from tests.unit.test_prepare import write_source
@@ -56,7 +58,7 @@ def begin(job: TuningJob, snapshot: Snapshot, studies: Path, night: int, champio
 
 def whole_night(job: TuningJob, prepared: Prepared, studies: Path, night: int) -> optuna.Study:
     study: optuna.Study = begin(job, prepared.snapshot, studies, night)
-    tune(study, job, prepared, studies)
+    tune(study, job, LocalTrainer(job, prepared), studies)
     study.set_user_attr(ENDED, "yes")
     return study
 
@@ -93,7 +95,7 @@ def a_champion(hyperparameters: MLPHyperparameters) -> Champion:
 def test_the_first_trial_is_the_textbook_whatever_the_defaults_search(prepared: Prepared, tmp_path: Path) -> None:
     job = load_job("digits-mlp", None, trials=1)
     study = begin(job, prepared.snapshot, tmp_path, 0)
-    tuned = tune(study, job, prepared, tmp_path)
+    tuned = tune(study, job, LocalTrainer(job, prepared), tmp_path)
     (trial,) = study.trials
     assert trial.user_attrs[ROLE] == BASELINE
     textbook = MLPHyperparameters(weight_decay=1e-6)  # as near to none as the default range goes
@@ -105,7 +107,7 @@ def test_the_first_trial_is_the_textbook_whatever_the_defaults_search(prepared: 
 def test_the_baseline_keeps_to_what_the_job_fixes(prepared: Prepared, tmp_path: Path) -> None:
     job = job_with({"learning_rate": {"low": 1e-4, "high": 1e-3}})
     study = begin(job, prepared.snapshot, tmp_path, 0)
-    tune(study, job, prepared, tmp_path)
+    tune(study, job, LocalTrainer(job, prepared), tmp_path)
     values = study.trials[0].user_attrs[HYPERPARAMETERS]
     assert (values["learning_rate"], values["epochs"], values["width"]) == (1e-3, 2, 32)
     assert values["optimizer"] == "adam"
@@ -144,7 +146,7 @@ def test_an_imported_trial_never_wins(prepared: Prepared, tmp_path: Path) -> Non
     first.set_user_attr(ENDED, "yes")
     second = begin(job, prepared.snapshot, tmp_path, 1)
     assert [trial.value for trial in imported(second)] == [0.999]
-    tuned = tune(second, job, prepared, tmp_path)
+    tuned = tune(second, job, LocalTrainer(job, prepared), tmp_path)
     assert IMPORTED_FROM not in tuned.best.user_attrs
     assert tuned.best.values[0] < 0.999
 

@@ -20,8 +20,11 @@ from tasks.explore import explore
 from tasks.gate import Verdict
 from tasks.job import BudgetConfig, TuningJob
 from tasks.night_page import advices_of, costs_of, night_page, regions_of
+from tasks.prepared import Prepared
 from tasks.study import FAILURE, NUMBER, open_study
-from tasks.tune import Prepared, Tuned, trained_seconds, tune
+from tasks.trainer import LocalTrainer
+from tasks.tune import Tuned, tune
+from tasks.work import trained_seconds
 from tests.conftest import CPU, make_job
 from tests.unit.test_gate import make_challenger, verdict_of
 from tests.unit.test_tune import NOW
@@ -54,7 +57,7 @@ def night(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> tuple
         budget={"trials": 12}, confirm={"candidates": 1, "seeds": 1}, search={"pruner": "none", "space": space}
     )
     study = open_study(job, prepared.snapshot.fingerprint, tmp_path_factory.mktemp("night"), NOW)
-    tune(study, job, prepared, tmp_path_factory.mktemp("checkpoints"))
+    tune(study, job, LocalTrainer(job, prepared), tmp_path_factory.mktemp("checkpoints"))
     challenger = confirm(study, job, prepared).challenger
     return job, study, verdict_of(challenger, None, prepared.snapshot, job, make_challenger(prepared, 1))
 

@@ -12,7 +12,7 @@ from models.families import MLP
 from models.hyperparameters import Hyperparameters, MLPHyperparameters
 from models.optimizers import build_optimizer, l1_norm, learning_rate_at
 from models.shapes import DataShape
-from tasks.tune import Prepared
+from tasks.prepared import Prepared
 from tests.conftest import train_on
 
 EPOCHS, STEPS = 10, 7

@@ -30,12 +30,14 @@ from tasks.gate import Verdict, gate
 from tasks.job import TuningJob
 from tasks.memory import recall
 from tasks.prepare import prepare
+from tasks.prepared import Prepared
 from tasks.promote import write_version
 from tasks.promotions import append_promotion
 from tasks.reproduce import reproduce
 from tasks.serving import export_onnx, write_servable
 from tasks.study import FLOW_RUN, MLFLOW_RUN, open_study
-from tasks.tune import Prepared, tune
+from tasks.trainer import LocalTrainer
+from tasks.tune import tune
 from tasks.versions import DamagedVersion, Manifest, publish_version
 from tests.conftest import CPU, make_job
 from tests.servers import background, free_port, wait_for
@@ -52,7 +54,7 @@ def judged(
     study.set_user_attr(MLFLOW_RUN, "run")
     study.set_user_attr(FLOW_RUN, None)
     recall(study, job, prepared.snapshot, champion, folder)
-    tuned = tune(study, job, prepared, folder)
+    tuned = tune(study, job, LocalTrainer(job, prepared), folder)
     confirmed = confirm(study, job, prepared, baseline=tuned.baseline)
     return study, gate(job, confirmed, champion, prepared.snapshot, CPU)
 

@@ -12,7 +12,7 @@ from torch import nn
 from models.checkpoints import Checkpoint
 from models.families import Unscale
 from models.solo import Diverged, Epoch, Resumable, Trained, gains_from_mixed_precision, mean_loss
-from tasks.tune import Prepared
+from tasks.prepared import Prepared
 from tests.conftest import CPU, train_on
 from tests.unit.test_families import NET, write_net
 

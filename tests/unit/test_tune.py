@@ -13,13 +13,15 @@ from optuna.trial import TrialState
 
 import models.solo
 import models.training
-import tasks.tune
+import tasks.trainer
+import tasks.work
 from models.evaluate import parameter_count
 from models.fused import OnEpoch, Outcome
 from models.hyperparameters import Hyperparameters
 from models.solo import Epoch, Setting, Training, train
 from tasks.confirm import Challenger, confirm
 from tasks.job import TuningJob
+from tasks.prepared import Prepared
 from tasks.samplers import ORDINAL
 from tasks.study import (
     COSTS,
@@ -33,7 +35,9 @@ from tasks.study import (
     ranked,
 )
 from tasks.tracking import CURVE, DIAGNOSIS, SECONDS, TRACEBACK
-from tasks.tune import Prepared, TuningFailed, forecast, trained_seconds, tune
+from tasks.trainer import LocalTrainer
+from tasks.tune import TuningFailed, forecast, tune
+from tasks.work import trained_seconds
 from tests.conftest import CPU, make_job
 from tests.unit.test_families import NET, write_net
 
@@ -55,7 +59,7 @@ def outcomes(study: optuna.Study) -> list[tuple[object, ...]]:
 def test_the_budget_of_trials_is_kept(prepared: Prepared, tmp_path: Path) -> None:
     job = make_job()
     study = open_for(job, prepared, tmp_path)
-    tuned = tune(study, job, prepared, tmp_path)
+    tuned = tune(study, job, LocalTrainer(job, prepared), tmp_path)
     assert (tuned.complete + tuned.pruned, tuned.failed, tuned.ended_by) == (4, 0, "trials")
     assert tuned.best.number == study.best_trial.number
 
@@ -65,7 +69,7 @@ def test_a_night_says_what_it_will_cost_by_what_the_last_one_did(prepared: Prepa
     assert forecast(job, tmp_path, CPU).startswith("6 trials, 5 minutes at most, on cpu, ")
     assert forecast(job, tmp_path, CPU).endswith("; no earlier night tells how long a trial takes")
     study = open_for(job, prepared, tmp_path)
-    tune(study, job, prepared, tmp_path)
+    tune(study, job, LocalTrainer(job, prepared), tmp_path)
     each = sum(trial.user_attrs[SECONDS] for trial in study.trials) / 6
     twice = forecast(make_job(budget={"trials": 600}), tmp_path, CPU)
     assert f"at {each:.2f} s a trial, as in {study.study_name}, that is {10 * each:.1f} minutes" in twice
@@ -77,7 +81,9 @@ def test_the_budget_of_minutes_is_kept(prepared: Prepared, tmp_path: Path) -> No
     """After the second wave of six trials."""
     job = make_job(budget={"trials": 50, "minutes": 1})
     clock = itertools.count(0, 25.0)
-    tuned = tune(open_for(job, prepared, tmp_path), job, prepared, tmp_path, clock=lambda: next(clock))
+    tuned = tune(
+        open_for(job, prepared, tmp_path), job, LocalTrainer(job, prepared), tmp_path, clock=lambda: next(clock)
+    )
     assert (tuned.complete + tuned.pruned, tuned.ended_by) == (12, "minutes")
 
 
@@ -88,14 +94,14 @@ def test_the_budget_of_money_cuts_off_what_is_under_way(prepared: Prepared, tmp_
         search={"pruner": "none", "space": space | first}, budget={"trials": 1, "price_per_hour": 3600, "max_cost": 9}
     )
     study = open_for(job, prepared, tmp_path / "cheap")
-    assert tune(study, job, prepared, tmp_path).ended_by == "trials"
+    assert tune(study, job, LocalTrainer(job, prepared), tmp_path).ended_by == "trials"
     job = make_job(
         search={"pruner": "none", "baseline": False, "space": space},
         budget={"trials": 40, "price_per_hour": 3600, "max_cost": 0.5},
     )
     study = open_for(job, prepared, tmp_path / "dear")
     with pytest.raises(TuningFailed, match="give the budget more max_cost"):
-        tune(study, job, prepared, tmp_path)
+        tune(study, job, LocalTrainer(job, prepared), tmp_path)
     assert {trial.state for trial in study.trials} == {TrialState.PRUNED}
     assert 0 < min(len(trial.user_attrs[CURVE]) for trial in study.trials) < 2000
     assert 0.5 <= trained_seconds(study) < 5
@@ -105,7 +111,7 @@ def test_the_same_job_on_the_same_data_gives_the_same_trials(prepared: Prepared,
     job = make_job(budget={"trials": 14})
     studies = [open_for(job, prepared, tmp_path / name) for name in ("one", "two")]
     for study in studies:
-        tune(study, job, prepared, tmp_path)
+        tune(study, job, LocalTrainer(job, prepared), tmp_path)
     assert outcomes(studies[0]) == outcomes(studies[1])
     one, two = (confirm(study, job, prepared).challenger for study in studies)
     assert (one.trial.number, one.seeds, one.values) == (two.trial.number, two.seeds, two.values)
@@ -116,7 +122,7 @@ def test_a_wave_shares_a_structure_and_nothing_else(prepared: Prepared, tmp_path
     job = make_job(search={"space": space, "sampler": "random", "pruner": "none"}, budget={"trials": 26})
     study = open_for(job, prepared, tmp_path)
     study.set_user_attr(QUEUE, [{"params": {"depth": 2}, "attributes": {}}])
-    tune(study, job, prepared, tmp_path)
+    tune(study, job, LocalTrainer(job, prepared), tmp_path)
     waves = [trial.user_attrs[WAVE] for trial in study.trials]
     assert waves == [[0, 1]] + [[first, 3] for first in range(1, 25, 3) for _ in range(3)] + [[25, 3]]
     structures = {
@@ -134,7 +140,7 @@ def test_a_sampler_whose_points_are_given_is_asked_one_by_one(prepared: Prepared
     fixed = {"depth": 1, "width": 16, "schedule": "constant", "dropout": 0.0, "weight_decay": 0.0}
     job = make_job(search={"space": space | fixed, "sampler": sampler}, budget={"trials": 16})
     study = open_for(job, prepared, tmp_path)
-    tune(study, job, prepared, tmp_path)
+    tune(study, job, LocalTrainer(job, prepared), tmp_path)
     assert {trial.user_attrs[WAVE][1] for trial in study.trials} == {1}
     assert len(study.trials) == (4 if sampler == "grid" else 16)
 
@@ -145,30 +151,30 @@ def test_an_interrupted_night_ends_as_one_that_was_not(
     """Stopped three times, each time in the middle of another wave of three."""
     job = make_job(budget={"trials": 24})
     undisturbed = open_for(job, prepared, tmp_path / "undisturbed")
-    tune(undisturbed, job, prepared, tmp_path)
+    tune(undisturbed, job, LocalTrainer(job, prepared), tmp_path)
 
     class Stop(BaseException):
         pass
 
     def stop_at_report(count: int) -> None:
         reports = itertools.count(1)
-        report = tasks.tune._Candidate.report
+        report = tasks.work._Candidate.report
 
-        def report_and_stop(candidate: tasks.tune._Candidate, epoch: Epoch, seconds: float) -> None:
+        def report_and_stop(candidate: tasks.work._Candidate, epoch: Epoch, seconds: float) -> None:
             report(candidate, epoch, seconds)
             if next(reports) == count:
                 raise Stop
 
         study = open_for(job, prepared, tmp_path / "disturbed")
         with monkeypatch.context() as patch:
-            patch.setattr(tasks.tune._Candidate, "report", report_and_stop)
+            patch.setattr(tasks.work._Candidate, "report", report_and_stop)
             with pytest.raises(Stop):
-                tune(study, job, prepared, tmp_path)
+                tune(study, job, LocalTrainer(job, prepared), tmp_path)
 
     for count in (1, 14, 14):
         stop_at_report(count)
     resumed = open_for(job, prepared, tmp_path / "disturbed")
-    tune(resumed, job, prepared, tmp_path)
+    tune(resumed, job, LocalTrainer(job, prepared), tmp_path)
     assert sorted(outcomes(resumed), key=str) == sorted(outcomes(undisturbed), key=str)
     assert len([trial for trial in resumed.trials if is_interrupted(trial)]) >= 6
     assert not resumed.get_trials(states=(TrialState.RUNNING,))
@@ -183,9 +189,9 @@ def test_an_interruption_in_the_middle_of_a_trial_is_told(
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(tasks.tune, "train_all", interrupted)
+    monkeypatch.setattr(tasks.trainer, "train_all", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        tune(study, job, prepared, tmp_path)
+        tune(study, job, LocalTrainer(job, prepared), tmp_path)
     assert [trial.state for trial in study.trials] == [TrialState.FAIL]
     assert is_interrupted(study.trials[0])
 
@@ -195,7 +201,7 @@ def test_a_signal_that_surfaces_as_another_error_stops_the_night_and_is_no_fault
 ) -> None:
     """As from Optuna's journal, which a signal finds with its lock released halfway."""
     drawn = []
-    draw = tasks.tune._draw
+    draw = tasks.work._draw
 
     def interrupted(trial: optuna.Trial, job: TuningJob) -> Hyperparameters:
         drawn.append(trial)
@@ -208,9 +214,9 @@ def test_a_signal_that_surfaces_as_another_error_stops_the_night_and_is_no_fault
 
     job = make_job()
     study = open_for(job, prepared, tmp_path)
-    monkeypatch.setattr(tasks.tune, "_draw", interrupted)
+    monkeypatch.setattr(tasks.work, "_draw", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        tune(study, job, prepared, tmp_path)
+        tune(study, job, LocalTrainer(job, prepared), tmp_path)
     assert is_interrupted(study.trials[-1])
     assert all(FAILURE not in trial.user_attrs for trial in study.trials)
 
@@ -232,13 +238,13 @@ def test_a_configuration_that_kills_its_process_is_given_up_and_takes_no_other_w
             raise Killed
         yield from models.training.train_all(setting, trainings, on_epoch)
 
-    monkeypatch.setattr(tasks.tune, "train_all", train_or_die)
+    monkeypatch.setattr(tasks.trainer, "train_all", train_or_die)
     for _ in range(3):
         study = open_for(job, prepared, tmp_path)
         with pytest.raises(Killed):
-            tune(study, job, prepared, tmp_path)
+            tune(study, job, LocalTrainer(job, prepared), tmp_path)
     study = open_for(job, prepared, tmp_path)
-    tuned = tune(study, job, prepared, tmp_path)
+    tuned = tune(study, job, LocalTrainer(job, prepared), tmp_path)
     assert together[:5] == [[0, 1, 2], [0, 1, 2], [0], [1], [2]]
     assert (tuned.failed, tuned.complete) == (1, 23)
 
@@ -268,7 +274,7 @@ def test_a_diverging_trial_fails_with_its_reason_and_no_number(prepared: Prepare
     space = {"learning_rate": [1e30, 1e-3], "optimizer": "sgd", "epochs": 2, "batch_size": 64, "width": 16}
     job = make_job(search={"space": space, "sampler": "random"}, budget={"trials": 8})
     study = open_for(job, prepared, tmp_path)
-    tuned = tune(study, job, prepared, tmp_path)
+    tuned = tune(study, job, LocalTrainer(job, prepared), tmp_path)
     failed = [trial for trial in study.trials if trial.state == TrialState.FAIL]
     assert tuned.failed == len(failed) > 0
     for trial in failed:
@@ -282,7 +288,7 @@ def test_a_diverging_trial_fails_with_its_reason_and_no_number(prepared: Prepare
 def test_a_night_without_a_complete_trial_says_why(prepared: Prepared, tmp_path: Path) -> None:
     job = make_job(search={"space": {"learning_rate": 1e30, "optimizer": "sgd"}}, budget={"trials": 2})
     with pytest.raises(TuningFailed, match="none of 2 trials of small completed; the first ended with: diverged"):
-        tune(open_for(job, prepared, tmp_path), job, prepared, tmp_path)
+        tune(open_for(job, prepared, tmp_path), job, LocalTrainer(job, prepared), tmp_path)
 
 
 def test_a_broken_model_costs_its_trial_and_not_the_night(
@@ -298,7 +304,7 @@ def test_a_broken_model_costs_its_trial_and_not_the_night(
 
     monkeypatch.setattr(models.training, "train", broken_once)
     study = open_for(job, prepared, tmp_path)
-    assert tune(study, job, prepared, tmp_path).failed == 1
+    assert tune(study, job, LocalTrainer(job, prepared), tmp_path).failed == 1
     assert study.trials[0].user_attrs[FAILURE] == "RuntimeError: mat1 and mat2 shapes cannot be multiplied"
 
 
@@ -308,7 +314,7 @@ def test_a_night_whose_first_three_trials_fail_stops_with_the_cause(prepared: Pr
     study = open_for(job, prepared, tmp_path)
     says = "the first 3 trials of small all failed, so the night stops: RuntimeError: no such kernel"
     with pytest.raises(TuningFailed, match=says):
-        tune(study, job, prepared, tmp_path)
+        tune(study, job, LocalTrainer(job, prepared), tmp_path)
     assert len(study.trials) == 3
     assert "raise RuntimeError('no such kernel')" in study.trials[0].user_attrs[TRACEBACK]
 
@@ -349,7 +355,7 @@ def test_whatever_a_users_model_does_costs_its_trial_only(prepared: Prepared, tm
     job = make_job(model=write_net(tmp_path, MOODY), search=search, budget={"trials": 30})
     study = open_for(job, prepared, tmp_path)
     study.set_user_attr(QUEUE, [{"params": {"mood": "fine"}, "attributes": {}}])
-    tuned = tune(study, job, prepared, tmp_path)
+    tuned = tune(study, job, LocalTrainer(job, prepared), tmp_path)
     assert tuned.complete + tuned.failed == 30
     reasons = {
         str(trial.params.get("mood")): trial.user_attrs[FAILURE]
@@ -374,7 +380,7 @@ def test_a_configuration_above_a_limit_is_never_trained(prepared: Prepared, tmp_
     space = {"epochs": 1, "batch_size": 256, "depth": 1, "width": [16, 32], "optimizer": "adam"}
     job = make_job(search={"space": space, "max_parameters": 2000, "sampler": "random"}, budget={"trials": 10})
     study = open_for(job, prepared, tmp_path)
-    tuned = tune(study, job, prepared, tmp_path)
+    tuned = tune(study, job, LocalTrainer(job, prepared), tmp_path)
     assert tuned.best.params["width"] == 16
     for trial in study.trials:
         if trial.params["width"] == 32:
@@ -389,7 +395,7 @@ def test_a_configuration_above_a_limit_is_never_trained(prepared: Prepared, tmp_
 def test_a_night_in_which_nothing_keeps_the_limits_says_so(prepared: Prepared, tmp_path: Path) -> None:
     job = make_job(search={"max_latency_ms": 1e-9}, budget={"trials": 3})
     with pytest.raises(TuningFailed, match=r"latency .* is above search\.max_latency_ms 1e-09"):
-        tune(open_for(job, prepared, tmp_path), job, prepared, tmp_path)
+        tune(open_for(job, prepared, tmp_path), job, LocalTrainer(job, prepared), tmp_path)
 
 
 @pytest.mark.parametrize("sampler", ["auto", "tpe", "gp", "random", "qmc"])
@@ -398,7 +404,7 @@ def test_a_search_with_a_cost_trades_the_objective_against_it(prepared: Prepared
     search = {"space": space, "sampler": sampler, "pruner": "none", "cost": "parameters", "cost_tolerance": 1.0}
     job = make_job(search=search, budget={"trials": 14})
     study = open_for(job, prepared, tmp_path)
-    best = tune(study, job, prepared, tmp_path).best
+    best = tune(study, job, LocalTrainer(job, prepared), tmp_path).best
     assert best.values[1] == min(trial.values[1] for trial in study.trials) == 1210
     strict = make_job(search=search | {"cost_tolerance": 0.0})
     assert ranked(study.trials, strict)[0].values[0] == max(trial.values[0] for trial in study.trials)
@@ -410,7 +416,7 @@ def test_a_regression_is_tuned_and_confirmed(prepared_regression: Prepared, tmp_
     search = {"objective": "rmse", "space": {"epochs": 5, "batch_size": 32, "optimizer": "adam"}}
     job = make_job(data={"source": "sklearn://diabetes"}, search=search, budget={"trials": 6})
     study = open_for(job, prepared_regression, tmp_path)
-    tuned = tune(study, job, prepared_regression, tmp_path)
+    tuned = tune(study, job, LocalTrainer(job, prepared_regression), tmp_path)
     complete = [trial for trial in study.trials if trial.state == TrialState.COMPLETE]
     assert tuned.best.values == min(trial.values for trial in complete)
     challenger = confirm(study, job, prepared_regression).challenger
@@ -421,10 +427,10 @@ def test_a_regression_is_tuned_and_confirmed(prepared_regression: Prepared, tmp_
 def test_a_killed_trial_goes_on_from_its_checkpoint(
     prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tasks.tune, "CHECKPOINT_SECONDS", 0)
+    monkeypatch.setattr(tasks.work, "CHECKPOINT_SECONDS", 0)
     job = make_job(search={"pruner": "none", "space": {"epochs": 6, "batch_size": 64}}, budget={"trials": 1})
     untouched = open_for(job, prepared, tmp_path / "untouched")
-    tune(untouched, job, prepared, tmp_path / "untouched")
+    tune(untouched, job, LocalTrainer(job, prepared), tmp_path / "untouched")
 
     study = open_for(job, prepared, tmp_path)
     trained: list[int] = []
@@ -439,9 +445,9 @@ def test_a_killed_trial_goes_on_from_its_checkpoint(
 
     monkeypatch.setattr(models.solo._Run, "train_epoch", kill_after_four)
     with pytest.raises(KeyboardInterrupt):
-        tune(study, job, prepared, tmp_path)
+        tune(study, job, LocalTrainer(job, prepared), tmp_path)
     resumed = open_for(job, prepared, tmp_path)
-    tune(resumed, job, prepared, tmp_path)
+    tune(resumed, job, LocalTrainer(job, prepared), tmp_path)
     assert trained == [1, 2, 3, 4, 5, 6]
     assert outcomes(resumed) == outcomes(untouched)
     assert not list(tmp_path.glob("*/*.safetensors"))
@@ -451,7 +457,7 @@ def test_every_finished_trial_has_its_diagnosis(prepared: Prepared, tmp_path: Pa
     space = {"learning_rate": [1e30, 1e-7, 1e-2], "optimizer": "sgd", "epochs": 8, "batch_size": 64, "width": 16}
     job = make_job(search={"space": space, "sampler": "random"}, budget={"trials": 20})
     study = open_for(job, prepared, tmp_path)
-    tune(study, job, prepared, tmp_path)
+    tune(study, job, LocalTrainer(job, prepared), tmp_path)
     found = {(trial.state.name, trial.params["learning_rate"]): trial.user_attrs[DIAGNOSIS] for trial in study.trials}
     assert found["FAIL", 1e30] == "diverged"
     assert found["COMPLETE", 1e-7] == "underfit"
@@ -461,7 +467,7 @@ def test_every_finished_trial_has_its_diagnosis(prepared: Prepared, tmp_path: Pa
 def test_confirm_measures_gap_and_sharpness_of_each_candidate(prepared: Prepared, tmp_path: Path) -> None:
     job = make_job()
     study = open_for(job, prepared, tmp_path)
-    tune(study, job, prepared, tmp_path)
+    tune(study, job, LocalTrainer(job, prepared), tmp_path)
     seen: list[Challenger] = []
     chosen = confirm(study, job, prepared, on_candidate=seen.append).challenger
     assert len(seen) == 3
@@ -478,7 +484,7 @@ def test_confirm_measures_gap_and_sharpness_of_each_candidate(prepared: Prepared
 def test_confirm_never_sees_a_test_row_and_trains_with_a_fresh_seed(prepared: Prepared, tmp_path: Path) -> None:
     job = make_job()
     study = open_for(job, prepared, tmp_path)
-    tune(study, job, prepared, tmp_path)
+    tune(study, job, LocalTrainer(job, prepared), tmp_path)
     challenger = confirm(study, job, prepared).challenger
     assert challenger.trial.state == TrialState.COMPLETE
     assert challenger.hyperparameters.model_dump().items() >= challenger.trial.params.items()

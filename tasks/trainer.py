@@ -1,0 +1,288 @@
+"""What trials need of a device, by a trainer in a process of its own, which can be killed for certain.
+
+A training that hangs in a kernel or a library can be stopped by nothing else, one that the system kills for its memory
+takes no night with it, and what a dead process held of the device is free again. The process gets none of our
+credentials: a user's model runs in it. Imported by that process, so it knows neither MLflow nor the study.
+"""
+
+import logging
+import os
+import pickle
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any, Protocol
+
+import optuna
+import torch
+
+from infra.errors import stopped_by
+from infra.settings import OUR_LOGGERS, without_secrets
+from models.diagnosis import Diagnosis, diagnose
+from models.evaluate import MetricName, latency_ms, parameter_count
+from models.families import build_model
+from models.fused import OnEpoch, Stopped
+from models.hyperparameters import Hyperparameters
+from models.solo import Diverged, Epoch, Trained, Training
+from models.training import fusion_for, train_all
+from tasks.job import TuningJob
+from tasks.prepared import Prepared
+from tasks.snapshots import Snapshot
+
+# How long a wave may go without an epoch: so long at first; later so many times the longest that any epoch took.
+FIRST_EPOCH_SECONDS = 600.0
+LEAST_EPOCH_SECONDS = 60.0
+HUNG_AFTER_EPOCHS = 20
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scored:
+    """What a trial's training was worth: the epoch that its weights are from, every metric on the validation rows, and
+    how it learned."""
+
+    kept: Epoch
+    validation: dict[MetricName, float]
+    diagnosis: Diagnosis
+
+
+class Failed(Exception):
+    """A training raised what nobody expects; carries the sentence, and the traceback as text."""
+
+    def __init__(self, sentence: str, trace: str) -> None:
+        super().__init__(sentence, trace)
+        self.sentence, self.trace = sentence, trace
+
+
+class TrainerDied(Exception):
+    """The process that trained is gone, by itself or because nothing was heard of it for too long."""
+
+
+Ended = Scored | Diverged | Stopped | Failed
+
+
+class Trainer(Protocol):
+    """What trials need of a device."""
+
+    device: torch.device
+
+    def members(self, training: Training) -> int:
+        """How many trainings of this structure are one computation. Raises what is wrong with the model."""
+
+    def costs(self, hyperparameters: Hyperparameters, needed: Collection[str]) -> dict[str, float]:
+        """The model's `parameters`, and its `latency` in milliseconds, if needed. Raises what is wrong with it."""
+
+    def train(self, trainings: Sequence[Training], on_epoch: OnEpoch) -> Iterator[tuple[int, Ended]]:
+        """Train each; yields its place and how it ended. Raises what `on_epoch` raises, and TrainerDied."""
+
+
+class LocalTrainer:
+    """Trains in this process."""
+
+    def __init__(self, job: TuningJob, prepared: Prepared) -> None:
+        self._prepared = prepared
+        self._setting = prepared.setting(job.family, job.search.objective)
+        self.device = self._setting.device
+
+    def members(self, training: Training) -> int:
+        return fusion_for(self._setting, training).members
+
+    def costs(self, hyperparameters: Hyperparameters, needed: Collection[str]) -> dict[str, float]:
+        model = build_model(self._setting.family, hyperparameters, self._setting.shape).to(self.device)
+        costs = {}
+        if "parameters" in needed:
+            costs["parameters"] = float(parameter_count(model))
+        if "latency" in needed:
+            costs["latency"] = latency_ms(model, self._prepared.training.features[:1])
+        return costs
+
+    def train(self, trainings: Sequence[Training], on_epoch: OnEpoch) -> Iterator[tuple[int, Ended]]:
+        for place, outcome in train_all(self._setting, trainings, on_epoch):
+            yield place, self._ended(outcome)
+
+    def _ended(self, outcome: Trained | Exception) -> Ended:
+        match outcome:
+            case Trained():
+                diagnosis = diagnose(outcome.epochs, self._prepared.prior_loss)
+                return Scored(kept=outcome.kept, validation=outcome.validation, diagnosis=diagnosis)
+            case Diverged() | Stopped():
+                return outcome
+            case _:
+                return failed(outcome)
+
+
+def failed(error: Exception) -> Failed:
+    """A configuration's fault, told in words. Raises the signal or Ctrl-C that the error came of, if it came of one."""
+    if (interruption := stopped_by(error)) is not None:
+        raise interruption from error
+    return Failed(f"{type(error).__name__}: {error}", "".join(traceback.format_exception(error)))
+
+
+class TrainerProcess:
+    """Trains in a process of its own, which is started where there is none, and ends with this one or with `close`."""
+
+    def __init__(self, job: TuningJob, snapshot: Snapshot, device: torch.device) -> None:
+        self.device = device
+        self._content = pickle.dumps((job.model_dump(mode="json"), snapshot, str(device)))
+        self._process: subprocess.Popen[bytes] | None = None
+        self._longest = 0.0
+
+    def __enter__(self) -> "TrainerProcess":
+        self._start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Kill the process and all that it started; what it held of the device is free when this returns."""
+        if self._process is not None:
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            self._connection.close()
+            self._process = None
+
+    def members(self, training: Training) -> int:
+        return int(self._ask("members", training))
+
+    def costs(self, hyperparameters: Hyperparameters, needed: Collection[str]) -> dict[str, float]:
+        return dict(self._ask("costs", (hyperparameters, tuple(needed))))
+
+    def train(self, trainings: Sequence[Training], on_epoch: OnEpoch) -> Iterator[tuple[int, Ended]]:
+        if not trainings:
+            return
+        self._send("train", list(trainings))
+        heard = time.monotonic()
+        limit = FIRST_EPOCH_SECONDS
+        done = False
+        try:
+            while True:
+                kind, content = self._receive(limit)
+                match kind:
+                    case "epochs":
+                        now = time.monotonic()
+                        self._longest = max(self._longest, now - heard)
+                        limit = max(LEAST_EPOCH_SECONDS, HUNG_AFTER_EPOCHS * self._longest)
+                        self._connection.send(list(on_epoch(content)))
+                        heard = time.monotonic()
+                    case "ended":
+                        yield content
+                    case "done":
+                        done = True
+                        return
+        finally:
+            if not done:  # the process waits for an answer, or still trains
+                self.close()
+
+    def _ask(self, kind: str, content: object) -> Any:
+        self._send(kind, content)
+        answer, value = self._receive(FIRST_EPOCH_SECONDS)
+        if answer == "error":
+            raise value
+        return value
+
+    def _send(self, kind: str, content: object) -> None:
+        if self._process is None:
+            self._start()
+        try:
+            self._connection.send((kind, content))
+        except OSError as error:
+            raise self._died() from error
+
+    def _receive(self, seconds: float) -> tuple[str, Any]:
+        """The next message that is no log line; what is not heard within the seconds is taken for hung."""
+        deadline = time.monotonic() + seconds
+        try:
+            while self._connection.poll(max(0.0, deadline - time.monotonic())):
+                kind, content = self._connection.recv()
+                if kind != "log":
+                    return kind, content
+                logging.getLogger(content.name).handle(content)
+        except (EOFError, OSError) as error:
+            raise self._died() from error
+        self.close()
+        raise TrainerDied(f"nothing was heard of the training for {seconds:.0f} s, so its process was killed")
+
+    def _died(self) -> TrainerDied:
+        assert self._process is not None
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(5)
+        code = self._process.returncode
+        self.close()
+        how = f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
+        return TrainerDied(f"the process that trained ended by itself ({how})")
+
+    def _start(self) -> None:
+        ours, theirs = socket.socketpair()
+        program = "import sys; sys.path[:] = sys.argv[2:]; from tasks.trainer import serve; serve(int(sys.argv[1]))"
+        with theirs:
+            self._process = subprocess.Popen(  # noqa: S603 our own program
+                [sys.executable, "-c", program, str(theirs.fileno()), *sys.path],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                env=without_secrets(os.environ),
+                start_new_session=True,  # a group of its own, which the terminal's Ctrl-C is not for
+            )
+        self._connection = Connection(ours.detach())
+        self._connection.send_bytes(self._content)
+
+
+def serve(file_descriptor: int) -> None:
+    """What the process does: train for whoever holds the other end, and end when that end is gone."""
+    threading.Thread(target=_end_with_the_other_end, args=(file_descriptor,), daemon=True).start()
+    connection = Connection(file_descriptor)
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    content, snapshot, device = pickle.loads(connection.recv_bytes())  # noqa: S301 from the process that started this one
+    for name in OUR_LOGGERS:
+        logging.getLogger(name).addHandler(_LogLines(connection))
+        logging.getLogger(name).setLevel(logging.INFO)
+    trainer = LocalTrainer(TuningJob.model_validate(content), Prepared.load(snapshot, torch.device(device)))
+
+    def on_epoch(epochs: Mapping[int, Epoch]) -> Collection[int]:
+        connection.send(("epochs", dict(epochs)))
+        return list(connection.recv())
+
+    while True:
+        kind, content = connection.recv()
+        if kind == "train":
+            for ended in trainer.train(content, on_epoch):
+                connection.send(("ended", ended))
+            connection.send(("done", None))
+            continue
+        try:
+            value: Any = trainer.members(content) if kind == "members" else trainer.costs(*content)
+        except Exception as error:  # noqa: BLE001 whatever a user's model raises is told
+            connection.send(("error", failed(error)))
+        else:
+            connection.send(("value", value))
+
+
+def _end_with_the_other_end(file_descriptor: int) -> None:
+    """Also in the middle of a training: a device must not be held for nobody."""
+    poll = select.poll()
+    poll.register(file_descriptor, select.POLLRDHUP)
+    poll.poll()
+    os.killpg(os.getpid(), signal.SIGKILL)
+
+
+class _LogLines(logging.Handler):
+    """Sends what is logged to whoever started the process."""
+
+    def __init__(self, connection: Connection) -> None:
+        super().__init__()
+        self._connection = connection
+
+    def emit(self, record: logging.LogRecord) -> None:
+        record.msg, record.args, record.exc_info = record.getMessage(), None, None
+        self._connection.send(("log", record))

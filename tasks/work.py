@@ -1,0 +1,229 @@
+"""work: what trains the trials of a study: ask for a wave of them, train it, tell what each was worth.
+
+Trials are asked for in waves: the sampler draws one freely, and the rest of its wave with that one's structure, so that
+they are trained as one computation (models/fused.py). Independent proposals do not meet: of 64 drawn from an MLP's
+batch size, depth and width 1.02 share a structure, on average; if all widths are padded to the widest of the same batch
+size and depth it is 4.3, at 2.5 times the arithmetic; a wave is full. It costs the search some of the structures that
+it would have seen, which is why a wave is no larger than the device gains from.
+
+A trial that diverges or cannot be built fails by itself and the night goes on. Knows nothing of MLflow: whoever wants
+to know of finished trials passes a callback.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from infra.device import describe_device
+from models.checkpoints import Checkpoint
+from models.diagnosis import Diagnosis
+from models.fused import Stopped
+from models.hyperparameters import Hyperparameters
+from models.solo import Diverged, Epoch, Resumable, Training
+from tasks.job import TuningJob
+from tasks.samplers import ORDINAL
+from tasks.study import (
+    COSTS,
+    FAILURE,
+    FIXED,
+    HYPERPARAMETERS,
+    NUMBER,
+    ask,
+    derived_seed,
+    is_wave_full,
+    may_widen_wave,
+    settle_running_trials,
+    tonights_trials,
+    widen_wave,
+)
+from tasks.tracking import CURVE, DEVICE, DIAGNOSIS, SECONDS, TRACEBACK, VALIDATION, curve_of
+from tasks.trainer import Ended, Failed, Scored, Trainer, TrainerDied, failed
+
+CHECKPOINT_SECONDS = 10
+# A CPU gains from 8 nearly what it gains from 16, and the search sees twice as many structures.
+WAVE_TRIALS = {"cpu": 8, "cuda": 64}
+LEAST_WAVES = 8
+
+_logger = logging.getLogger(__name__)
+
+
+class Infeasible(Exception):
+    """A configuration breaks a limit of the job; the message says which, and by how much."""
+
+
+class _Candidate:
+    """One trial of a wave, from ask to tell."""
+
+    def __init__(self, study: optuna.Study, job: TuningJob, trainer: Trainer, checkpoints: Path) -> None:
+        self.trial = ask(study, job)
+        self._study = study
+        self._job = job
+        self._trainer = trainer
+        self._checkpoint = checkpoints / study.study_name / f"{self.trial.user_attrs[ORDINAL]}.safetensors"
+        self._epochs: list[Epoch] = []
+        self._seconds = 0.0
+        self._cost: list[float] = []
+
+    def draw(self) -> Training:
+        """What the study proposes. Raises Infeasible, and what is wrong with the proposal or a user's code."""
+        hyperparameters = _draw(self.trial, self._job)
+        self._cost = _check_limits(self.trial, self._job, hyperparameters, self._trainer)
+        seed = derived_seed(self._job.seed, "trial", self.trial.user_attrs[ORDINAL])
+        resumable = Resumable(
+            path=self._checkpoint,
+            key=f"{seed} {hyperparameters.model_dump_json()}",
+            interval_seconds=CHECKPOINT_SECONDS,
+        )
+        return Training(hyperparameters=hyperparameters, seed=seed, resumable=resumable)
+
+    def report(self, epoch: Epoch, seconds: float) -> None:
+        self._epochs.append(epoch)
+        self._seconds += seconds
+        if self._may_be_pruned:
+            self.trial.report(epoch.objective, epoch.number)
+
+    def is_hopeless(self) -> bool:
+        return self._may_be_pruned and self.trial.should_prune()
+
+    @property
+    def _may_be_pruned(self) -> bool:
+        """Optuna takes reports of a single objective only; without a pruner nobody reads them, the curve is kept."""
+        return self._job.search.cost == "none" and self._job.search.pruner != "none"
+
+    def tell(self, outcome: Ended | Infeasible) -> FrozenTrial:
+        """How the trial ended and what it was worth."""
+        match outcome:
+            case Scored():
+                self.trial.set_user_attr(VALIDATION, outcome.validation)
+                values = [outcome.kept.objective, *self._cost]
+                return self._tell(TrialState.COMPLETE, values, outcome.diagnosis)
+            case Stopped():
+                return self._tell(TrialState.PRUNED, diagnosis="unfinished")
+            case Infeasible():
+                return self._tell(TrialState.PRUNED, failure=str(outcome))
+            case Diverged():
+                return self._tell(TrialState.FAIL, diagnosis="diverged", failure=str(outcome))
+            case Failed():  # a broken configuration costs its trial, not the night
+                _logger.warning("trial %d failed:\n%s", self.trial.user_attrs[NUMBER], outcome.trace)
+                self.trial.set_user_attr(TRACEBACK, outcome.trace)
+                return self._tell(TrialState.FAIL, failure=outcome.sentence)
+
+    def tell_interrupted(self) -> None:
+        self._tell(TrialState.FAIL, keep_checkpoint=True)
+
+    def _tell(
+        self,
+        state: TrialState,
+        values: list[float] | None = None,
+        diagnosis: Diagnosis | None = None,
+        *,
+        failure: str | None = None,
+        keep_checkpoint: bool = False,
+    ) -> FrozenTrial:
+        self.trial.set_user_attr(CURVE, curve_of(self._epochs))
+        self.trial.set_user_attr(SECONDS, round(self._seconds, 3))
+        self.trial.set_user_attr(DEVICE, describe_device(self._trainer.device))
+        if failure is not None:
+            self.trial.set_user_attr(FAILURE, failure)
+        if diagnosis is not None:
+            self.trial.set_user_attr(DIAGNOSIS, diagnosis)
+        finished = self._study.tell(self.trial, values, state)
+        if not keep_checkpoint:
+            Checkpoint.delete(self._checkpoint)
+        return finished
+
+
+def run_wave(
+    study: optuna.Study, job: TuningJob, trainer: Trainer, checkpoints: Path, on_trial: Callable[[FrozenTrial], None]
+) -> None:
+    """A trial whose structure the sampler drew, and as many more of that structure as make one computation with it.
+
+    An interruption (Ctrl-C, a cancelled night, a trainer that died) leaves them FAIL without a reason, which is how the
+    next wave, or the next night, knows to train them again.
+    """
+    untold: list[_Candidate] = []
+    drawn: list[tuple[_Candidate, Training]] = []
+    began = counted_to = time.perf_counter()
+    may_take = job.budget.most_device_seconds - trained_seconds(study)
+
+    def on_epoch(epochs: Mapping[int, Epoch]) -> list[int]:
+        nonlocal counted_to
+        seconds = (time.perf_counter() - counted_to) / len(epochs)
+        counted_to += seconds * len(epochs)
+        is_spent = counted_to - began >= may_take
+        for place, epoch in epochs.items():
+            drawn[place][0].report(epoch, seconds)
+        return [place for place in epochs if is_spent or drawn[place][0].is_hopeless()]
+
+    try:
+        candidate = None
+        while candidate is None or not is_wave_full(study, job, candidate.trial):
+            first = candidate is None
+            candidate = _Candidate(study, job, trainer, checkpoints)
+            untold.append(candidate)
+            try:
+                training = candidate.draw()
+                if first and may_widen_wave(candidate.trial, study, job):
+                    widen_wave(candidate.trial, min(_wave_size(job, trainer), trainer.members(training)))
+            except TrainerDied:
+                raise
+            except Exception as error:  # noqa: BLE001 told with its traceback
+                outcome = error if isinstance(error, Infeasible | Failed) else failed(error)
+                untold.remove(candidate)
+                on_trial(candidate.tell(outcome))
+            else:
+                drawn.append((candidate, training))
+        began = counted_to = time.perf_counter()
+        for place, ended in trainer.train([training for _, training in drawn], on_epoch):
+            candidate = drawn[place][0]
+            untold.remove(candidate)
+            on_trial(candidate.tell(ended))
+    except BaseException as error:
+        for candidate in untold:
+            candidate.tell_interrupted()
+        settle_running_trials(study)  # one whose ask was interrupted
+        if not isinstance(error, TrainerDied):
+            raise
+        _logger.warning("%s; the %d trials that it had are asked for again", error, len(untold))
+
+
+def _wave_size(job: TuningJob, trainer: Trainer) -> int:
+    """Not more than the device gains from, and few enough that the sampler learns several times a night."""
+    return max(1, min(WAVE_TRIALS[trainer.device.type], job.budget.trials // LEAST_WAVES))
+
+
+def _draw(trial: optuna.Trial, job: TuningJob) -> Hyperparameters:
+    """What the study proposes; what is queued may fix values that take no part in the search."""
+    drawn = job.family.draw(trial, job.space)
+    hyperparameters = type(drawn).from_values({**drawn.model_dump(), **trial.user_attrs.get(FIXED, {})})
+    trial.set_user_attr(HYPERPARAMETERS, hyperparameters.model_dump())
+    return hyperparameters
+
+
+def _check_limits(
+    trial: optuna.Trial, job: TuningJob, hyperparameters: Hyperparameters, trainer: Trainer
+) -> list[float]:
+    """The model's cost, empty where the job names none. Raises Infeasible where the model breaks a limit; the sampler
+    learns by how much."""
+    needed = {*job.limits, job.search.cost} - {"none"}
+    if not needed:
+        return []
+    costs = trainer.costs(hyperparameters, needed)
+    trial.set_user_attr(COSTS, costs)
+    broken = []
+    for name, (field, limit) in job.limits.items():
+        trial.set_constraint(name, costs[name] / limit - 1)
+        if costs[name] > limit:
+            broken.append(f"{name} {costs[name]:g} is above {field} {limit:g}")
+    if broken:
+        raise Infeasible("; ".join(broken))
+    return [] if job.search.cost == "none" else [costs[job.search.cost]]
+
+
+def trained_seconds(study: optuna.Study, *states: TrialState) -> float:
+    """How long the device has trained tonight's trials, of the given states if any, those that were interrupted too."""
+    return float(sum(trial.user_attrs.get(SECONDS, 0.0) for trial in tonights_trials(study, *states)))
