@@ -12,10 +12,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from flows import cli_jobs, cli_versions
+from flows import cli_jobs, cli_versions, cli_workers
 from flows.cli_versions import JobArgument, point_champion
 from infra.settings import Settings, enter
-from infra.stack import find, one_at_a_time, servers, start, stop, worker
+from infra.stack import find, one_at_a_time, recorded_device_workers, servers, start, stop, worker
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
@@ -42,7 +42,7 @@ def up() -> None:
     settings = enter()
     from prefect.client.orchestration import get_client
 
-    from infra.deploy import ROLLBACK, apply_deployment, apply_work_pool, apply_zombie_automation
+    from infra.deploy import ROLLBACK, WORKER, apply_deployment, apply_work_pool, apply_zombie_automation
     from tasks.job import load_jobs
 
     jobs = load_jobs(settings.jobs)
@@ -56,12 +56,14 @@ def up() -> None:
                 if find(settings, worker(settings)) is None:
                     _settle_dead_runs(client, job, settings)
                 apply_deployment(client, deployment_of(job), settings.work_pool)
-            apply_deployment(client, ROLLBACK, settings.work_pool)
+            for deployment in (ROLLBACK, WORKER):
+                apply_deployment(client, deployment, settings.work_pool)
             console.print(
                 f"jobs: {', '.join(f'{job.name} ({job.schedule.cron} {job.schedule.timezone})' for job in jobs)}"
             )
-        with console.status("Starting the worker"):
-            start(settings, [worker(settings)], console.print)
+        if not recorded_device_workers(settings):  # which stand in for it
+            with console.status("Starting the worker"):
+                start(settings, [worker(settings)], console.print)
     console.print(f"Prefect {settings.prefect_page}  MLflow {settings.mlflow_url}  state in {settings.home}")
 
 
@@ -70,7 +72,8 @@ def down() -> None:
     """Stop the local stack; a night that runs is stopped too, and the next one continues its study."""
     settings = enter()
     with one_at_a_time(settings), console.status("Stopping"):
-        stopped = [service.name for service in (worker(settings), *servers(settings)) if stop(settings, service)]
+        services = (worker(settings), *recorded_device_workers(settings), *servers(settings))
+        stopped = [service.name for service in services if stop(settings, service)]
     console.print(f"stopped {', '.join(stopped)}; state stays in {settings.home}" if stopped else "nothing was running")
 
 
@@ -79,7 +82,7 @@ def status(as_json: Annotated[bool, typer.Option("--json", help="Print JSON for 
     """Say what runs, where and since when. Exit code 1 where a part of the stack does not run."""
     settings = enter()
     rows: list[dict[str, str | int | None]] = []
-    for service in (*servers(settings), worker(settings)):
+    for service in (*servers(settings), *(recorded_device_workers(settings) or [worker(settings)])):
         running = find(settings, service)
         rows.append(
             {
@@ -166,6 +169,7 @@ def check(
         console.print(Markdown(data_card(snapshot)) if console.is_terminal else data_card(snapshot), markup=False)
 
 
+app.add_typer(cli_workers.app, name="workers")
 for command in (*cli_jobs.COMMANDS, *cli_versions.COMMANDS):
     app.command()(command)
 app.command(point_champion.__name__, hidden=True)(point_champion)

@@ -7,8 +7,8 @@ the night as FAILED with one sentence.
 import hashlib
 import json
 import logging
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
@@ -24,10 +24,11 @@ from prefect.artifacts import create_link_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import StateType
-from prefect.states import Completed, Failed
+from prefect.deployments import run_deployment
+from prefect.states import Cancelled, Completed, Crashed, Failed
 from pydantic import SecretStr
 
-from infra.deploy import artifact_key, crash_dead_runs, later_due_run
+from infra.deploy import artifact_key, crash_dead_runs, later_due_run, runs_tagged
 from infra.device import choose_device, hold_device
 from infra.errors import ExpectedError
 from infra.settings import OUR_LOGGERS, Settings
@@ -50,6 +51,7 @@ from tasks.job import (
     TuningJob,
     load_job,
 )
+from tasks.leases import check_still_ours, lost_flow_runs, workers_of
 from tasks.memory import recall
 from tasks.prepare import prepare
 from tasks.prepared import Prepared
@@ -60,8 +62,15 @@ from tasks.reconcile import only_night_of, reconcile
 from tasks.report import report, report_skipped
 from tasks.snapshots import FORMAT, Snapshot, fetch_snapshot, mark_as_used, publish_snapshot, read_snapshot
 from tasks.sources import source_stamp
-from tasks.storage import Studies
-from tasks.study import MLFLOW_EXPERIMENT, last_snapshot, open_study, unchanged_night
+from tasks.storage import Studies, one_claims
+from tasks.study import (
+    AFTER_SEARCH_SECONDS,
+    JOB_CONTENT,
+    MLFLOW_EXPERIMENT,
+    last_snapshot,
+    open_study,
+    unchanged_night,
+)
 from tasks.tracking import (
     TrialTracker,
     begin_night,
@@ -72,7 +81,7 @@ from tasks.tracking import (
     track_missing_trials,
 )
 from tasks.trainer import TrainerProcess
-from tasks.tune import Tuned, forecast, tune
+from tasks.tune import Tuned, forecast, seconds_to_search, tune
 
 JUDGEMENTS = 3
 # A night that begins so much later than it was due counts as missed, whatever it waited for.
@@ -165,6 +174,7 @@ def _night(job: TuningJob, settings: Settings, *, may_skip: bool) -> Any:
         if change.is_large:
             _logger.warning("%s moved since the champion: stability index %.2f", change.column, change.stability_index)
     study = open_study(job, snapshot.fingerprint, studies, _now())
+    study.set_user_attr(JOB_CONTENT, job.model_dump(mode="json"))
     recall(study, job, snapshot, champion, studies)
     run_id = begin_night(client, job, study, snapshot, flow_run_id, settings.night_page(flow_run_id))
     mlflow_page = settings.mlflow_page(study.user_attrs[MLFLOW_EXPERIMENT], run_id)
@@ -176,13 +186,15 @@ def _night(job: TuningJob, settings: Settings, *, may_skip: bool) -> Any:
     )
     _logger.info("this night in MLflow: %s", mlflow_page)
     with night_ends_with_its_run(client, run_id), system_metrics(run_id):
-        with hold_device(device, settings.home / "locks", RANKS[job.schedule.priority]):
+        with hold_device(device, settings.home, RANKS[job.schedule.priority]):
             tuned = tune_step(study, job, snapshot, device, settings, client, run_id)
+            searched = _now()
             prepared = Prepared.load(snapshot, device)
             baseline = tuned.baseline if champion is None else None
             confirmed = confirm_step(study, job, prepared, baseline, client, run_id)
         verdict, promotion = _judge_and_promote(job, study, snapshot, confirmed, champion, store, device, settings)
         _notify(settings, job, verdict, promotion)
+        study.set_user_attr(AFTER_SEARCH_SECONDS, (_now() - searched).total_seconds())
         return report_step(job, study, snapshot, moved, tuned, confirmed, verdict, promotion, settings, client, _now())
 
 
@@ -242,9 +254,10 @@ def _judge_and_promote(
     judgements = 0
     while True:
         judgements += 1
-        with hold_device(device, settings.home / "locks", RANKS[job.schedule.priority]):
+        with hold_device(device, settings.home, RANKS[job.schedule.priority]):
             verdict = gate_step(job, confirmed, champion, snapshot, device)
         verdict = ask(job, verdict)
+        check_still_ours(study, runtime.flow_run.id)
         try:
             return verdict, promote_step(job, study, snapshot, verdict, store, client, _now())
         except StaleJudgement as error:
@@ -293,11 +306,43 @@ def _tune(
         Progress(study, job, device, trial_page) as progress,
         tracker,
         TrainerProcess(job, snapshot, device) as trainer,
+        _more_workers(study, job),
     ):
-        tuned = tune(study, job, trainer, settings.home / "checkpoints", on_trial=on_trial)
+        tuned = tune(
+            study,
+            job,
+            trainer,
+            settings.home / "checkpoints",
+            claims=lambda: one_claims(settings.studies, job.name, study.study_name),
+            flow_run_id=runtime.flow_run.id,
+            seconds_left=seconds_to_search(job, settings.studies, _now()),
+            on_trial=on_trial,
+        )
     with mlflow_may_be_away("trials"):
         track_missing_trials(client, run_id, study)
     return tuned
+
+
+@contextmanager
+def _more_workers(study: optuna.Study, job: TuningJob) -> Iterator[None]:
+    """Runs of the worker flow for the other devices that the job may use. Those that a night before this one started
+    count too; those that nobody took are cancelled as the search ends, those whose process is gone are crashed."""
+    with get_client(sync_client=True) as prefect:
+        waiting = runs_tagged(prefect, study.study_name, StateType.SCHEDULED, StateType.PENDING)
+    wanted = job.budget.workers - 1 - len(waiting) - len(workers_of(study.user_attrs))
+    for _ in range(wanted):
+        parameters = {"job": job.name, "study": study.study_name}
+        run_deployment("tuning_worker/worker", parameters=parameters, timeout=0, tags=[study.study_name])
+    try:
+        yield
+    finally:
+        if job.budget.workers > 1:
+            with get_client(sync_client=True) as prefect:
+                for run in runs_tagged(prefect, study.study_name, StateType.SCHEDULED, StateType.PENDING):
+                    prefect.set_flow_run_state(run.id, Cancelled(message="The search is over."), force=True)
+                for run in runs_tagged(prefect, study.study_name, StateType.RUNNING):
+                    if str(run.id) in lost_flow_runs(study.user_attrs):
+                        prefect.set_flow_run_state(run.id, Crashed(message="Its process is gone."), force=True)
 
 
 def _confirm(

@@ -48,6 +48,7 @@ class Deployment:
     cron: str | None = None
     timezone: str = "UTC"
     overlap: Literal["wait", "refuse"] = "wait"
+    at_once: int | None = 1
     parameters: Mapping[str, Any]
     form_defaults: Mapping[str, Any]
 
@@ -60,10 +61,19 @@ ROLLBACK = Deployment(
     parameters={},
     form_defaults={},
 )
+WORKER = Deployment(
+    name="worker",
+    entrypoint="flows.worker.tuning_worker",
+    description="Trains trials of a night on one more device; nights start it by themselves.",
+    tags=("nightly-tuner",),
+    at_once=None,
+    parameters={},
+    form_defaults={},
+)
 
 
 def apply_deployment(client: SyncPrefectClient, deployment: Deployment, work_pool: str) -> UUID:
-    """Create or update one deployment, with at most one run of it at a time."""
+    """Create or update one deployment, with at most so many runs of it at a time."""
     flow: Flow[..., Any] = load_flow_from_entrypoint(deployment.entrypoint, use_placeholder_flow=False)
     cron = deployment.cron
     schedule = None if cron is None else CronSchedule(cron=cron, timezone=deployment.timezone)
@@ -74,7 +84,7 @@ def apply_deployment(client: SyncPrefectClient, deployment: Deployment, work_poo
         "tags": list(deployment.tags),
         "parameters": dict(deployment.parameters),
         "enforce_parameter_schema": True,
-        "concurrency_limit": 1,
+        "concurrency_limit": deployment.at_once,
         "concurrency_options": ConcurrencyOptions(
             collision_strategy=ConcurrencyLimitStrategy.ENQUEUE
             if deployment.overlap == "wait"
@@ -138,6 +148,12 @@ def later_due_run(client: SyncPrefectClient, run: FlowRun) -> FlowRun | None:
         sort=FlowRunSort.EXPECTED_START_TIME_DESC,
     )
     return next((other for other in later if other.auto_scheduled), None)
+
+
+def runs_tagged(client: SyncPrefectClient, tag: str, *states: StateType) -> list[FlowRun]:
+    """The flow runs with a tag that are in one of the states."""
+    wanted = {"tags": {"all_": [tag]}, "state": {"type": {"any_": list(states)}}}
+    return client.read_flow_runs(flow_run_filter=FlowRunFilter.model_validate(wanted))
 
 
 def artifact_key(kind: str, job_name: str) -> str:

@@ -3,8 +3,9 @@
 import logging
 import os
 import resource
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -12,12 +13,18 @@ import psutil
 import torch
 from filelock import FileLock, Timeout
 
+from infra.settings import CPU_PART
+
 POLL_SECONDS = 0.2
 
 _MEMORY_LIMITS = (resource.RLIMIT_AS, resource.RLIMIT_DATA)
 
 _PROCESS = psutil.Process()
 _logger = logging.getLogger(__name__)
+
+
+class NotNeeded(Exception):
+    """Nobody needs the device any more."""
 
 
 def choose_device() -> torch.device:
@@ -29,7 +36,8 @@ def describe_device(device: torch.device) -> str:
     """What a person reads: `cuda:0 NVIDIA H100` or `cpu, 2 threads`."""
     if device.type == "cuda":
         return f"{device} {torch.cuda.get_device_name(device)}"
-    return f"cpu, {torch.get_num_threads()} of {os.cpu_count()} threads"
+    part = f" {os.environ[CPU_PART]}" if CPU_PART in os.environ else ""
+    return f"cpu{part}, {torch.get_num_threads()} of {os.cpu_count()} threads"
 
 
 def device_use(device: torch.device) -> str:
@@ -52,23 +60,46 @@ def memory_bytes(device: torch.device) -> int:
 
 
 @contextmanager
-def hold_device(device: torch.device, locks: Path, rank: int = 0) -> Iterator[None]:
+def hold_device(
+    device: torch.device, home: Path, rank: int = 0, is_needed: Callable[[], bool] = lambda: True
+) -> Iterator[None]:
     """Have the device to oneself: a second night waits here, and of those that wait the one of the lowest rank is next.
-    The kernel frees a lock when its holder dies."""
-    waiting = locks / f"waiting-{device.type}-{device.index or 0}"
+    The kernel frees a lock when its holder dies. Raises NotNeeded where `is_needed` says so while one waits."""
+    locks = _locks(device, home)
+    waiting = locks / f"waiting-{_identity(device)}"
     waiting.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(locks / f"device-{device.type}-{device.index or 0}.lock")
+    lock = FileLock(locks / f"device-{_identity(device)}.lock")
     place = FileLock(waiting / f"{rank}-{os.getpid()}")
     with place:
         if not _is_next(lock, waiting, rank):
             _logger.info("waiting for %s, which another night holds", device)
             while not _is_next(lock, waiting, rank):
+                if not is_needed():
+                    raise NotNeeded
                 time.sleep(POLL_SECONDS)
     Path(place.lock_file).unlink(missing_ok=True)
     try:
         yield
     finally:
         lock.release()
+
+
+def _identity(device: torch.device) -> str:
+    """A GPU by its own identity, whatever number a mask gives it; of a CPU that is divided, the part."""
+    if device.type == "cuda":
+        return f"cuda-{torch.cuda.get_device_properties(device).uuid}"
+    return f"cpu-{os.environ.get(CPU_PART, 'whole').replace(' ', '-')}"
+
+
+def _locks(device: torch.device, home: Path) -> Path:
+    """A GPU is one for the whole host; a CPU, which the system divides, for one home."""
+    if device.type != "cuda":
+        return home / "locks"
+    folder = Path(tempfile.gettempdir()) / "nightly-tuner-devices"
+    with suppress(FileExistsError):
+        folder.mkdir()
+        folder.chmod(0o1777)
+    return folder
 
 
 def _is_next(lock: FileLock, waiting: Path, rank: int) -> bool:

@@ -19,6 +19,8 @@ from infra.errors import ExpectedError
 
 LOOPBACK = "127.0.0.1"
 LOOPBACK_NAMES = (LOOPBACK, "localhost", "::1")
+# Which part of the CPU a worker has, where it is divided; set by whoever starts the worker.
+CPU_PART = "NIGHTLY_CPU_PART"
 OUR_LOGGERS = ("flows", "tasks", "models", "infra")
 
 _SECRET = re.compile(

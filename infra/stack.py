@@ -8,12 +8,13 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -22,10 +23,12 @@ import psutil
 from filelock import FileLock, Timeout
 
 from infra.errors import ExpectedError
-from infra.settings import LOOPBACK, Settings
+from infra.settings import CPU_PART, LOOPBACK, Settings
 
 START_SECONDS = 180
 STOP_SECONDS = 20
+# Of a machine without a GPU; a small model gains little from more.
+CORES_A_WORKER = 4
 
 
 class StackError(ExpectedError):
@@ -39,6 +42,7 @@ class Service:
     name: str
     command: tuple[str, ...]
     reads: str = ""  # the prefix of the settings that it depends on
+    environment: Mapping[str, str] = field(default_factory=dict)
     port: int | None = None
     port_variable: str = ""
     health_url: str = ""
@@ -109,6 +113,54 @@ def worker(settings: Settings) -> Service:
             sys.executable, "-m", "prefect", "worker", "start", "--pool", settings.work_pool, "--type", "process",
             "--name", f"{socket.gethostname()}-local",
         ),
+    )  # fmt: skip
+
+
+def device_workers(pool: str, devices: str, cuda_devices: int) -> list[Service]:
+    """A worker for each device, which takes one run at a time and sees no other device. `devices` are `auto`, GPUs by
+    their numbers as `0,1`, or `cpu:2`, the CPU in two parts; `cuda_devices` is how many GPUs are visible. Raises
+    StackError where they are none of these."""
+    if devices == "auto":
+        devices = ",".join(map(str, range(cuda_devices))) or f"cpu:{max(1, (os.cpu_count() or 1) // CORES_A_WORKER)}"
+    if found := re.fullmatch(r"cpu:([1-9]\d*)", devices):
+        parts = int(found[1])
+        threads = str(max(1, (os.cpu_count() or 1) // parts))
+        return [
+            _device_worker(
+                pool, f"cpu-{part}", {CPU_PART: f"part {part} of {parts}", "OMP_NUM_THREADS": threads,
+                                      "CUDA_VISIBLE_DEVICES": ""}
+            )
+            for part in range(1, parts + 1)
+        ]  # fmt: skip
+    numbers = devices.split(",")
+    wrong = [number for number in numbers if not number.isdigit() or int(number) >= cuda_devices]
+    if wrong:
+        raise StackError(
+            f"--devices must be auto, cpu:N, or numbers below {cuda_devices} (the GPUs that are visible here), "
+            f"found {devices!r}; name others"
+        )
+    mask = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    visible = mask or [str(number) for number in range(cuda_devices)]
+    return [
+        _device_worker(pool, f"cuda-{number}", {"CUDA_VISIBLE_DEVICES": visible[int(number)]}) for number in numbers
+    ]
+
+
+def recorded_device_workers(settings: Settings) -> list[Service]:
+    """The workers of single devices that run here, by what their records say."""
+    names = sorted(record.stem for record in (settings.home / "run").glob("worker-*.json"))
+    found = (Service(name=name, command=()) for name in names)
+    return [service for service in found if find(settings, service) is not None]
+
+
+def _device_worker(pool: str, device: str, environment: Mapping[str, str]) -> Service:
+    return Service(
+        name=f"worker-{device}",
+        command=(
+            sys.executable, "-m", "prefect", "worker", "start", "--pool", pool, "--type", "process", "--limit", "1",
+            "--name", f"{socket.gethostname()}-{device}",
+        ),
+        environment=environment,
     )  # fmt: skip
 
 
@@ -185,9 +237,9 @@ def find(settings: Settings, service: Service) -> Running | None:
 
 
 def night_runs(settings: Settings) -> bool:
-    """Whether the worker has a flow run under way."""
-    running = find(settings, worker(settings))
-    return running is not None and bool(running.process.children())
+    """Whether a worker of this machine has a flow run under way."""
+    workers = (worker(settings), *recorded_device_workers(settings))
+    return any((running := find(settings, one)) is not None and running.process.children() for one in workers)
 
 
 def log_file(settings: Settings, service: Service) -> Path:
@@ -200,7 +252,7 @@ def _spawn(settings: Settings, service: Service) -> Running:
     with log_file(settings, service).open("ab") as log:
         spawned = subprocess.Popen(
             service.command,
-            env={**os.environ, **settings.environment()},
+            env={**os.environ, **settings.environment(), **service.environment},
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,

@@ -176,13 +176,18 @@ class SearchConfig(_Section):
 class BudgetConfig(_Section):
     """Whichever is used up first ends the tuning; minutes are tested between trials.
 
-    `price_per_hour` is what an hour of the device costs, in a currency of your choice; the report then counts money
-    too. The search may cost `max_cost` at most: trials that are under way then are cut off at their next epoch. What
-    comes after the search (confirm, gate) is not cut off.
+    `finish_by` is a time of day in the schedule's time zone: the search ends early enough that the whole night is done
+    by then, and trials that are under way are cut off. `workers` is how many devices a night may use at once, its own
+    included; `device_hours` are of all of them. `price_per_hour` is what an hour of the device costs, in a currency of
+    your choice; the report then counts money too. The search may use `device_hours`, or cost `max_cost`, at most:
+    trials that are under way then are cut off at their next epoch. What comes after the search (confirm, gate) is not.
     """
 
     trials: Trials = 60
     minutes: Minutes = 60
+    finish_by: str | None = Field(default=None, pattern=r"^([01]\d|2[0-3]):[0-5]\d$")
+    workers: int = Field(default=1, ge=1, le=256)
+    device_hours: float | None = Field(default=None, gt=0)
     price_per_hour: float | None = Field(default=None, gt=0)
     max_cost: float | None = Field(default=None, gt=0)
 
@@ -194,10 +199,20 @@ class BudgetConfig(_Section):
 
     @property
     def most_device_seconds(self) -> float:
-        """What `max_cost` buys; without one there is no end."""
-        if self.max_cost is None or self.price_per_hour is None:
-            return math.inf
-        return 3600 * self.max_cost / self.price_per_hour
+        """What `device_hours`, and what `max_cost` buys, leave of the device's time; without either there is no end."""
+        return 3600 * min(self._hours.values(), default=math.inf)
+
+    @property
+    def hours_limit(self) -> str:
+        """Which of the two it is."""
+        return min(self._hours, key=lambda name: self._hours[name], default="")
+
+    @property
+    def _hours(self) -> dict[str, float]:
+        hours = {} if self.device_hours is None else {"device_hours": self.device_hours}
+        if self.max_cost is not None and self.price_per_hour is not None:
+            hours["max_cost"] = self.max_cost / self.price_per_hour
+        return hours
 
 
 class ConfirmConfig(_Section):

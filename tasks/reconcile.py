@@ -19,8 +19,9 @@ from infra.errors import ExpectedError
 from infra.store import Store, check_store
 from tasks.champion import Champion, read_champion
 from tasks.job import TuningJob
-from tasks.storage import Studies
-from tasks.study import ENDED, MLFLOW_RUN, last_study, number_of, settle_running_trials
+from tasks.leases import settle
+from tasks.storage import Studies, one_claims
+from tasks.study import ENDED, MLFLOW_RUN, last_study
 from tasks.tracking import mlflow_may_be_away, point_champion, track_missing_trials
 
 _logger = logging.getLogger(__name__)
@@ -64,8 +65,7 @@ def _settle_last_night(job_name: str, client: MlflowClient, studies: Studies) ->
     study = last_study(job_name, studies)
     if study is None:
         return
-    for trial in settle_running_trials(study):
-        _logger.warning("trial %d of %s was interrupted", number_of(trial), study.study_name)
+    settle(study, lambda: one_claims(studies, job_name, study.study_name))
     run_id = study.user_attrs.get(MLFLOW_RUN)
     if run_id is None:
         return

@@ -30,6 +30,11 @@ FLOW_RUN = "prefect_flow_run_id"
 ENDED = "ended"
 OBJECTIVE = "objective"
 QUEUE = "queue"
+JOB_CONTENT = "job_content"
+AFTER_SEARCH_SECONDS = "after_search_seconds"
+SEARCH_ENDED_BY = "search_ended_by"
+STOPPED = "stopped"
+FINISH_BY = "finish_by"
 
 COSTS = "costs"
 FAILURE = "failure"
@@ -39,6 +44,7 @@ FIXED = "fixed"
 HYPERPARAMETERS = "hyperparameters"
 IMPORTED_FROM = "imported_from"
 WAVE = "wave"
+WORKER = "worker"
 
 MOST_INTERRUPTIONS = 3
 
@@ -49,18 +55,19 @@ def open_study(job: TuningJob, fingerprint: str, studies: Studies, now: datetime
     """Continue the job's last study if its night never ended and meant the same (the same search on the same
     snapshot), else create one.
 
-    Trials that the interrupted night was training are settled as FAIL; `ask` proposes the same ones again.
+    Trials that nobody trains any more are for `leases.settle` to free; `ask` proposes the same ones again. Whoever
+    still works on a study that is not continued is told to stop.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     unfinished = last_study(job.name, studies)
     if unfinished is not None and ENDED not in unfinished.user_attrs:
         attributes = unfinished.user_attrs
         if (attributes.get(SEARCH_DIGEST), attributes.get(FINGERPRINT)) == (job.search_digest, fingerprint):
-            settle_running_trials(unfinished)
             _logger.info(
                 "continuing study %s with %d finished trials", unfinished.study_name, len(finished_trials(unfinished))
             )
             return _with_pruner(unfinished, job)
+        unfinished.set_user_attr(SEARCH_ENDED_BY, STOPPED)
     name = f"{job.name}-{now:%Y%m%d-%H%M%S}"
     directions = [job.objective.direction] if job.search.cost == "none" else [job.objective.direction, "minimize"]
     study = optuna.create_study(study_name=name, storage=storage_of(studies, job.name, name), directions=directions)
@@ -69,6 +76,11 @@ def open_study(job: TuningJob, fingerprint: str, studies: Studies, now: datetime
     study.set_user_attr(SEARCH_DIGEST, job.search_digest)
     study.set_user_attr(FINGERPRINT, fingerprint)
     return _with_pruner(study, job)
+
+
+def load_study(name: str, job_name: str, studies: Studies) -> optuna.Study:
+    """One study by its name. Raises KeyError where there is none."""
+    return optuna.load_study(study_name=name, storage=storage_of(studies, job_name, name))
 
 
 def last_study(job_name: str, studies: Studies) -> optuna.Study | None:
@@ -95,20 +107,12 @@ def earlier_studies(job_name: str, studies: Studies) -> Iterator[optuna.Study]:
     """The job's studies, the newest first."""
     for name in study_names(studies, job_name):
         try:
-            yield optuna.load_study(study_name=name, storage=storage_of(studies, job_name, name))
+            yield load_study(name, job_name, studies)
         except KeyError:
             _logger.warning("the journal of %s holds no study: its night was killed as it began", name)
 
 
-def settle_running_trials(study: optuna.Study) -> list[FrozenTrial]:
-    """Tell FAIL for every trial that is RUNNING; only right where nobody can be training one."""
-    running = study.get_trials(states=(TrialState.RUNNING,))
-    for trial in running:
-        study.tell(trial.number, state=TrialState.FAIL)
-    return running
-
-
-def ask(study: optuna.Study, job: TuningJob) -> optuna.Trial:
+def ask(study: optuna.Study, job: TuningJob, worker: str = "") -> optuna.Trial:
     """Ask for the next trial: what is queued comes first, then a sampler seeded by the trial's ordinal, the first that
     no finished and no running trial has. Within a wave (`widen_wave`) the structure is that of its first trial.
 
@@ -120,10 +124,12 @@ def ask(study: optuna.Study, job: TuningJob) -> optuna.Trial:
     ordinal = next(number for number in count() if number not in claimed)
     queue: list[dict[str, Any]] = study.user_attrs.get(QUEUE, [])
     interrupted = _interrupted_with(study, ordinal)
-    if ordinal < len(queue):
-        study.enqueue_trial(queue[ordinal]["params"], user_attrs=queue[ordinal]["attributes"])
-    elif interrupted:
-        study.enqueue_trial(interrupted.params)
+    # Where an ask was cut off before, what it queued is for this very ordinal.
+    if not study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+        if ordinal < len(queue):
+            study.enqueue_trial(queue[ordinal]["params"], user_attrs=queue[ordinal]["attributes"])
+        elif interrupted:
+            study.enqueue_trial(interrupted.params)
     first, size = _wave_of(ordinal, interrupted, claimed.get(ordinal - 1))
     params = claimed[first].params if first != ordinal else {}
     study.sampler = build_sampler(
@@ -133,6 +139,7 @@ def ask(study: optuna.Study, job: TuningJob) -> optuna.Trial:
         fixed={name: params[name] for name in job.family.structure if name in params},
     )
     trial = study.ask()
+    trial.set_user_attr(WORKER, worker)
     trial.set_user_attr(ORDINAL, ordinal)
     trial.set_user_attr(WAVE, [first, size])
     trial.set_user_attr(NUMBER, trial.number - len(_imported(study)))
@@ -158,10 +165,15 @@ def is_wave_full(study: optuna.Study, job: TuningJob, trial: optuna.Trial) -> bo
     claimed = _claimed(study)
     first, size = trial.user_attrs[WAVE]
     left = set(range(first, first + size)).difference(other.user_attrs.get(ORDINAL) for other in claimed)
-    if not left or len(claimed) >= job.budget.trials:
+    if not left or is_budget_claimed(study, job):
         return True
     interruptions = Counter(other.user_attrs.get(ORDINAL) for other in tonights_trials(study) if is_interrupted(other))
     return max(interruptions[trial.user_attrs[ORDINAL]], interruptions[min(left)]) >= MOST_INTERRUPTIONS - 1
+
+
+def is_budget_claimed(study: optuna.Study, job: TuningJob) -> bool:
+    """Whether every trial that the budget has room for is finished, or under way with some worker."""
+    return len(_claimed(study)) >= job.budget.trials
 
 
 def finished_trials(study: optuna.Study) -> list[FrozenTrial]:

@@ -5,8 +5,11 @@ import math
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from zoneinfo import ZoneInfo
 
 import optuna
 import torch
@@ -15,15 +18,30 @@ from optuna.trial import FrozenTrial, TrialState
 from infra.device import describe_device
 from infra.errors import ExpectedError
 from tasks.job import TuningJob
+from tasks.leases import Claims, Lease, Watch, check_still_ours, mishaps_of, watching
 from tasks.memory import BASELINE
 from tasks.samplers import GRID_EXHAUSTED
 from tasks.storage import Studies
-from tasks.study import FAILURE, ROLE, earlier_studies, finished_trials, ranked, tonights_trials
+from tasks.study import (
+    AFTER_SEARCH_SECONDS,
+    FAILURE,
+    FINISH_BY,
+    ROLE,
+    SEARCH_ENDED_BY,
+    STOPPED,
+    earlier_studies,
+    finished_trials,
+    ranked,
+    tonights_trials,
+)
 from tasks.tracking import SECONDS
 from tasks.trainer import Trainer
-from tasks.work import run_wave, trained_seconds
+from tasks.work import POLL_SECONDS, Breaker, run_wave, trained_seconds
 
 FUTILE_FAILURES = 3
+# What is left for confirm and what follows: so much more than the last night took, or such a share where none tells.
+AFTER_SEARCH_MARGIN = 1.5
+AFTER_SEARCH_SHARE = 0.1
 
 _logger = logging.getLogger(__name__)
 
@@ -49,10 +67,26 @@ def forecast(job: TuningJob, studies: Studies, device: torch.device) -> str:
     return f"{budget}; no earlier night tells how long a trial takes"
 
 
+def seconds_to_search(job: TuningJob, studies: Studies, now: datetime) -> float:
+    """How long the search may take so that the night is done by `budget.finish_by`, as far as the last night tells how
+    long confirming, judging and promoting take; without an end where the job has none. Right where clocks are put
+    forward or back: what is left is counted in UTC."""
+    if job.budget.finish_by is None:
+        return math.inf
+    zone = ZoneInfo(job.schedule.timezone)
+    at = datetime.strptime(job.budget.finish_by, "%H:%M").time()  # noqa: DTZ007 a time of day has no zone
+    today = now.astimezone(zone).date()
+    ends = (datetime.combine(today + timedelta(days=days), at, zone).astimezone(UTC) for days in (0, 1))
+    left = next((end - now).total_seconds() for end in ends if end > now)
+    known = (study.user_attrs.get(AFTER_SEARCH_SECONDS) for study in earlier_studies(job.name, studies))
+    last = next((seconds for seconds in known if seconds is not None), AFTER_SEARCH_SHARE * left)
+    return float(max(0.0, left - AFTER_SEARCH_MARGIN * last))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Tuned:
     """What the search came to: its best trial, the baseline's if it completed, how many ended how, which limit ended
-    it, and for how long it held the device without training."""
+    it, for how long it held the device without training, and a sentence for each worker that was lost or broken."""
 
     best: FrozenTrial
     baseline: FrozenTrial | None
@@ -61,6 +95,7 @@ class Tuned:
     failed: int
     ended_by: str
     idle_seconds: float
+    mishaps: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         assert self.best.values is not None
@@ -73,30 +108,57 @@ def tune(
     trainer: Trainer,
     checkpoints: Path,
     *,
+    claims: Claims = nullcontext,
+    flow_run_id: str | None = None,
+    seconds_left: float = math.inf,
     on_trial: Callable[[FrozenTrial], None] = lambda _: None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Tuned:
-    """Run trials until the budget's trials are finished, its minutes are over (`clock` counts seconds), its money is
-    spent, or a grid has no point left.
+    """Train trials, beside whatever other workers do so, until the budget's trials are finished, its minutes are over
+    (`clock` counts seconds), the device's hours are used up, a grid has no point left, or `seconds_left` are: then
+    trials that are under way are cut off.
 
-    A trial that is interrupted goes on from its last checkpoint in the next night. Raises TuningFailed where not a
-    single trial completed, or already when the first three all failed: then the rest would fail as well.
+    A trial that is interrupted goes on from its last checkpoint, tonight or in the next night. Raises TuningFailed
+    where not a single trial completed, or already when the first three all failed: then the rest would fail as well.
+    Raises NightSuperseded where another night takes up the study.
     """
     began, trained_before = clock(), trained_seconds(study)
-    deadline = began + job.budget.minutes * 60
-    ended_by = "trials"
-    while len(finished_trials(study)) < job.budget.trials:
-        if clock() >= deadline:
-            ended_by = "minutes"
-            break
-        if trained_seconds(study) >= job.budget.most_device_seconds:
-            ended_by = "max_cost"
-            break
-        if GRID_EXHAUSTED in study.user_attrs:
-            ended_by = "the end of the grid"
-            break
-        run_wave(study, job, trainer, checkpoints, on_trial)
-        _stop_if_futile(study, job)
+    deadline, cut_at = began + job.budget.minutes * 60, began + seconds_left
+
+    def limit_reached() -> str | None:
+        if len(finished_trials(study)) >= job.budget.trials:
+            return "trials"
+        now = clock()
+        limits = {
+            FINISH_BY: now >= cut_at,
+            "minutes": now >= deadline,
+            job.budget.hours_limit: trained_seconds(study) >= job.budget.most_device_seconds,
+            "the end of the grid": GRID_EXHAUSTED in study.user_attrs,
+        }
+        return next((name for name, is_reached in limits.items() if is_reached), None)
+
+    def is_cut_off() -> bool:
+        return cut_at < math.inf and clock() >= cut_at
+
+    study.set_user_attr(SEARCH_ENDED_BY, "")
+    watch = Watch(study, claims)
+    watch.look()
+    try:
+        with Lease(study, describe_device(trainer.device), flow_run_id, is_night=True) as lease, watching(watch):
+            breaker = Breaker(study, lease)
+            while (ended_by := limit_reached()) is None:
+                if breaker.is_open or not breaker.counts(
+                    run_wave(study, job, trainer, checkpoints, lease, claims, on_trial, is_cut_off)
+                ):
+                    time.sleep(POLL_SECONDS)
+                _stop_if_futile(study, job)
+            study.set_user_attr(SEARCH_ENDED_BY, ended_by)
+            while watch.look().keys() - {lease.name}:
+                time.sleep(POLL_SECONDS)
+    except BaseException:
+        check_still_ours(study, flow_run_id)
+        study.set_user_attr(SEARCH_ENDED_BY, STOPPED)
+        raise
     trials = finished_trials(study)
     complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
     failures = _failures(trials)
@@ -114,6 +176,7 @@ def tune(
         failed=len(failures),
         ended_by=ended_by,
         idle_seconds=max(0.0, clock() - began - (trained_seconds(study) - trained_before)),
+        mishaps=mishaps_of(study.user_attrs),
     )
 
 

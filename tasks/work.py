@@ -13,9 +13,13 @@ to know of finished trials passes a callback.
 import logging
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 import optuna
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
 from infra.device import describe_device
@@ -25,18 +29,21 @@ from models.fused import Stopped
 from models.hyperparameters import Hyperparameters
 from models.solo import Diverged, Epoch, Resumable, Training
 from tasks.job import TuningJob
-from tasks.samplers import ORDINAL
+from tasks.leases import Claims, Lease, NightSign, free_trials
+from tasks.samplers import GRID_EXHAUSTED, ORDINAL
+from tasks.storage import STORAGE_IS_AWAY
 from tasks.study import (
     COSTS,
     FAILURE,
     FIXED,
     HYPERPARAMETERS,
     NUMBER,
+    WORKER,
     ask,
     derived_seed,
+    is_budget_claimed,
     is_wave_full,
     may_widen_wave,
-    settle_running_trials,
     tonights_trials,
     widen_wave,
 )
@@ -47,6 +54,8 @@ CHECKPOINT_SECONDS = 10
 # A CPU gains from 8 nearly what it gains from 16, and the search sees twice as many structures.
 WAVE_TRIALS = {"cpu": 8, "cuda": 64}
 LEAST_WAVES = 8
+POLL_SECONDS = 0.5
+MOST_FAILED_WAVES = 3
 
 _logger = logging.getLogger(__name__)
 
@@ -58,13 +67,14 @@ class Infeasible(Exception):
 class _Candidate:
     """One trial of a wave, from ask to tell."""
 
-    def __init__(self, study: optuna.Study, job: TuningJob, trainer: Trainer, checkpoints: Path) -> None:
-        self.trial = ask(study, job)
+    def __init__(self, study: optuna.Study, job: TuningJob, trainer: Trainer, checkpoints: Path, worker: str) -> None:
+        self.trial = ask(study, job, worker)
         self._study = study
         self._job = job
         self._trainer = trainer
         self._checkpoint = checkpoints / study.study_name / f"{self.trial.user_attrs[ORDINAL]}.safetensors"
         self._epochs: list[Epoch] = []
+        self._unreported: list[Epoch] = []
         self._seconds = 0.0
         self._cost: list[float] = []
 
@@ -81,13 +91,19 @@ class _Candidate:
         return Training(hyperparameters=hyperparameters, seed=seed, resumable=resumable)
 
     def report(self, epoch: Epoch, seconds: float) -> None:
+        """While the storage is away, reports are kept and nothing is pruned: training goes on."""
         self._epochs.append(epoch)
         self._seconds += seconds
-        if self._may_be_pruned:
-            self.trial.report(epoch.objective, epoch.number)
+        if not self._may_be_pruned:
+            return
+        self._unreported.append(epoch)
+        with suppress(*STORAGE_IS_AWAY):
+            while self._unreported:
+                self.trial.report(self._unreported[0].objective, self._unreported[0].number)
+                del self._unreported[0]
 
     def is_hopeless(self) -> bool:
-        return self._may_be_pruned and self.trial.should_prune()
+        return self._may_be_pruned and not self._unreported and self.trial.should_prune()
 
     @property
     def _may_be_pruned(self) -> bool:
@@ -113,7 +129,9 @@ class _Candidate:
                 return self._tell(TrialState.FAIL, failure=outcome.sentence)
 
     def tell_interrupted(self) -> None:
-        self._tell(TrialState.FAIL, keep_checkpoint=True)
+        """Unless somebody else did, who had declared its worker dead."""
+        with suppress(UpdateFinishedTrialError):
+            self._tell(TrialState.FAIL, keep_checkpoint=True)
 
     def _tell(
         self,
@@ -131,22 +149,110 @@ class _Candidate:
             self.trial.set_user_attr(FAILURE, failure)
         if diagnosis is not None:
             self.trial.set_user_attr(DIAGNOSIS, diagnosis)
-        finished = self._study.tell(self.trial, values, state)
+        try:
+            finished = self._study.tell(self.trial, values, state)
+        except UpdateFinishedTrialError:
+            # A database may have kept what it could not acknowledge before it went away.
+            finished = next(trial for trial in self._study.trials if trial.number == self.trial.number)
+            if (finished.state, finished.values) != (state, values):
+                raise
         if not keep_checkpoint:
             Checkpoint.delete(self._checkpoint)
         return finished
 
 
+class Interrupted(Exception):
+    """A worker was told to stop in the middle of a wave."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wave:
+    """How the trials of a wave ended; `died` where their trainer did."""
+
+    ended: tuple[Ended | Infeasible, ...] = ()
+    died: bool = False
+
+    @property
+    def failed(self) -> bool:
+        """As on a broken device. What diverges, or breaks a limit, is a configuration's fault."""
+        return self.died or (bool(self.ended) and all(isinstance(one, Failed) for one in self.ended))
+
+
+class Breaker:
+    """Takes a device out of the night after three waves of other structures in a row failed on it, while trials were
+    trained elsewhere: a broken GPU or a full disk would burn the whole budget."""
+
+    def __init__(self, study: optuna.Study, lease: Lease) -> None:
+        self._study, self._lease = study, lease
+        self._failed: list[datetime] = []
+        self.is_open = False
+
+    def counts(self, wave: Wave | None) -> bool:
+        """Count a wave; returns whether there was one."""
+        if wave is None:
+            return False
+        self._failed = [*self._failed, datetime.now()] if wave.failed else []  # noqa: DTZ005 as Optuna's
+        if len(self._failed) >= MOST_FAILED_WAVES and self._others_trained():
+            self.is_open = True
+            self._lease.give_up(f"was taken out: {len(self._failed)} waves of trials in a row failed on it alone")
+        return True
+
+    def _others_trained(self) -> bool:
+        return any(
+            trial.user_attrs.get(WORKER) != self._lease.name and trial.datetime_complete > self._failed[0]
+            for trial in tonights_trials(self._study, TrialState.COMPLETE)
+            if trial.datetime_complete is not None
+        )
+
+
+def work(
+    study: optuna.Study,
+    job: TuningJob,
+    trainer: Trainer,
+    checkpoints: Path,
+    *,
+    claims: Claims,
+    flow_run_id: str | None,
+    on_trial: Callable[[FrozenTrial], None],
+) -> int:
+    """Train trials of a study whose night is elsewhere, until that ends or is gone; returns how many."""
+    told = 0
+
+    def count(trial: FrozenTrial) -> None:
+        nonlocal told
+        told += 1
+        on_trial(trial)
+
+    night = NightSign(study)
+    with Lease(study, describe_device(trainer.device), flow_run_id) as lease, suppress(Interrupted):
+        breaker = Breaker(study, lease)
+        while not night.is_gone() and not breaker.is_open:
+            wave = run_wave(study, job, trainer, checkpoints, lease, claims, count, lambda: lease.must_cut_off)
+            if not breaker.counts(wave):
+                time.sleep(POLL_SECONDS)
+    return told
+
+
 def run_wave(
-    study: optuna.Study, job: TuningJob, trainer: Trainer, checkpoints: Path, on_trial: Callable[[FrozenTrial], None]
-) -> None:
-    """A trial whose structure the sampler drew, and as many more of that structure as make one computation with it.
+    study: optuna.Study,
+    job: TuningJob,
+    trainer: Trainer,
+    checkpoints: Path,
+    lease: Lease,
+    claims: Claims,
+    on_trial: Callable[[FrozenTrial], None],
+    is_cut_off: Callable[[], bool],
+) -> Wave | None:
+    """A trial whose structure the sampler drew, and as many more of that structure as make one computation with it;
+    None where other workers have all that the budget has room for. Once `is_cut_off`, its trials end at their next
+    epoch.
 
     An interruption (Ctrl-C, a cancelled night, a trainer that died) leaves them FAIL without a reason, which is how the
     next wave, or the next night, knows to train them again.
     """
     untold: list[_Candidate] = []
     drawn: list[tuple[_Candidate, Training]] = []
+    outcomes: list[Ended | Infeasible] = []
     began = counted_to = time.perf_counter()
     may_take = job.budget.most_device_seconds - trained_seconds(study)
 
@@ -154,41 +260,55 @@ def run_wave(
         nonlocal counted_to
         seconds = (time.perf_counter() - counted_to) / len(epochs)
         counted_to += seconds * len(epochs)
-        is_spent = counted_to - began >= may_take
+        is_spent = counted_to - began >= may_take or is_cut_off()
         for place, epoch in epochs.items():
             drawn[place][0].report(epoch, seconds)
+        if lease.must_stop:
+            raise Interrupted("this worker was told to stop")
         return [place for place in epochs if is_spent or drawn[place][0].is_hopeless()]
 
+    def tell(candidate: _Candidate, outcome: Ended | Infeasible) -> None:
+        told = candidate.tell(outcome)
+        untold.remove(candidate)
+        outcomes.append(outcome)
+        on_trial(told)
+
     try:
-        candidate = None
-        while candidate is None or not is_wave_full(study, job, candidate.trial):
-            first = candidate is None
-            candidate = _Candidate(study, job, trainer, checkpoints)
-            untold.append(candidate)
-            try:
-                training = candidate.draw()
-                if first and may_widen_wave(candidate.trial, study, job):
-                    widen_wave(candidate.trial, min(_wave_size(job, trainer), trainer.members(training)))
-            except TrainerDied:
-                raise
-            except Exception as error:  # noqa: BLE001 told with its traceback
-                outcome = error if isinstance(error, Infeasible | Failed) else failed(error)
-                untold.remove(candidate)
-                on_trial(candidate.tell(outcome))
-            else:
-                drawn.append((candidate, training))
+        with claims():
+            if is_budget_claimed(study, job) or may_take <= 0 or GRID_EXHAUSTED in study.user_attrs:
+                return None
+            candidate = None
+            while candidate is None or not is_wave_full(study, job, candidate.trial):
+                first = candidate is None
+                candidate = _Candidate(study, job, trainer, checkpoints, lease.name)
+                untold.append(candidate)
+                try:
+                    training = candidate.draw()
+                    if first and may_widen_wave(candidate.trial, study, job):
+                        widen_wave(candidate.trial, min(_wave_size(job, trainer), trainer.members(training)))
+                except (TrainerDied, UpdateFinishedTrialError):
+                    raise
+                except Exception as error:  # noqa: BLE001 told with its traceback
+                    tell(candidate, error if isinstance(error, Infeasible | Failed) else failed(error))
+                else:
+                    drawn.append((candidate, training))
         began = counted_to = time.perf_counter()
         for place, ended in trainer.train([training for _, training in drawn], on_epoch):
-            candidate = drawn[place][0]
-            untold.remove(candidate)
-            on_trial(candidate.tell(ended))
+            tell(drawn[place][0], ended)
     except BaseException as error:
         for candidate in untold:
             candidate.tell_interrupted()
-        settle_running_trials(study)  # one whose ask was interrupted
-        if not isinstance(error, TrainerDied):
-            raise
-        _logger.warning("%s; the %d trials that it had are asked for again", error, len(untold))
+        with claims():  # one whose ask was interrupted
+            free_trials(study, lambda trial: trial.user_attrs.get(WORKER) in (None, lease.name))
+        if isinstance(error, TrainerDied):
+            _logger.warning("%s; the %d trials that it had are asked for again", error, len(untold))
+            return Wave(died=True)
+        if isinstance(error, UpdateFinishedTrialError):
+            lease.renew()
+            _logger.warning("this worker had been declared dead; what it trained is thrown away, and it begins anew")
+            return Wave()
+        raise
+    return Wave(ended=tuple(outcomes))
 
 
 def _wave_size(job: TuningJob, trainer: Trainer) -> int:

@@ -4,13 +4,16 @@ import threading
 from functools import partial
 from pathlib import Path
 
-from infra.device import hold_device
+import pytest
+
+from infra.device import NotNeeded, describe_device, hold_device
+from infra.settings import CPU_PART
 from tests.conftest import CPU
 from tests.servers import wait_for
 
 
 def test_the_lowest_rank_that_waits_is_next_and_a_dead_one_holds_nobody_up(tmp_path: Path) -> None:
-    waiting = tmp_path / "waiting-cpu-0"
+    waiting = tmp_path / "locks/waiting-cpu-whole"
     dead = waiting / "0-999999"
     got: list[int] = []
 
@@ -31,3 +34,11 @@ def test_the_lowest_rank_that_waits_is_next_and_a_dead_one_holds_nobody_up(tmp_p
         thread.join(timeout=30)
     assert got == [0, 1, 2]
     assert list(waiting.iterdir()) == []
+
+
+def test_parts_of_a_cpu_are_devices_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with hold_device(CPU, tmp_path):
+        monkeypatch.setenv(CPU_PART, "part 1 of 2")
+        with hold_device(CPU, tmp_path), pytest.raises(NotNeeded), hold_device(CPU, tmp_path, is_needed=lambda: False):
+            pass
+    assert "cpu part 1 of 2" in describe_device(CPU)

@@ -1,0 +1,91 @@
+"""The worker flow: trains trials of a night on one more device, beside the night itself.
+
+A night starts it through its deployment, as often as the job's `budget.workers` says. It needs the servers, the studies
+and the artifact store, and of the machine that the night runs on nothing.
+"""
+
+import logging
+from typing import Any
+
+from mlflow import MlflowClient
+from optuna.trial import FrozenTrial
+from prefect import flow, runtime
+from prefect.states import Completed, Failed
+
+from infra.device import NotNeeded, choose_device, describe_device, hold_device
+from infra.errors import ExpectedError
+from infra.settings import OUR_LOGGERS, Settings
+from infra.store import open_store
+from tasks.job import TuningJob
+from tasks.leases import NightSign
+from tasks.snapshots import fetch_snapshot
+from tasks.storage import one_claims
+from tasks.study import FINGERPRINT, JOB_CONTENT, MLFLOW_RUN, load_study, number_of
+from tasks.tracking import TrialTracker
+from tasks.trainer import TrainerProcess
+from tasks.work import work
+
+_logger = logging.getLogger(__name__)
+
+
+class NothingToTrain(ExpectedError):
+    """The study, or the rows that it is tuned on, cannot be had here."""
+
+
+@flow(name="tuning_worker", flow_run_name="worker of {study}", persist_result=False)
+def tuning_worker(job: str, study: str) -> Any:
+    """Train trials of a study until its night has enough of them.
+
+    Args:
+        job: Name of the job.
+        study: Name of the study, as the night called it.
+    """
+    for name in OUR_LOGGERS:
+        logging.getLogger(name).setLevel(logging.INFO)
+    try:
+        return Completed(message=_work(job, study, Settings.read()))
+    except ExpectedError as error:
+        _logger.error("%s", error)  # noqa: TRY400 the sentence says it all; a traceback would bury it
+        return Failed(message=str(error))
+
+
+def _work(job_name: str, study_name: str, settings: Settings) -> str:
+    try:
+        study = load_study(study_name, job_name, settings.studies)
+    except KeyError:
+        raise NothingToTrain(
+            f"there is no study {study_name} here; workers of several machines need NIGHTLY_OPTUNA_URL"
+        ) from None
+    attributes = study.user_attrs
+    job = TuningJob.model_validate(attributes[JOB_CONTENT])
+    snapshot = fetch_snapshot(open_store(settings.store_url), settings.home / "snapshots", attributes[FINGERPRINT])
+    if snapshot is None:
+        raise NothingToTrain(
+            f"the rows of {study_name} (snapshot {attributes[FINGERPRINT][:12]}) are neither here nor in "
+            f"{settings.store_url}; workers of several machines need a store that all of them reach"
+        )
+    device = choose_device()
+    night = NightSign(study)
+    try:
+        with (
+            hold_device(device, settings.home, is_needed=lambda: not night.is_gone()),
+            TrialTracker(MlflowClient(settings.mlflow_url), attributes[MLFLOW_RUN]) as tracker,
+            TrainerProcess(job, snapshot, device) as trainer,
+        ):
+
+            def on_trial(trial: FrozenTrial) -> None:
+                tracker.track(study, trial)
+                _logger.info("trial %d ended as %s: %s", number_of(trial), trial.state.name, trial.values)
+
+            trained = work(
+                study,
+                job,
+                trainer,
+                settings.home / "checkpoints",
+                claims=lambda: one_claims(settings.studies, job.name, study.study_name),
+                flow_run_id=runtime.flow_run.id,
+                on_trial=on_trial,
+            )
+    except NotNeeded:
+        return "the night needed no further device"
+    return f"{trained} trials on {describe_device(device)}"
