@@ -40,31 +40,39 @@ errors = Console(stderr=True, highlight=False, soft_wrap=True)
 def up() -> None:
     """Start the local stack (Prefect, MLflow, one worker) and apply the deployment of every job."""
     settings = enter()
+    with one_at_a_time(settings):
+        with console.status("Starting the servers"):
+            start(settings, servers(settings), console.print)
+        _apply(settings)
+        if not recorded_device_workers(settings):  # which stand in for it
+            with console.status("Starting the worker"):
+                start(settings, [worker(settings)], console.print)
+    console.print(f"Prefect {settings.prefect_page}  MLflow {settings.mlflow_url}  state in {settings.home}")
+
+
+@app.command()
+def apply() -> None:
+    """Apply the deployment of every job to the Prefect server that runs already, here or elsewhere."""
+    _apply(enter())
+
+
+def _apply(settings: Settings) -> None:
     from prefect.client.orchestration import get_client
 
     from infra.deploy import ROLLBACK, WORKER, apply_deployment, apply_work_pool, apply_zombie_automation
     from tasks.job import load_jobs
 
     jobs = load_jobs(settings.jobs)
-    with one_at_a_time(settings):
-        with console.status("Starting the servers"):
-            start(settings, servers(settings), console.print)
-        with console.status("Applying the deployments"), get_client(sync_client=True) as client:
-            apply_work_pool(client, settings.work_pool)
-            apply_zombie_automation(client)
-            for job in jobs:
-                if find(settings, worker(settings)) is None:
-                    _settle_dead_runs(client, job, settings)
-                apply_deployment(client, deployment_of(job), settings.work_pool)
-            for deployment in (ROLLBACK, WORKER):
-                apply_deployment(client, deployment, settings.work_pool)
-            console.print(
-                f"jobs: {', '.join(f'{job.name} ({job.schedule.cron} {job.schedule.timezone})' for job in jobs)}"
-            )
-        if not recorded_device_workers(settings):  # which stand in for it
-            with console.status("Starting the worker"):
-                start(settings, [worker(settings)], console.print)
-    console.print(f"Prefect {settings.prefect_page}  MLflow {settings.mlflow_url}  state in {settings.home}")
+    with console.status("Applying the deployments"), get_client(sync_client=True) as client:
+        apply_work_pool(client, settings.work_pool)
+        apply_zombie_automation(client)
+        for job in jobs:
+            if find(settings, worker(settings)) is None and not recorded_device_workers(settings):
+                _settle_dead_runs(client, job, settings)
+            apply_deployment(client, deployment_of(job), settings.work_pool)
+        for deployment in (ROLLBACK, WORKER):
+            apply_deployment(client, deployment, settings.work_pool)
+    console.print(f"jobs: {', '.join(f'{job.name} ({job.schedule.cron} {job.schedule.timezone})' for job in jobs)}")
 
 
 @app.command()

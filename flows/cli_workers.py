@@ -1,6 +1,8 @@
 """`nightly workers`: the workers of this machine's devices, one each."""
 
 import json
+import os
+import sys
 from collections.abc import Iterator
 from typing import Annotated, Any
 
@@ -22,7 +24,11 @@ DevicesOption = Annotated[
 
 
 @app.command("start")
-def start_workers(pool: PoolOption = None, devices: DevicesOption = "auto") -> None:
+def start_workers(
+    pool: PoolOption = None,
+    devices: DevicesOption = "auto",
+    foreground: Annotated[bool, typer.Option(help="Be the worker of one device, as in a container.")] = False,
+) -> None:
     """Start a worker for each device; they stand in for the local stack's own worker."""
     settings = enter()
     import torch
@@ -32,6 +38,10 @@ def start_workers(pool: PoolOption = None, devices: DevicesOption = "auto") -> N
 
     name = pool or settings.work_pool
     services = device_workers(name, devices, torch.cuda.device_count())
+    if foreground and len(services) != 1:
+        raise typer.BadParameter(f"--foreground is for one device, found {len(services)}; name one with --devices")
+    if foreground:
+        os.execve(sys.executable, services[0].command, {**os.environ, **services[0].environment})  # noqa: S606
     with one_at_a_time(settings), console.status("Starting the workers"):
         with get_client(sync_client=True) as client:
             apply_work_pool(client, name)
