@@ -171,6 +171,9 @@ class Settings(BaseSettings):
             "PREFECT_HOME": str(self.home / "prefect"),
             "PREFECT_API_URL": self.prefect_api_url,
             "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+            # In memory, as by default, a restarted server has forgotten them, and Prefect then kills each night that
+            # holds one, four minutes later at most.
+            "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
             "PREFECT_LOGGING_EXTRA_LOGGERS": ",".join(OUR_LOGGERS),
             # Prefect's 10 s are spent at every start of a night.
             "PREFECT_WORKER_QUERY_SECONDS": "2",

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
+from contextvars import copy_context
 from itertools import count
 from typing import Any
 
@@ -61,7 +62,8 @@ class Lease:
             NIGHT: is_night,
         }
         self._left = threading.Event()
-        self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
+        # In this thread's context, so that Prefect knows whose log lines they are.
+        self._thread = threading.Thread(target=copy_context().run, args=(self._beat,), name="lease", daemon=True)
         self.name = ""
         self.must_stop = self.must_cut_off = False
 
@@ -230,7 +232,7 @@ def watching(watch: Watch) -> Iterator[None]:
             except STORAGE_IS_AWAY as error:
                 _logger.warning("nobody watches the workers while the studies are away: %s", error)
 
-    thread = threading.Thread(target=look, name="watch", daemon=True)
+    thread = threading.Thread(target=copy_context().run, args=(look,), name="watch", daemon=True)
     thread.start()
     try:
         yield

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,34 +115,37 @@ def postgres_programs() -> Path | None:
 
 class PostgresServer:
     """A PostgreSQL server that asks its user `nightly` for a password. It refuses to run as root, so root runs it as
-    `postgres`. Listens on the given address."""
+    `postgres`. It listens on one address, of whatever host the commands `within` lead to, for that host's network."""
 
     password = "a password that only these tests know"  # noqa: S105
 
-    def __init__(self, folder: Path, address: str = "127.0.0.1") -> None:
+    def __init__(self, folder: Path, address: str = "127.0.0.1", within: Sequence[str] = ()) -> None:
         programs = postgres_programs()
         assert programs is not None
-        self._programs, self._folder, self._address = programs, folder, address
-        self._account = "postgres" if os.geteuid() == 0 else None
+        self._programs, self._folder, self._address, self._within = programs, folder, address, within
+        self._as_postgres = ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups"]
+        self._as_postgres = self._as_postgres if os.geteuid() == 0 else []
         self._process: subprocess.Popen[bytes] | None = None
         self.port = free_port()
         (folder / "password").write_text(self.password)
-        if self._account is not None:
+        if self._as_postgres:
             for path in (folder, folder / "password"):
-                shutil.chown(path, self._account, self._account)
+                shutil.chown(path, "postgres", "postgres")
         initdb = [str(programs / "initdb"), "-D", str(folder / "data"), "-U", "nightly", "-A", "scram-sha-256"]
         subprocess.run(
-            [*initdb, "-N", f"--pwfile={folder / 'password'}"],
-            check=True,
-            capture_output=True,
-            cwd=folder,
-            user=self._account,
-            group=self._account,
-        )
+            [*self._as_postgres, *initdb, "-N", f"--pwfile={folder / 'password'}"],
+            check=True, capture_output=True, cwd=folder,
+        )  # fmt: skip
+        with (folder / "data/pg_hba.conf").open("a") as rights:
+            rights.write(f"host all all {address}/24 scram-sha-256\n")
+
+    @property
+    def place(self) -> str:
+        return f"nightly@{self._address}:{self.port}"
 
     @property
     def url(self) -> str:
-        return f"postgresql://nightly@{self._address}:{self.port}/postgres"
+        return f"postgresql://{self.place}/postgres"
 
     def start(self) -> None:
         command = [
@@ -152,15 +155,10 @@ class PostgresServer:
         log = self._folder / "log"
         with log.open("ab") as output:
             self._process = subprocess.Popen(
-                command,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                cwd=self._folder,
-                user=self._account,
-                group=self._account,
+                [*self._within, *self._as_postgres, *command], stdout=output, stderr=subprocess.STDOUT, cwd=self._folder
             )
         process = self._process
-        wait_for(lambda: _listens(self.port, self._address) or process.poll() is not None, 60, "PostgreSQL")
+        wait_for(lambda: self._is_ready() or process.poll() is not None, 60, "PostgreSQL")
         assert process.poll() is None, log.read_text()[-2000:]
 
     def stop(self) -> None:
@@ -168,11 +166,27 @@ class PostgresServer:
             self._process.send_signal(signal.SIGINT)  # its fast shutdown
             self._process.wait(30)
 
+    def ask(self, database: str, query: str) -> list[str]:
+        """The rows that a query gives, as text."""
+        command = [
+            str(self._programs / "psql"), "-h", self._address, "-p", str(self.port), "-U", "nightly", "-d", database,
+            "-A", "-t", "-c", query,
+        ]  # fmt: skip
+        asked = subprocess.run(
+            [*self._within, *command], env={**os.environ, "PGPASSWORD": self.password}, capture_output=True, text=True,
+            check=True, timeout=60,
+        )  # fmt: skip
+        return asked.stdout.splitlines()
+
+    def _is_ready(self) -> bool:
+        command = [str(self._programs / "pg_isready"), "-h", self._address, "-p", str(self.port)]
+        return subprocess.run([*self._within, *command], capture_output=True, check=False).returncode == 0
+
 
 @contextmanager
-def postgres_server() -> Iterator[PostgresServer]:
+def postgres_server(address: str = "127.0.0.1", within: Sequence[str] = ()) -> Iterator[PostgresServer]:
     with tempfile.TemporaryDirectory(prefix="nightly-postgres-", ignore_cleanup_errors=True) as name:
-        server = PostgresServer(Path(name))
+        server = PostgresServer(Path(name), address, within)
         try:
             server.start()
             yield server
@@ -228,6 +242,6 @@ def background(command: list[str], log: Path, **environment: str) -> Iterator[su
             process.wait()
 
 
-def _listens(port: int, address: str = "127.0.0.1") -> bool:
+def _listens(port: int) -> bool:
     with socket.socket() as probe:
-        return probe.connect_ex((address, port)) == 0
+        return probe.connect_ex(("127.0.0.1", port)) == 0
