@@ -48,12 +48,21 @@ def champion_alias(stack: Stack, job: str) -> Any:
 def run_directly(stack: Stack, job: str, **environment: str) -> tuple[str, str]:
     """A night outside the worker, as a plain call of the flow; returns the state's type and message."""
     script = (
-        "import sys; from flows.nightly import nightly_tuning;"
-        "state = nightly_tuning(sys.argv[1], return_state=True);"
+        "from flows.nightly import nightly_tuning;"
+        f"state = nightly_tuning({job!r}, return_state=True);"
         "print(f'STATE {state.type.value} {state.message}')"
     )
-    finished = subprocess.run(
-        [sys.executable, "-c", script, job],
+    finished = run_script(stack, script, **environment)
+    line = next((line for line in finished.stdout.splitlines() if line.startswith("STATE ")), None)
+    assert line is not None, finished.stdout + finished.stderr
+    _, kind, message = line.split(" ", 2)
+    return kind, message
+
+
+def run_script(stack: Stack, script: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A program against the stack's servers."""
+    return subprocess.run(
+        [sys.executable, "-c", script],
         env={
             **stack.environment,
             "PREFECT_API_URL": stack.prefect_api,
@@ -67,10 +76,6 @@ def run_directly(stack: Stack, job: str, **environment: str) -> tuple[str, str]:
         timeout=240,
         check=False,
     )
-    line = next((line for line in finished.stdout.splitlines() if line.startswith("STATE ")), None)
-    assert line is not None, finished.stdout + finished.stderr
-    _, kind, message = line.split(" ", 2)
-    return kind, message
 
 
 def night_under_way(stack: Stack, job: str, *, trials: int) -> optuna.Study:

@@ -19,16 +19,16 @@ import typer
 from rich.console import Console
 
 from infra.settings import Settings
-from tests.benchmarks import prepare, publish, search, throughput
+from tests.benchmarks import prepare, publish, search, throughput, workers
 
-SUITES = {"search": search, "prepare": prepare, "publish": publish, "throughput": throughput}
+SUITES = {"search": search, "prepare": prepare, "publish": publish, "throughput": throughput, "workers": workers}
 
 console = Console(highlight=False, soft_wrap=True)
 
 
 def main(
     only: Annotated[
-        Literal["all", "search", "prepare", "publish", "throughput"], typer.Option(help="The suite to run.")
+        Literal["all", "search", "prepare", "publish", "throughput", "workers"], typer.Option(help="The suite to run.")
     ] = "all",
     seeds: Annotated[int, typer.Option(min=1, help="How often whatever depends on luck is repeated.")] = 5,
 ) -> None:
@@ -46,9 +46,9 @@ def _measure(suite: Any, seeds: int, file: Path) -> list[dict[str, Any]]:
     measurements = suite.measurements(seeds)
     records: list[dict[str, Any]] = []
     cores = os.cpu_count() or 1
-    workers, threads = (1, cores) if hasattr(suite, "ALONE") else (cores, 1)
+    processes, threads = (1, cores) if hasattr(suite, "ALONE") else (cores, 1)
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, spawn, torch.set_num_threads, (threads,), max_tasks_per_child=1) as pool:
+    with ProcessPoolExecutor(processes, spawn, torch.set_num_threads, (threads,), max_tasks_per_child=1) as pool:
         running = {pool.submit(function, *arguments): arguments for function, arguments in measurements}
         for done in as_completed(running):
             records.append(done.result())

@@ -192,12 +192,14 @@ def test_a_night_outlives_its_workers_its_network_and_its_servers(tmp_path: Path
         cut_off.cut_network(cut=True)
         back = threading.Timer(40, lambda: cut_off.cut_network(cut=False))
         back.start()
-        cluster.start_worker(others[3])
+        late = others[3]
+        cluster.start_worker(late)
+        wait_for(lambda: "started!" in (tmp_path / f"{late.namespace}.log").read_text(), 180, "a fourth worker")
         cluster.postgres.stop()
         time.sleep(5)
         cluster.postgres.start()
         cluster.restart_prefect()
-        wait_for(lambda: others[3].namespace in cluster.workers(), 180, "the fourth host to train")
+        wait_for(lambda: late.namespace in cluster.workers(), 180, "the fourth host to train")
         back.join()
         wait_for(lambda: cluster.night_state() not in ("RUNNING", "PENDING"), 400, "the night to end")
         assert cluster.night_state() == "COMPLETED", (tmp_path / f"{first.namespace}.log").read_text()[-4000:]

@@ -1,0 +1,86 @@
+"""The night itself is killed at each of its steps and between them; the next one goes on from there."""
+
+import signal
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from optuna.trial import TrialState
+
+from infra.store import open_store
+from tasks.promotions import history
+from tasks.study import finished_trials, is_interrupted
+from tests.conftest import Stack
+from tests.nights import assert_the_ledgers_agree, run_directly, run_script, study_of
+
+TRIALS = 9
+JOB = """
+name: {name}
+data: {{source: 'sklearn://digits'}}
+search: {{pruner: none, space: {{epochs: 2, batch_size: 64, width: [16, 32], depth: 1}}}}
+budget: {{trials: 9, minutes: 10}}
+confirm: {{candidates: 2, seeds: 2}}
+schedule: {{cron: '0 2 1 1 *'}}
+"""
+KILLER = """
+import os, signal
+import flows.nightly as night
+
+def kill(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+{moment}
+night.nightly_tuning({name!r}, return_state=True)
+"""
+MOMENTS = {
+    "before-reconcile": "night.reconcile_step = kill",
+    "before-prepare": "night.prepare_step = kill",
+    "before-tune": "night.tune_step = kill",
+    "in-tune": "import tasks.work; tasks.work._Candidate.tell = lambda *_: kill()",
+    "between-trials": "night.TrialTracker.track = kill",
+    "before-confirm": "night.confirm_step = kill",
+    "in-confirm": "night.track_confirmed = kill",
+    "before-gate": "night.gate_step = kill",
+    "before-promote": "night.promote_step = kill",
+    "after-promote": "night._notify = kill",
+    "before-report": "night.report_step = kill",
+}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(stack: Stack) -> dict[str, object]:
+    write_job(stack, "undisturbed")
+    assert run_directly(stack, "undisturbed")[0] == "COMPLETED"
+    return outcome_of(stack, "undisturbed")
+
+
+def write_job(stack: Stack, name: str) -> None:
+    (Path(stack.environment["NIGHTLY_JOBS"]) / f"{name}.yaml").write_text(JOB.format(name=name))
+
+
+def outcome_of(stack: Stack, job: str) -> dict[str, object]:
+    study = study_of(stack, job)
+    promotions = history(open_store((stack.home / "store").as_uri()), job)
+    best = max(study.get_trials(states=(TrialState.COMPLETE,)), key=lambda trial: trial.values[0])
+    return {
+        "finished": len(finished_trials(study)),
+        "ordinals": sorted(trial.user_attrs["ordinal"] for trial in finished_trials(study)),
+        "best": (best.params, best.values),
+        "promotions": len(promotions),
+        "states": Counter(trial.state.name for trial in finished_trials(study)),
+    }
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_night_that_is_killed_anywhere_ends_as_one_that_was_not(
+    stack: Stack, undisturbed: dict[str, object], moment: str
+) -> None:
+    job = f"killed-{moment}"
+    write_job(stack, job)
+    killed = run_script(stack, KILLER.format(moment=MOMENTS[moment], name=job))
+    assert killed.returncode == -signal.SIGKILL, killed.stdout + killed.stderr
+    assert run_directly(stack, job)[0] == "COMPLETED"
+    assert outcome_of(stack, job) == undisturbed
+    assert_the_ledgers_agree(stack, job)
+    interrupted = [trial for trial in study_of(stack, job).trials if is_interrupted(trial)]
+    assert bool(interrupted) == (moment == "in-tune")
