@@ -62,7 +62,7 @@ from tasks.reconcile import only_night_of, reconcile
 from tasks.report import report, report_skipped
 from tasks.snapshots import FORMAT, Snapshot, fetch_snapshot, mark_as_used, publish_snapshot, read_snapshot
 from tasks.sources import source_stamp
-from tasks.storage import Studies, one_claims
+from tasks.storage import STORAGE_IS_AWAY, Studies, StudiesUnavailable, one_claims
 from tasks.study import (
     AFTER_SEARCH_SECONDS,
     JOB_CONTENT,
@@ -144,7 +144,8 @@ def nightly_tuning(
             return Completed(name="Skipped", message=skip_step(tuning_job, reason))
         with only_night_of(tuning_job.name, settings.home):
             return _night(tuning_job, settings, may_skip=preset == "nightly" and trials is None and minutes is None)
-    except ExpectedError as error:
+    except (ExpectedError, *STORAGE_IS_AWAY) as failure:
+        error = failure if isinstance(failure, ExpectedError) else StudiesUnavailable.after(failure)
         _logger.error("%s", error)  # noqa: TRY400 the sentence says it all; a traceback would bury it
         _tell(Settings.read(), {"event": "failed", "job": job, "reason": str(error)})
         return Failed(message=str(error))

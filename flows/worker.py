@@ -19,7 +19,7 @@ from infra.store import open_store
 from tasks.job import TuningJob
 from tasks.leases import NightSign
 from tasks.snapshots import fetch_snapshot
-from tasks.storage import one_claims
+from tasks.storage import STORAGE_IS_AWAY, StudiesUnavailable, one_claims
 from tasks.study import FINGERPRINT, JOB_CONTENT, MLFLOW_RUN, load_study, number_of
 from tasks.tracking import TrialTracker
 from tasks.trainer import TrainerProcess
@@ -44,7 +44,8 @@ def tuning_worker(job: str, study: str) -> Any:
         logging.getLogger(name).setLevel(logging.INFO)
     try:
         return Completed(message=_work(job, study, Settings.read()))
-    except ExpectedError as error:
+    except (ExpectedError, *STORAGE_IS_AWAY) as failure:
+        error = failure if isinstance(failure, ExpectedError) else StudiesUnavailable.after(failure)
         _logger.error("%s", error)  # noqa: TRY400 the sentence says it all; a traceback would bury it
         return Failed(message=str(error))
 

@@ -21,6 +21,8 @@ from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from sqlalchemy.exc import OperationalError
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
 
+from infra.errors import ExpectedError
+
 # A folder of journals, or the URL of a PostgreSQL database.
 Studies = Path | str
 
@@ -31,6 +33,19 @@ LOCK_POLL_SECONDS = 0.002
 CONNECTING = {"connect_timeout": 5, "tcp_user_timeout": 10_000}
 
 _logger = logging.getLogger(__name__)
+
+
+class StudiesUnavailable(ExpectedError):
+    """The database of the studies did not answer for as long as it is waited for."""
+
+    @classmethod
+    def after(cls, error: BaseException) -> "StudiesUnavailable":
+        """Says what the database, or the way to it, said; its first line names neither user nor password."""
+        reason = str(error.__cause__ or error).splitlines()[0]
+        return cls(
+            f"the database of the studies has not answered for {PATIENCE_SECONDS} s ({reason}); start it or set "
+            "NIGHTLY_OPTUNA_URL right; the next night continues the study"
+        )
 
 
 def study_names(studies: Studies, job_name: str) -> list[str]:

@@ -134,6 +134,7 @@ def tune(
             "minutes": now >= deadline,
             job.budget.hours_limit: trained_seconds(study) >= job.budget.most_device_seconds,
             "the end of the grid": GRID_EXHAUSTED in study.user_attrs,
+            "the loss of every device": breaker.is_open and not watch.look().keys() - {lease.name},
         }
         return next((name for name, is_reached in limits.items() if is_reached), None)
 

@@ -14,7 +14,7 @@ from optuna.trial import TrialState
 from tenacity import stop_after_delay
 
 from tasks import storage
-from tasks.storage import STORAGE_IS_AWAY, one_claims, storage_of, study_names
+from tasks.storage import STORAGE_IS_AWAY, StudiesUnavailable, one_claims, storage_of, study_names
 from tests.servers import PostgresServer
 
 NAME = "small-20261123-020000"
@@ -109,5 +109,8 @@ def test_a_database_that_is_restarted_is_waited_for_but_by_a_report(
 
 def test_a_database_that_stays_away_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage._patiently, "stop", stop_after_delay(1))
-    with pytest.raises(STORAGE_IS_AWAY):
-        storage_of("postgresql://nightly@127.0.0.1:9/postgres", "small", NAME)
+    with pytest.raises(STORAGE_IS_AWAY) as away:
+        storage_of("postgresql://nightly:secret@127.0.0.1:9/postgres", "small", NAME)
+    sentence = str(StudiesUnavailable.after(away.value))
+    assert "has not answered for 600 s" in sentence
+    assert "secret" not in sentence
