@@ -17,7 +17,7 @@ from infra.errors import ExpectedError
 from infra.settings import OUR_LOGGERS, Settings
 from infra.store import open_store
 from tasks.job import TuningJob
-from tasks.leases import NightSign
+from tasks.leases import Lease, NightSign
 from tasks.snapshots import fetch_snapshot
 from tasks.storage import STORAGE_IS_AWAY, StudiesUnavailable, one_claims
 from tasks.study import FINGERPRINT, JOB_CONTENT, MLFLOW_RUN, load_study, number_of
@@ -70,6 +70,8 @@ def _work(job_name: str, study_name: str, settings: Settings) -> str:
     try:
         with (
             hold_device(device, settings.home, is_needed=lambda: not night.is_gone()),
+            # Left last: the night must not look for what is missing in MLflow while the tracker still writes.
+            Lease(study, describe_device(device), runtime.flow_run.id) as lease,
             TrialTracker(MlflowClient(settings.mlflow_url), attributes[MLFLOW_RUN]) as tracker,
             TrainerProcess(job, snapshot, device) as trainer,
         ):
@@ -83,9 +85,9 @@ def _work(job_name: str, study_name: str, settings: Settings) -> str:
                 job,
                 trainer,
                 settings.home / "checkpoints",
-                claims=lambda: one_claims(settings.studies, job.name, study.study_name),
-                flow_run_id=runtime.flow_run.id,
-                on_trial=on_trial,
+                lease,
+                lambda: one_claims(settings.studies, job.name, study.study_name),
+                on_trial,
             )
     except NotNeeded:
         return "the night needed no further device"

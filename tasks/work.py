@@ -210,9 +210,8 @@ def work(
     job: TuningJob,
     trainer: Trainer,
     checkpoints: Path,
-    *,
+    lease: Lease,
     claims: Claims,
-    flow_run_id: str | None,
     on_trial: Callable[[FrozenTrial], None],
 ) -> int:
     """Train trials of a study whose night is elsewhere, until that ends or is gone; returns how many."""
@@ -224,7 +223,7 @@ def work(
         on_trial(trial)
 
     night = NightSign(study)
-    with Lease(study, describe_device(trainer.device), flow_run_id) as lease, suppress(Interrupted):
+    with suppress(Interrupted):
         breaker = Breaker(study, lease)
         while not night.is_gone() and not breaker.is_open:
             wave = run_wave(study, job, trainer, checkpoints, lease, claims, count, lambda: lease.must_cut_off)

@@ -11,6 +11,7 @@ import statistics
 import tempfile
 import time
 from datetime import UTC, datetime
+from functools import partial
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
@@ -138,10 +139,9 @@ def _work(content: dict[str, Any], study_name: str, folder: Path, ready: Barrier
     study = load_study(study_name, job.name, folder / "studies")
     trainer = LocalTrainer(job, prepared_by(job, folder))
     ready.wait(120)
-    work(
-        study, job, trainer, folder, claims=lambda: one_claims(folder / "studies", job.name, study_name),
-        flow_run_id=None, on_trial=lambda _: None,
-    )  # fmt: skip
+    with Lease(study, "cpu", None) as lease:
+        claims = partial(one_claims, folder / "studies", job.name, study_name)
+        work(study, job, trainer, folder, lease, claims, lambda _: None)
 
 
 def _job(seed: int, trials: int = TRIALS) -> TuningJob:

@@ -193,12 +193,9 @@ def test_two_workers_share_a_budget_and_each_trial_counts_once(
 
     def help_out() -> None:
         other = optuna.load_study(study_name=study.study_name, storage=study._storage)
-        helped.append(
-            work(
-                other, job, LocalTrainer(job, prepared), tmp_path, claims=lambda: lock, flow_run_id="worker",
-                on_trial=lambda _: None,
-            )
-        )  # fmt: skip
+        with Lease(other, "cpu", "worker") as lease:
+            trainer = LocalTrainer(job, prepared)
+            helped.append(work(other, job, trainer, tmp_path, lease, lambda: lock, lambda _: None))
 
     study.set_user_attr(SEARCH_ENDED_BY, "")
     thread = threading.Thread(target=help_out)
@@ -235,7 +232,8 @@ def test_a_broken_device_is_taken_out_where_others_train(
         if len(finished_trials(study)) == 8:
             study.set_user_attr(SEARCH_ENDED_BY, "trials")
 
-    told = work(study, job, Broken(job, prepared), tmp_path, claims=nullcontext, flow_run_id=None, on_trial=on_trial)
+    with Lease(study, "cuda:0", None) as lease:
+        told = work(study, job, Broken(job, prepared), tmp_path, lease, nullcontext, on_trial)
     taken_out = [sentence for sentence in mishaps_of(study.user_attrs) if "was taken out: 3 waves" in sentence]
     assert (told, len(taken_out)) == ((3, 1) if others_train else (8, 0))
 
