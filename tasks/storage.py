@@ -31,6 +31,14 @@ PATIENCE_SECONDS = 600
 LOCK_POLL_SECONDS = 0.002
 # By these a host that is gone without a word is noticed: it does not accept a connection, or does not acknowledge.
 CONNECTING = {"connect_timeout": 5, "tcp_user_timeout": 10_000}
+# Of RDBStorage, by the cache that Optuna lays over it.
+CALLED_BY_THE_CACHE = {
+    "_create_new_trial",
+    "_get_best_trial_id",
+    "_get_trials",
+    "_set_trial_param",
+    "get_trial_id_from_study_id_trial_number",
+}
 
 _logger = logging.getLogger(__name__)
 
@@ -115,7 +123,7 @@ class _Database(RDBStorage):
     def __init__(self, url: str) -> None:
         engine = {"pool_pre_ping": True, "connect_args": CONNECTING}
         _patiently(partial(super().__init__, url.replace("postgresql://", "postgresql+psycopg://"), engine))
-        for name in BaseStorage.__abstractmethods__ - {"set_trial_intermediate_value"}:
+        for name in (BaseStorage.__abstractmethods__ | CALLED_BY_THE_CACHE) - {"set_trial_intermediate_value"}:
             setattr(self, name, partial(_patiently, getattr(self, name)))
 
     @classmethod

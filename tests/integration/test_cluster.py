@@ -194,12 +194,11 @@ def test_a_night_outlives_its_workers_its_network_and_its_servers(tmp_path: Path
         back.start()
         late = others[3]
         cluster.start_worker(late)
-        wait_for(lambda: "started!" in (tmp_path / f"{late.namespace}.log").read_text(), 180, "a fourth worker")
+        wait_for(lambda: late.namespace in cluster.workers(), 180, "the fourth host to train")
         cluster.postgres.stop()
         time.sleep(5)
         cluster.postgres.start()
         cluster.restart_prefect()
-        wait_for(lambda: late.namespace in cluster.workers(), 180, "the fourth host to train")
         back.join()
         wait_for(lambda: cluster.night_state() not in ("RUNNING", "PENDING"), 400, "the night to end")
         assert cluster.night_state() == "COMPLETED", (tmp_path / f"{first.namespace}.log").read_text()[-4000:]

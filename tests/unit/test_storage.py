@@ -1,7 +1,9 @@
 """Where studies lie: several writers, torn lines, killed holders, a database that is away."""
 
+import inspect
 import multiprocessing
 import os
+import re
 import signal
 import threading
 import time
@@ -10,11 +12,12 @@ from pathlib import Path
 import optuna
 import pytest
 from filelock import FileLock
+from optuna.storages import BaseStorage
 from optuna.trial import TrialState
 from tenacity import stop_after_delay
 
 from tasks import storage
-from tasks.storage import STORAGE_IS_AWAY, StudiesUnavailable, one_claims, storage_of, study_names
+from tasks.storage import CALLED_BY_THE_CACHE, STORAGE_IS_AWAY, StudiesUnavailable, one_claims, storage_of, study_names
 from tests.servers import PostgresServer
 
 NAME = "small-20261123-020000"
@@ -100,11 +103,26 @@ def test_a_database_that_is_restarted_is_waited_for_but_by_a_report(
     postgres.stop()
     with pytest.raises(STORAGE_IS_AWAY):
         trial.report(0.5, 1)
-    timer = threading.Timer(3, postgres.start)
-    timer.start()
-    study.tell(trial, 0.5)
-    timer.join()
-    assert [trial.values for trial in study.get_trials()] == [[0.5]]
+    for waits in (lambda: study.tell(trial, 0.5), study.get_trials, study.ask):
+        timer = threading.Timer(1, postgres.start)
+        timer.start()
+        waits()
+        timer.join()
+        postgres.stop()
+    postgres.start()
+    assert [trial.values for trial in study.get_trials()] == [[0.5], None]
+
+
+def test_what_the_cache_asks_of_a_database_is_waited_for_too() -> None:
+    source = inspect.getsource(optuna.storages._cached_storage)
+    asked = set(re.findall(r"self\._backend\.(\w+)\(", source))
+    heartbeat = {
+        "_get_stale_trial_ids",
+        "get_heartbeat_interval",
+        "get_heartbeat_stale_trial_callback",
+        "record_heartbeat",
+    }
+    assert asked - heartbeat <= BaseStorage.__abstractmethods__ | CALLED_BY_THE_CACHE
 
 
 def test_a_database_that_stays_away_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
