@@ -7,39 +7,14 @@ import threading
 import time
 from pathlib import Path
 
+import pytest
+
 from tests.conftest import make_stack, require
 from tests.hosts import Host, hosts, hosts_cannot_be_made
+from tests.integration.test_workers import write_slow_job
 from tests.servers import PostgresServer, S3Server, free_port, postgres_programs, postgres_server, wait_for
 
 TRIALS = 60
-# Trains by waiting, so that five hosts fit on two cores.
-SLOW_NET = """
-import time
-from torch import nn
-
-class Net(nn.Module):
-    @staticmethod
-    def suggest(trial):
-        return {"units": trial.suggest_int("units", 8, 12)}
-
-    def __init__(self, hyperparameters, shape):
-        super().__init__()
-        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(64, hyperparameters["units"]), nn.ReLU(),
-                                    nn.Linear(hyperparameters["units"], shape.outputs))
-
-    def forward(self, rows):
-        if self.training:
-            time.sleep(0.02)
-        return self.layers(rows)
-"""
-JOB = """
-name: cluster
-data: {source: 'sklearn://digits'}
-model: net.py:Net
-search: {pruner: none, space: {epochs: 30, batch_size: 64}}
-budget: {trials: 60, minutes: 20, workers: 4}
-confirm: {candidates: 1, seeds: 2}
-"""
 LOOK = """
 import json, os, sys
 from collections import Counter
@@ -86,8 +61,7 @@ class Cluster:
             "OMP_NUM_THREADS": "1",
         }
         jobs = Path(self.environment["NIGHTLY_JOBS"])
-        (jobs / "net.py").write_text(SLOW_NET)
-        (jobs / "cluster.yaml").write_text(JOB)
+        write_slow_job(jobs, "cluster", trials=TRIALS, workers=4, epochs=30)
 
     def start(self) -> None:
         for name in ("prefect", "mlflow", "optuna"):
@@ -147,7 +121,7 @@ class Cluster:
                 return False
             return True
 
-        wait_for(answers, 120, url)
+        wait_for(answers, 300, url)
 
     def finished(self) -> int:
         return int(self.postgres.ask("optuna", "SELECT count(*) FROM trials WHERE state = 'COMPLETE'")[0])
@@ -172,6 +146,7 @@ class Cluster:
         return rows[0] if rows else ""
 
 
+@pytest.mark.timeout(1800)
 def test_a_night_outlives_its_workers_its_network_and_its_servers(tmp_path: Path) -> None:
     if reason := hosts_cannot_be_made():
         require(reason)
@@ -183,7 +158,7 @@ def test_a_night_outlives_its_workers_its_network_and_its_servers(tmp_path: Path
         for host in others[:3]:
             cluster.start_worker(host)
         cluster.nightly("run", "cluster", "--no-follow")
-        wait_for(lambda: len(cluster.workers()) == 3 and cluster.finished() >= 3, 180, "three hosts to train")
+        wait_for(lambda: len(cluster.workers()) == 3 and cluster.finished() >= 3, 400, "three hosts to train")
         helpers = [host for host in others[:3] if not cluster.workers()[host.namespace]]
         assert len(helpers) == 2
         lost, cut_off = helpers
@@ -194,16 +169,16 @@ def test_a_night_outlives_its_workers_its_network_and_its_servers(tmp_path: Path
         back.start()
         late = others[3]
         cluster.start_worker(late)
-        wait_for(lambda: late.namespace in cluster.workers(), 180, "the fourth host to train")
+        wait_for(lambda: late.namespace in cluster.workers(), 400, "the fourth host to train")
         cluster.postgres.stop()
         time.sleep(5)
         cluster.postgres.start()
         cluster.restart_prefect()
         back.join()
-        wait_for(lambda: cluster.night_state() not in ("RUNNING", "PENDING"), 400, "the night to end")
+        wait_for(lambda: cluster.night_state() not in ("RUNNING", "PENDING"), 900, "the night to end")
         assert cluster.night_state() == "COMPLETED", (tmp_path / f"{first.namespace}.log").read_text()[-4000:]
 
-        wait_for(lambda: "RUNNING" not in cluster.run_states(), 200, "no worker's run to be left RUNNING")
+        wait_for(lambda: "RUNNING" not in cluster.run_states(), 400, "no worker's run to be left RUNNING")
         found = json.loads(first.run(sys.executable, "-c", LOOK, **cluster.environment))
         assert sorted(found["finished"]) == list(range(TRIALS))
         assert set(found["states"]) <= {"COMPLETE", "FAIL"}

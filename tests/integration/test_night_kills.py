@@ -33,7 +33,6 @@ def kill(*_, **__):
 night.nightly_tuning({name!r}, return_state=True)
 """
 MOMENTS = {
-    "before-reconcile": "night.reconcile_step = kill",
     "before-prepare": "night.prepare_step = kill",
     "before-tune": "night.tune_step = kill",
     "in-tune": "import tasks.work; tasks.work._Candidate.tell = lambda *_: kill()",
