@@ -80,7 +80,7 @@ def asking(finished: int) -> Record:
     with postgres_server() as postgres:
         os.environ["PGPASSWORD"] = postgres.password
         studies: Studies = postgres.url
-        job = _job(0, trials=100 * finished)
+        job = _job(0, trials=100_000)
         study = open_study(job, "f" * 32, studies, datetime.now(UTC))
         _fill(study, job, finished)
         lease = Lease(study, "cpu", None)
