@@ -62,6 +62,7 @@ class Lease:
             NIGHT: is_night,
         }
         self._left = threading.Event()
+        self._writing = threading.Lock()
         # In this thread's context, so that Prefect knows whose log lines they are.
         self._thread = threading.Thread(target=copy_context().run, args=(self._beat,), name="lease", daemon=True)
         self.name = ""
@@ -69,27 +70,31 @@ class Lease:
 
     def renew(self) -> None:
         """Go on as another worker: what was declared dead stays dead."""
-        if self.name:
-            self._write(LEFT)
-        self.name = f"{self._record['host']}-{self._record['pid']}-{next(_count)}"
-        self._write(0)
+        with self._writing:
+            if self.name:
+                self._write(LEFT)
+            self.name = f"{self._record['host']}-{self._record['pid']}-{next(_count)}"
+            self._write(0)
 
     def __enter__(self) -> "Lease":
         self.renew()
         self._thread.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._left.set()
-        with suppress(*STORAGE_IS_AWAY):
-            self._write(LEFT)
+        if kind is None or not issubclass(kind, STORAGE_IS_AWAY):  # which was waited for long enough
+            with suppress(*STORAGE_IS_AWAY), self._writing:
+                self._write(LEFT)
 
     def _beat(self) -> None:
         for beats in count(1):
             if self._left.wait(BEAT_SECONDS):
                 return
             try:
-                self._write(beats)
+                with self._writing:
+                    if not self._left.is_set():
+                        self._write(beats)
                 attributes = self._study.user_attrs
             except STORAGE_IS_AWAY as error:
                 _logger.warning("%s could not give a sign of life: %s", self.name, error)
@@ -132,9 +137,14 @@ class Watch:
         self._study, self._claims, self._clock = study, claims, clock
         self._seen: dict[str, tuple[int, float]] = {}
         self._looked_at: float | None = None
+        self._looking = threading.Lock()
 
     def look(self) -> dict[str, Any]:
         """Declare dead whoever has not beaten for the time of a lease; returns the records of those that live."""
+        with self._looking:
+            return self._look()
+
+    def _look(self) -> dict[str, Any]:
         attributes = self._study.user_attrs
         now = self._clock()
         silence = 0.0 if self._looked_at is None else now - self._looked_at

@@ -21,7 +21,7 @@ from tasks.job import TuningJob
 from tasks.leases import Claims, Lease, Watch, check_still_ours, mishaps_of, watching
 from tasks.memory import BASELINE
 from tasks.samplers import GRID_EXHAUSTED
-from tasks.storage import Studies
+from tasks.storage import STORAGE_IS_AWAY, Studies
 from tasks.study import (
     AFTER_SEARCH_SECONDS,
     FAILURE,
@@ -156,6 +156,8 @@ def tune(
             study.set_user_attr(SEARCH_ENDED_BY, ended_by)
             while watch.look().keys() - {lease.name}:
                 time.sleep(POLL_SECONDS)
+    except STORAGE_IS_AWAY:
+        raise
     except BaseException:
         check_still_ours(study, flow_run_id)
         study.set_user_attr(SEARCH_ENDED_BY, STOPPED)

@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 
 import optuna
@@ -184,25 +183,24 @@ class Breaker:
 
     def __init__(self, study: optuna.Study, lease: Lease) -> None:
         self._study, self._lease = study, lease
-        self._failed: list[datetime] = []
+        self._failed = self._trained_elsewhere = 0
         self.is_open = False
 
     def counts(self, wave: Wave | None) -> bool:
         """Count a wave; returns whether there was one."""
         if wave is None:
             return False
-        self._failed = [*self._failed, datetime.now()] if wave.failed else []  # noqa: DTZ005 as Optuna's
-        if len(self._failed) >= MOST_FAILED_WAVES and self._others_trained():
-            self.is_open = True
-            self._lease.give_up(f"was taken out: {len(self._failed)} waves of trials in a row failed on it alone")
-        return True
-
-    def _others_trained(self) -> bool:
-        return any(
-            trial.user_attrs.get(WORKER) != self._lease.name and trial.datetime_complete > self._failed[0]
+        self._failed = self._failed + 1 if wave.failed else 0
+        elsewhere = sum(
+            trial.user_attrs.get(WORKER) != self._lease.name
             for trial in tonights_trials(self._study, TrialState.COMPLETE)
-            if trial.datetime_complete is not None
         )
+        if self._failed == 1:
+            self._trained_elsewhere = elsewhere
+        if self._failed >= MOST_FAILED_WAVES and elsewhere > self._trained_elsewhere:
+            self.is_open = True
+            self._lease.give_up(f"was taken out: {self._failed} waves of trials in a row failed on it alone")
+        return True
 
 
 def work(
@@ -294,6 +292,8 @@ def run_wave(
         began = counted_to = time.perf_counter()
         for place, ended in trainer.train([training for _, training in drawn], on_epoch):
             tell(drawn[place][0], ended)
+    except STORAGE_IS_AWAY:  # which has been waited for, and would be again for each trial
+        raise
     except BaseException as error:
         for candidate in untold:
             candidate.tell_interrupted()
