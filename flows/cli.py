@@ -6,6 +6,7 @@ and imports them afterwards; it also keeps `nightly --help` quick.
 
 import json
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -40,10 +41,13 @@ errors = Console(stderr=True, highlight=False, soft_wrap=True)
 def up() -> None:
     """Start the local stack (Prefect, MLflow, one worker) and apply the deployment of every job."""
     settings = enter()
+    from tasks.job import load_jobs
+
+    jobs = load_jobs(settings.jobs)  # before anything starts
     with one_at_a_time(settings):
         with console.status("Starting the servers"):
             start(settings, servers(settings), console.print)
-        _apply(settings)
+        _apply(settings, jobs)
         if not recorded_device_workers(settings):  # which stand in for it
             with console.status("Starting the worker"):
                 start(settings, [worker(settings)], console.print)
@@ -53,16 +57,17 @@ def up() -> None:
 @app.command()
 def apply() -> None:
     """Apply the deployment of every job to the Prefect server that runs already, here or elsewhere."""
-    _apply(enter())
+    settings = enter()
+    from tasks.job import load_jobs
+
+    _apply(settings, load_jobs(settings.jobs))
 
 
-def _apply(settings: Settings) -> None:
+def _apply(settings: Settings, jobs: Sequence["TuningJob"]) -> None:
     from prefect.client.orchestration import get_client
 
     from infra.deploy import ROLLBACK, WORKER, apply_deployment, apply_work_pool, apply_zombie_automation
-    from tasks.job import load_jobs
 
-    jobs = load_jobs(settings.jobs)
     with console.status("Applying the deployments"), get_client(sync_client=True) as client:
         apply_work_pool(client, settings.work_pool)
         apply_zombie_automation(client)

@@ -40,6 +40,8 @@ from tasks.snapshots import Snapshot
 
 # How long a wave may go without an epoch: so long at first; later so many times the longest that any epoch took.
 FIRST_EPOCH_SECONDS = 600.0
+# To start, and to read the rows.
+START_SECONDS = 900.0
 LEAST_EPOCH_SECONDS = 60.0
 HUNG_AFTER_EPOCHS = 20
 
@@ -135,6 +137,7 @@ class TrainerProcess:
         self.device = device
         self._content = pickle.dumps((job.model_dump(mode="json"), snapshot, str(device)))
         self._process: subprocess.Popen[bytes] | None = None
+        self._is_ready = False
         self._longest = 0.0
 
     def __enter__(self) -> "TrainerProcess":
@@ -201,7 +204,14 @@ class TrainerProcess:
             raise self._died() from error
 
     def _receive(self, seconds: float) -> tuple[str, Any]:
-        """The next message that is no log line; what is not heard within the seconds is taken for hung."""
+        """The next message; what is not heard within the seconds, once the process is ready, is taken for hung."""
+        if not self._is_ready:
+            self._next(START_SECONDS)
+            self._is_ready = True
+        return self._next(seconds)
+
+    def _next(self, seconds: float) -> tuple[str, Any]:
+        """The next message that is no log line."""
         deadline = time.monotonic() + seconds
         try:
             while self._connection.poll(max(0.0, deadline - time.monotonic())):
@@ -234,6 +244,7 @@ class TrainerProcess:
                 env=without_secrets(os.environ),
                 start_new_session=True,  # a group of its own, which the terminal's Ctrl-C is not for
             )
+        self._is_ready = False
         self._connection = Connection(ours.detach())
         self._connection.send_bytes(self._content)
 
@@ -248,6 +259,8 @@ def serve(file_descriptor: int) -> None:
         logging.getLogger(name).addHandler(_LogLines(connection))
         logging.getLogger(name).setLevel(logging.INFO)
     trainer = LocalTrainer(TuningJob.model_validate(content), Prepared.load(snapshot, torch.device(device)))
+
+    connection.send(("ready", None))
 
     def on_epoch(epochs: Mapping[int, Epoch]) -> Collection[int]:
         connection.send(("epochs", dict(epochs)))

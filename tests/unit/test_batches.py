@@ -12,7 +12,7 @@ from models.families import family_named
 from models.preprocessing import Standardization
 from models.solo import Training, train
 from models.training import fusion_for
-from tasks import tune
+from tasks import prepared as prepared_module
 from tasks.job import DataConfig
 from tasks.prepare import prepare
 from tasks.prepared import Prepared
@@ -57,7 +57,7 @@ def test_a_slice_of_the_disk_is_what_a_tensor_s_would_be(tmp_path: Path) -> None
 def test_a_night_whose_rows_do_not_fit_streams_them_and_learns_as_well(
     snapshot: Snapshot, prepared: Prepared, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tune, "memory_bytes", lambda _: 1_000_000)
+    monkeypatch.setattr(prepared_module, "memory_bytes", lambda _: 1_000_000)
     monkeypatch.setattr(batches, "SHARD_BYTES", 50_000)
     streamed = Prepared.load(snapshot, CPU)
     assert (streamed.training.is_streamed, prepared.training.is_streamed) == (True, False)
@@ -80,7 +80,7 @@ def test_a_table_is_preprocessed_alike_on_the_disk_and_in_memory(
     (tmp_path / "rows.csv").write_text("a,b,c,y\n" + "\n".join(lines))
     snapshot = prepare(DataConfig(source=str(tmp_path / "rows.csv")), "classification", tmp_path / "snapshots")
     loaded = Prepared.load(snapshot, CPU)
-    monkeypatch.setattr(tune, "memory_bytes", lambda _: 1)
+    monkeypatch.setattr(prepared_module, "memory_bytes", lambda _: 1)
     streamed = Prepared.load(snapshot, CPU)
     assert streamed.training.is_streamed
     assert torch.equal(streamed.training.features[:], loaded.training.all_features)

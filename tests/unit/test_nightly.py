@@ -69,7 +69,8 @@ def test_who_comes_second_compares_with_who_came_first(
     monkeypatch.setattr(flows.nightly, "promote_step", promote)
     store = open_store(tmp_path.as_uri())
     settings = Settings(home=tmp_path)
-    arguments: Any = (make_job(), None, None, None, "champion 0", store, CPU, settings)
+    study = SimpleNamespace(user_attrs={})
+    arguments: Any = (make_job(), study, None, None, "champion 0", store, CPU, settings)
     if lost == JUDGEMENTS:
         with pytest.raises(StaleJudgement):
             _judge_and_promote(*arguments)

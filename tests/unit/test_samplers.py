@@ -162,7 +162,7 @@ def test_a_pruner_stops_the_same_trials_on_another_date(pruner: str, tmp_path: P
         study = open_study(job, "f", tmp_path / str(interrupted), now)
         if interrupted:
             ask(study, job)
-            study = open_study(job, "f", tmp_path / str(interrupted), now)
+            free_trials(study, lambda _: True)
         stopped = []
         for number in range(20):
             trial = ask(study, job)

