@@ -68,11 +68,12 @@ def _apply(settings: Settings, jobs: Sequence["TuningJob"]) -> None:
 
     from infra.deploy import ROLLBACK, WORKER, apply_deployment, apply_work_pool, apply_zombie_automation
 
+    no_worker_here = find(settings, worker(settings)) is None and not recorded_device_workers(settings)
     with console.status("Applying the deployments"), get_client(sync_client=True) as client:
         apply_work_pool(client, settings.work_pool)
         apply_zombie_automation(client)
         for job in jobs:
-            if find(settings, worker(settings)) is None and not recorded_device_workers(settings):
+            if no_worker_here:
                 _settle_dead_runs(client, job, settings)
             apply_deployment(client, deployment_of(job), settings.work_pool)
         for deployment in (ROLLBACK, WORKER):

@@ -205,25 +205,24 @@ def lost_flow_runs(attributes: Mapping[str, Any]) -> set[str]:
     return {str(attributes[_WORKER_RECORD + name]["flow_run"]) for name in names}
 
 
-def free_trials(study: optuna.Study, is_lost: Callable[[FrozenTrial], bool]) -> list[FrozenTrial]:
+def free_trials(study: optuna.Study, is_lost: Callable[[FrozenTrial], bool]) -> None:
     """Tell FAIL for RUNNING trials that nobody trains any more; only right while nobody asks for trials."""
     lost = [trial for trial in study.get_trials(states=(TrialState.RUNNING,)) if is_lost(trial)]
     for trial in lost:
         with suppress(UpdateFinishedTrialError, ValueError):  # its worker came first
             study.tell(trial.number, state=TrialState.FAIL)
             _logger.info("trial %d was interrupted", number_of(trial))
-    return lost
 
 
-def settle(study: optuna.Study, claims: Claims, *, clock: Callable[[], float] = time.monotonic) -> dict[str, Any]:
+def settle(study: optuna.Study, claims: Claims) -> dict[str, Any]:
     """Free the trials of every worker that is dead, as a night begins; returns the records of those that live, which
     takes the time of a lease where a worker of another machine might."""
-    watch = Watch(study, claims, clock)
-    began = clock()
+    watch = Watch(study, claims)
+    began = time.monotonic()
     before = workers_of(study.user_attrs)
     living = watch.look()
     while any(record["beats"] == before[name]["beats"] for name, record in living.items() if name in before):
-        if clock() - began > LEASE_SECONDS + 2 * BEAT_SECONDS:
+        if time.monotonic() - began > LEASE_SECONDS + 2 * BEAT_SECONDS:
             break
         time.sleep(BEAT_SECONDS / 5)
         living = watch.look()
