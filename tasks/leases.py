@@ -24,7 +24,7 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
 from infra.errors import ExpectedError
-from tasks.storage import STORAGE_IS_AWAY
+from tasks.storage import STORAGE_IS_AWAY, ClaimLost
 from tasks.study import FINISH_BY, FLOW_RUN, SEARCH_ENDED_BY, STOPPED, WORKER, number_of, tonights_trials
 
 BEAT_SECONDS = 5.0
@@ -165,7 +165,7 @@ class Watch:
         if any(
             trial.user_attrs.get(WORKER) not in living for trial in tonights_trials(self._study, TrialState.RUNNING)
         ):
-            with self._claims():  # or somebody who just joined might be asking
+            with suppress(ClaimLost), self._claims():  # or somebody who just joined might be asking
                 known = workers_of(self._study.user_attrs)
                 free_trials(self._study, lambda trial: trial.user_attrs.get(WORKER) not in known)
         return living

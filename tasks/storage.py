@@ -56,6 +56,10 @@ class StudiesUnavailable(ExpectedError):
         )
 
 
+class ClaimLost(Exception):
+    """Somebody else may have asked for trials at the same time: whatever was asked for is to be given back."""
+
+
 def study_names(studies: Studies, job_name: str) -> list[str]:
     """The names of a job's studies, the newest first: each ends in the moment in which its night began."""
     if isinstance(studies, Path):
@@ -78,19 +82,40 @@ def storage_of(studies: Studies, job_name: str, study_name: str) -> BaseStorage:
 
 @contextmanager
 def one_claims(studies: Studies, job_name: str, study_name: str) -> Iterator[None]:
-    """Have the study to oneself while trials are asked for: the next must see what was asked before."""
+    """Have the study to oneself while trials are asked for: the next must see what was asked before.
+
+    Raises ClaimLost at the end of a block during which the database freed the lock.
+    """
     if isinstance(studies, Path):
         with FileLock(studies / job_name / f"{study_name}.claim"):
             yield
         return
-    connection = _patiently(_Database.at(studies).engine.connect)
-    lock = sqlalchemy.text("SELECT pg_advisory_xact_lock(hashtext(:name))")
+    connection = _patiently(_claim, _Database.at(studies).engine, study_name)
     try:
-        _patiently(connection.execute, lock, {"name": study_name})
         yield
+        _check_claim(connection)
     finally:
-        with suppress(OperationalError):  # a server that was restarted has freed the lock itself
+        with suppress(OperationalError):
             connection.close()
+
+
+def _claim(engine: sqlalchemy.Engine, study_name: str) -> sqlalchemy.Connection:
+    """A transaction that holds the study's lock. A connection that broke is of no use for a second attempt."""
+    connection = engine.connect()
+    try:
+        connection.execute(sqlalchemy.text("SELECT pg_advisory_xact_lock(hashtext(:name))"), {"name": study_name})
+    except BaseException:
+        connection.invalidate()
+        raise
+    return connection
+
+
+def _check_claim(connection: sqlalchemy.Connection) -> None:
+    """The lock is held for as long as its transaction lives."""
+    try:
+        connection.execute(sqlalchemy.text("SELECT 1"))
+    except OperationalError as error:
+        raise ClaimLost("the database was restarted while trials were asked for") from error
 
 
 class _KernelLock(JournalFileOpenLock):

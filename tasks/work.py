@@ -30,7 +30,7 @@ from models.solo import Diverged, Epoch, Resumable, Training
 from tasks.job import TuningJob
 from tasks.leases import Claims, Lease, NightSign, free_trials
 from tasks.samplers import GRID_EXHAUSTED, ORDINAL
-from tasks.storage import STORAGE_IS_AWAY
+from tasks.storage import STORAGE_IS_AWAY, ClaimLost
 from tasks.study import (
     COSTS,
     FAILURE,
@@ -244,10 +244,11 @@ def run_wave(
     None where other workers have all that the budget has room for. Once `is_cut_off`, its trials end at their next
     epoch.
 
-    An interruption (Ctrl-C, a cancelled night, a trainer that died) leaves them FAIL without a reason, which is how the
-    next wave, or the next night, knows to train them again.
+    An interruption (Ctrl-C, a cancelled night, a trainer that died, a claim that was lost) leaves them FAIL without a
+    reason, which is how the next wave, or the next night, knows to train them again.
     """
     untold: list[_Candidate] = []
+    refused: list[tuple[_Candidate, Infeasible | Failed]] = []
     drawn: list[tuple[_Candidate, Training]] = []
     outcomes: list[Ended | Infeasible] = []
     began = counted_to = time.perf_counter()
@@ -283,12 +284,14 @@ def run_wave(
                     training = candidate.draw()
                     if first and may_widen_wave(candidate.trial, study, job):
                         widen_wave(candidate.trial, min(_wave_size(job, trainer), trainer.members(training)))
-                except (TrainerDied, UpdateFinishedTrialError):
+                except (TrainerDied, UpdateFinishedTrialError, *STORAGE_IS_AWAY):
                     raise
                 except Exception as error:  # noqa: BLE001 told with its traceback
-                    tell(candidate, error if isinstance(error, Infeasible | Failed) else failed(error))
+                    refused.append((candidate, error if isinstance(error, Infeasible | Failed) else failed(error)))
                 else:
                     drawn.append((candidate, training))
+        for candidate, reason in refused:
+            tell(candidate, reason)
         began = counted_to = time.perf_counter()
         for place, ended in trainer.train([training for _, training in drawn], on_epoch):
             tell(drawn[place][0], ended)
@@ -297,7 +300,7 @@ def run_wave(
     except BaseException as error:
         for candidate in untold:
             candidate.tell_interrupted()
-        with claims():  # one whose ask was interrupted
+        with suppress(ClaimLost), claims():  # one whose ask was interrupted
             free_trials(study, lambda trial: trial.user_attrs.get(WORKER) in (None, lease.name))
         if isinstance(error, TrainerDied):
             _logger.warning("%s; the %d trials that it had are asked for again", error, len(untold))
@@ -305,6 +308,9 @@ def run_wave(
         if isinstance(error, UpdateFinishedTrialError):
             lease.renew()
             _logger.warning("this worker had been declared dead; what it trained is thrown away, and it begins anew")
+            return Wave()
+        if isinstance(error, ClaimLost):
+            _logger.warning("%s; this worker gives back the %d that it asked for", error, len(untold))
             return Wave()
         raise
     return Wave(ended=tuple(outcomes))

@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from tasks.leases import (
     workers_of,
 )
 from tasks.prepared import Prepared
+from tasks.storage import ClaimLost
 from tasks.study import (
     AFTER_SEARCH_SECONDS,
     FINISH_BY,
@@ -206,6 +207,32 @@ def test_two_workers_share_a_budget_and_each_trial_counts_once(
     assert len(study.trials) == 24
     assert sorted(trial.user_attrs["ordinal"] for trial in study.trials) == list(range(24))
     assert len(helped) == 1
+
+
+def test_what_was_asked_for_under_a_lost_claim_is_given_back_and_counts_once(
+    study: optuna.Study, prepared: Prepared, tmp_path: Path
+) -> None:
+    space = {"epochs": 1, "batch_size": 256, "depth": [1, 2], "width": 16}
+    limits = {"max_parameters": 1300}  # which two layers break
+    job = make_job(search={"pruner": "none", "space": space, **limits}, budget={"trials": 24})
+    claims_made = 0
+
+    @contextmanager
+    def claims() -> Iterator[None]:
+        nonlocal claims_made
+        claims_made += 1
+        yield
+        if claims_made in (1, 2, 5):  # of which the second is the one to free what the first asked for
+            raise ClaimLost("the database was restarted")
+
+    tuned = tune(study, job, LocalTrainer(job, prepared), tmp_path, claims=claims)
+    finished = finished_trials(study)
+    assert sorted(trial.user_attrs["ordinal"] for trial in finished) == list(range(24))
+    assert tuned.complete + tuned.pruned == 24
+    assert tuned.pruned > 0
+    interrupted = [trial for trial in study.trials if is_interrupted(trial)]
+    assert len(interrupted) == len(study.trials) - 24 > 1
+    assert all(trial.user_attrs["curve"] == [] for trial in interrupted)
 
 
 class Broken(LocalTrainer):

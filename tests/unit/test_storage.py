@@ -17,7 +17,15 @@ from optuna.trial import TrialState
 from tenacity import stop_after_delay
 
 from tasks import storage
-from tasks.storage import CALLED_BY_THE_CACHE, STORAGE_IS_AWAY, StudiesUnavailable, one_claims, storage_of, study_names
+from tasks.storage import (
+    CALLED_BY_THE_CACHE,
+    STORAGE_IS_AWAY,
+    ClaimLost,
+    StudiesUnavailable,
+    one_claims,
+    storage_of,
+    study_names,
+)
 from tests.servers import PostgresServer
 
 NAME = "small-20261123-020000"
@@ -111,6 +119,32 @@ def test_a_database_that_is_restarted_is_waited_for_but_by_a_report(
         postgres.stop()
     postgres.start()
     assert [trial.values for trial in study.get_trials()] == [[0.5], None]
+
+
+def test_a_lock_that_the_database_freed_is_noticed_and_whoever_waits_for_it_goes_on_waiting(
+    postgres: PostgresServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PGPASSWORD", postgres.password)
+    open_study(postgres.url)
+    entered = threading.Event()
+
+    def claim() -> None:
+        with one_claims(postgres.url, "small", NAME):
+            entered.set()
+
+    def restart() -> None:
+        with one_claims(postgres.url, "small", NAME):
+            waiting.start()
+            assert not entered.wait(1)
+            postgres.stop()
+            postgres.start()
+
+    waiting = threading.Thread(target=claim)
+    with pytest.raises(ClaimLost):
+        restart()
+    waiting.join(60)
+    assert entered.is_set()
+    claim()
 
 
 def test_what_the_cache_asks_of_a_database_is_waited_for_too() -> None:
