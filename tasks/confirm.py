@@ -25,7 +25,7 @@ from models.solo import Diverged, Trained, Training, mean_loss
 from models.training import train_all
 from tasks.job import TuningJob
 from tasks.prepared import Prepared
-from tasks.samplers import ORDINAL
+from tasks.samplers import NUMBER
 from tasks.study import HYPERPARAMETERS, derived_seed, number_of, ranked, tonights_trials
 from tasks.tune import TuningFailed
 
@@ -143,7 +143,7 @@ def _retrain(trial: FrozenTrial, job: TuningJob, prepared: Prepared) -> Challeng
     """None where each seed diverged."""
     hyperparameters = job.family.hyperparameters.from_values(trial.user_attrs[HYPERPARAMETERS])
     seeds = [
-        derived_seed(job.seed, f"confirm {number}", trial.user_attrs[ORDINAL]) for number in range(job.confirm.seeds)
+        derived_seed(job.seed, f"confirm {number}", trial.user_attrs[NUMBER]) for number in range(job.confirm.seeds)
     ]
     trained: dict[int, Trained] = {}
     outcomes = train_seeds(job.family, job.search.objective, hyperparameters, prepared, seeds)

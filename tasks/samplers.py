@@ -27,7 +27,7 @@ from optuna.trial import FrozenTrial, TrialState
 from tasks.job import PrunerName, SamplerName
 
 GRID_EXHAUSTED = "grid_exhausted"
-ORDINAL = "ordinal"
+NUMBER = "number"
 STARTUP_TRIALS = 10
 PRUNER_STARTUP_TRIALS = 5
 PRUNER_WARMUP_EPOCHS = 3
@@ -94,12 +94,12 @@ class GridSampler(BruteForceSampler):
 
 
 class HyperbandPruner(optuna.pruners.HyperbandPruner):
-    """Gives a trial its bracket by the ordinal. Optuna gives it by the study's name and the trial's number, of which
-    one holds the date and the other counts interruptions, so a night would not go as its seed says."""
+    """Gives a trial its bracket by its number in the night. Optuna gives it by the study's name and its own number, of
+    which one holds the date and the other counts interruptions, so a night would not go as its seed says."""
 
     def _get_bracket_id(self, study: optuna.Study, trial: FrozenTrial) -> int:  # noqa: ARG002 Optuna's signature
-        by_ordinal = SimpleNamespace(study_name="", number=trial.user_attrs.get(ORDINAL, trial.number))
-        return super()._get_bracket_id(by_ordinal, by_ordinal)  # type: ignore[arg-type]
+        by_number = SimpleNamespace(study_name="", number=trial.user_attrs.get(NUMBER, trial.number))
+        return super()._get_bracket_id(by_number, by_number)  # type: ignore[arg-type]
 
 
 def build_sampler(

@@ -17,7 +17,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from tasks.job import TuningJob
-from tasks.samplers import ORDINAL, build_pruner, build_sampler
+from tasks.samplers import NUMBER, build_pruner, build_sampler
 from tasks.snapshots import Snapshot, read_snapshot
 from tasks.storage import Studies, storage_of, study_names
 
@@ -38,7 +38,6 @@ FINISH_BY = "finish_by"
 
 COSTS = "costs"
 FAILURE = "failure"
-NUMBER = "number"
 ROLE = "role"
 FIXED = "fixed"
 HYPERPARAMETERS = "hyperparameters"
@@ -113,36 +112,35 @@ def earlier_studies(job_name: str, studies: Studies) -> Iterator[optuna.Study]:
 
 
 def ask(study: optuna.Study, job: TuningJob, worker: str = "") -> optuna.Trial:
-    """Ask for the next trial: what is queued comes first, then a sampler seeded by the trial's ordinal, the first that
+    """Ask for the next trial: what is queued comes first, then a sampler seeded by the trial's number, the first that
     no finished and no running trial has. Within a wave (`widen_wave`) the structure is that of its first trial.
 
     An interrupted night thus goes on exactly as it would have without the interruption: an interrupted trial is asked
     for again as it was, and for others the history is the same and so is the seed. (A sampler made once a process
     would propose the study's first trials again.)
     """
-    claimed = {trial.user_attrs.get(ORDINAL): trial for trial in _claimed(study)}
-    ordinal = next(number for number in count() if number not in claimed)
+    claimed = {trial.user_attrs.get(NUMBER): trial for trial in _claimed(study)}
+    number = next(free for free in count() if free not in claimed)
     queue: list[dict[str, Any]] = study.user_attrs.get(QUEUE, [])
-    interrupted = _interrupted_with(study, ordinal)
-    # Where an ask was cut off before, what it queued is for this very ordinal.
+    interrupted = _interrupted_with(study, number)
+    # Where an ask was cut off before, what it queued is for this very number.
     if not study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
-        if ordinal < len(queue):
-            study.enqueue_trial(queue[ordinal]["params"], user_attrs=queue[ordinal]["attributes"])
+        if number < len(queue):
+            study.enqueue_trial(queue[number]["params"], user_attrs=queue[number]["attributes"])
         elif interrupted:
             study.enqueue_trial(interrupted.params)
-    first, size = _wave_of(ordinal, interrupted, claimed.get(ordinal - 1))
-    params = claimed[first].params if first != ordinal else {}
+    first, size = _wave_of(number, interrupted, claimed.get(number - 1))
+    params = claimed[first].params if first != number else {}
     study.sampler = build_sampler(
         job.search.sampler,
-        seed=derived_seed(job.seed, "sampler", ordinal),
+        seed=derived_seed(job.seed, "sampler", number),
         study_seed=derived_seed(job.seed, "sequence", 0),
         fixed={name: params[name] for name in job.family.structure if name in params},
     )
     trial = study.ask()
     trial.set_user_attr(WORKER, worker)
-    trial.set_user_attr(ORDINAL, ordinal)
+    trial.set_user_attr(NUMBER, number)
     trial.set_user_attr(WAVE, [first, size])
-    trial.set_user_attr(NUMBER, trial.number - len(_imported(study)))
     return trial
 
 
@@ -150,13 +148,13 @@ def may_widen_wave(trial: optuna.Trial, study: optuna.Study, job: TuningJob) -> 
     """Whether other trials may share this one's structure. Not what is queued, whose structure nobody chose for a
     whole wave; not CMA-ES, whose covariance is of all numbers; not a grid or a sequence, whose points are given."""
     searched = job.search.sampler in ("auto", "tpe", "gp", "random")
-    return searched and trial.user_attrs[ORDINAL] >= len(study.user_attrs.get(QUEUE, []))
+    return searched and trial.user_attrs[NUMBER] >= len(study.user_attrs.get(QUEUE, []))
 
 
 def widen_wave(trial: optuna.Trial, size: int) -> None:
     """Let so many trials, from this one on, share its structure, whether they are asked for tonight or after an
     interruption."""
-    trial.set_user_attr(WAVE, [trial.user_attrs[ORDINAL], size])
+    trial.set_user_attr(WAVE, [trial.user_attrs[NUMBER], size])
 
 
 def is_wave_full(study: optuna.Study, job: TuningJob, trial: optuna.Trial) -> bool:
@@ -164,11 +162,11 @@ def is_wave_full(study: optuna.Study, job: TuningJob, trial: optuna.Trial) -> bo
     once less than is tolerated goes alone: if it is what kills the process, it takes no other with it."""
     claimed = _claimed(study)
     first, size = trial.user_attrs[WAVE]
-    left = set(range(first, first + size)).difference(other.user_attrs.get(ORDINAL) for other in claimed)
+    left = set(range(first, first + size)).difference(other.user_attrs.get(NUMBER) for other in claimed)
     if not left or is_budget_claimed(study, job):
         return True
-    interruptions = Counter(other.user_attrs.get(ORDINAL) for other in tonights_trials(study) if is_interrupted(other))
-    return max(interruptions[trial.user_attrs[ORDINAL]], interruptions[min(left)]) >= MOST_INTERRUPTIONS - 1
+    interruptions = Counter(other.user_attrs.get(NUMBER) for other in tonights_trials(study) if is_interrupted(other))
+    return max(interruptions[trial.user_attrs[NUMBER]], interruptions[min(left)]) >= MOST_INTERRUPTIONS - 1
 
 
 def is_budget_claimed(study: optuna.Study, job: TuningJob) -> bool:
@@ -183,8 +181,8 @@ def finished_trials(study: optuna.Study) -> list[FrozenTrial]:
     interruptions: Counter[object] = Counter()
     for trial in tonights_trials(study):
         if is_interrupted(trial):
-            interruptions[trial.user_attrs.get(ORDINAL)] += 1
-            if interruptions[trial.user_attrs.get(ORDINAL)] == MOST_INTERRUPTIONS:
+            interruptions[trial.user_attrs.get(NUMBER)] += 1
+            if interruptions[trial.user_attrs.get(NUMBER)] == MOST_INTERRUPTIONS:
                 finished.append(trial)
         elif trial.state.is_finished():
             finished.append(trial)
@@ -192,8 +190,14 @@ def finished_trials(study: optuna.Study) -> list[FrozenTrial]:
 
 
 def number_of(trial: FrozenTrial) -> int:
-    """The trial's number within the night, from 0; Optuna's counts imported trials too."""
+    """The trial's number within the night, from 0. One that is trained again after an interruption keeps it, and has
+    another of Optuna's, which counts imported trials too."""
     return int(trial.user_attrs.get(NUMBER, trial.number))
+
+
+def attempts(study: optuna.Study, number: int) -> list[FrozenTrial]:
+    """Every time that a trial of tonight was begun: all but the last were interrupted."""
+    return [trial for trial in tonights_trials(study) if trial.user_attrs.get(NUMBER) == number]
 
 
 def tonights_trials(study: optuna.Study, *states: TrialState) -> list[FrozenTrial]:
@@ -238,24 +242,20 @@ def _with_pruner(study: optuna.Study, job: TuningJob) -> optuna.Study:
     return study
 
 
-def _imported(study: optuna.Study) -> list[FrozenTrial]:
-    return [trial for trial in study.get_trials(deepcopy=False) if IMPORTED_FROM in trial.user_attrs]
-
-
 def _claimed(study: optuna.Study) -> list[FrozenTrial]:
     return [*finished_trials(study), *tonights_trials(study, TrialState.RUNNING)]
 
 
-def _wave_of(ordinal: int, interrupted: FrozenTrial | None, before: FrozenTrial | None) -> tuple[int, int]:
-    """The first ordinal of the wave that an ordinal belongs to, and the wave's size."""
+def _wave_of(number: int, interrupted: FrozenTrial | None, before: FrozenTrial | None) -> tuple[int, int]:
+    """The first number of the wave that a number belongs to, and the wave's size."""
     for known in (interrupted, before):
         if known is not None and WAVE in known.user_attrs:
             first, size = known.user_attrs[WAVE]
-            if first <= ordinal < first + size:
+            if first <= number < first + size:
                 return first, size
-    return ordinal, 1
+    return number, 1
 
 
-def _interrupted_with(study: optuna.Study, ordinal: int) -> FrozenTrial | None:
+def _interrupted_with(study: optuna.Study, number: int) -> FrozenTrial | None:
     trials = tonights_trials(study, TrialState.FAIL)
-    return next((trial for trial in trials if is_interrupted(trial) and trial.user_attrs.get(ORDINAL) == ordinal), None)
+    return next((trial for trial in trials if is_interrupted(trial) and trial.user_attrs.get(NUMBER) == number), None)

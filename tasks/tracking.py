@@ -1,7 +1,8 @@
 """Everything that is written to MLflow: one experiment a job, a parent run a night, a nested run a trial.
 
 A trial's run is derived from the finished Optuna trial alone and written in one batch (one call a metric costs 20
-times more), off the training thread. So a trial that MLflow missed can be written later, and twice does no harm.
+times more), off the training thread. So a trial that MLflow missed can be written later, and twice does no harm. Where
+a trial was interrupted and trained again, Optuna has two trials and MLflow one run, which was resumed.
 Knows nothing of how a trial was trained.
 """
 
@@ -16,7 +17,7 @@ from typing import Any
 
 import optuna
 from mlflow import MlflowClient
-from mlflow.entities import Dataset, DatasetInput, InputTag, LifecycleStage, Metric, Param, RunStatus, ViewType
+from mlflow.entities import Dataset, DatasetInput, InputTag, LifecycleStage, Metric, Param, RunStatus, RunTag, ViewType
 from mlflow.exceptions import MlflowException
 from mlflow.store.tracking import SEARCH_MAX_RESULTS_DEFAULT
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
@@ -27,6 +28,7 @@ from infra.errors import ExpectedError, stopped_by
 from models.solo import Epoch
 from tasks.data_card import data_card
 from tasks.job import TuningJob
+from tasks.samplers import NUMBER
 from tasks.snapshots import Snapshot
 from tasks.study import (
     FAILURE,
@@ -37,6 +39,7 @@ from tasks.study import (
     MLFLOW_RUN,
     OBJECTIVE,
     ROLE,
+    attempts,
     is_interrupted,
     number_of,
     tonights_trials,
@@ -47,7 +50,9 @@ CHAMPION_ALIAS = "champion"
 CHALLENGER_ALIAS = "challenger"
 CHALLENGER_OF = "night"
 STORE_VERSION = "store_version"
-TRIAL_NUMBER = "optuna_trial"
+TRIAL_NUMBER = "trial"
+OPTUNA_NUMBER = "optuna_trial"
+INTERRUPTIONS = "interruptions"
 CURVE = "curve"
 SECONDS = "seconds"
 DEVICE = "device"
@@ -166,71 +171,93 @@ class TrialTracker:
 def track_trial(
     client: MlflowClient, experiment_id: str, parent_run_id: str, study: optuna.Study, trial: FrozenTrial
 ) -> str:
-    """Write one finished trial as a nested run: created, filled by one batch, ended; returns the run's id."""
-    start, end = _milliseconds(trial.datetime_start), _milliseconds(trial.datetime_complete)
+    """Write one finished trial as a nested run: created, or resumed where an interrupted attempt at the trial has one,
+    filled by one batch, ended; returns the run's id."""
+    number = number_of(trial)
+    made = [attempt for attempt in attempts(study, number) if attempt.number <= trial.number]
+    interruptions = sum(is_interrupted(attempt) for attempt in made)
+    start, end = _milliseconds(made[0].datetime_start), _milliseconds(trial.datetime_complete)
     tags = {
         MLFLOW_PARENT_RUN_ID: parent_run_id,
-        MLFLOW_RUN_NAME: f"trial {number_of(trial):03}",
+        MLFLOW_RUN_NAME: f"trial {number:03}",
         "job": study.user_attrs[JOB],
         "optuna_study": study.study_name,
-        TRIAL_NUMBER: str(number_of(trial)),
+        TRIAL_NUMBER: str(number),
+        OPTUNA_NUMBER: str(trial.number),
         "trial_state": trial.state.name,
         FLOW_RUN: study.user_attrs.get(FLOW_RUN) or "none",
     }
     tags |= {
         name: str(trial.user_attrs[name]) for name in (DEVICE, DIAGNOSIS, ROLE, FAILURE) if name in trial.user_attrs
     }
-    if is_interrupted(trial):
-        tags[FAILURE] = "interrupted: its worker was stopped"
-    run = client.create_run(experiment_id, start_time=start, tags=tags)
+    if interruptions:
+        tags[INTERRUPTIONS] = str(interruptions)
+    known = _run_of(client, experiment_id, parent_run_id, number) if len(made) > 1 else None
+    if known is None:
+        run_id = str(client.create_run(experiment_id, start_time=start, tags=tags).info.run_id)
+        tracked_epochs = 0
+    else:
+        run_id = known
+        client.update_run(run_id, status=RunStatus.to_string(RunStatus.RUNNING))
+        tracked_epochs = max((point.step for point in client.get_metric_history(run_id, "train_loss")), default=0)
     metrics = []
     objective, cost = study.user_attrs[OBJECTIVE]
     epochs = 0
-    for number, train_loss, validation_loss, value in trial.user_attrs.get(CURVE, []):
+    for epoch, train_loss, validation_loss, value in trial.user_attrs.get(CURVE, []):
         curve = {"train_loss": train_loss, "val_loss": validation_loss, f"val_{objective}": value}
-        metrics += [Metric(name, point, end, number) for name, point in curve.items()]
-        epochs = number
+        if epoch > tracked_epochs:
+            metrics += [Metric(name, point, end, epoch) for name, point in curve.items()]
+        epochs = epoch
     for name, value in trial.user_attrs.get(VALIDATION, {}).items():
         if name != objective:  # whose last point is there already
             metrics.append(Metric(f"val_{name}", value, end, epochs))
     if cost != "none" and trial.values is not None:
         metrics.append(Metric(cost, trial.values[1], end, 0))
-    if SECONDS in trial.user_attrs:
-        metrics.append(Metric("seconds", trial.user_attrs[SECONDS], end, 0))
+    if any(SECONDS in attempt.user_attrs for attempt in made):
+        seconds = sum(attempt.user_attrs.get(SECONDS, 0.0) for attempt in made)
+        metrics.append(Metric("seconds", seconds, end, 0))
     params = [Param(name, str(value)) for name, value in (trial.params | trial.user_attrs.get(FIXED, {})).items()]
     for batch in range(0, max(len(metrics), 1), 1000):  # MLflow takes a thousand metrics a batch
-        client.log_batch(run.info.run_id, metrics=metrics[batch : batch + 1000], params=params if batch == 0 else [])
+        client.log_batch(
+            run_id,
+            metrics=metrics[batch : batch + 1000],
+            params=params if batch == 0 else [],
+            tags=[RunTag(name, value) for name, value in tags.items()] if known and batch == 0 else [],
+        )
     if TRACEBACK in trial.user_attrs:
-        client.log_text(run.info.run_id, trial.user_attrs[TRACEBACK], "traceback.txt")
-    client.set_terminated(run.info.run_id, _run_status(trial), end)
-    return str(run.info.run_id)
+        client.log_text(run_id, trial.user_attrs[TRACEBACK], "traceback.txt")
+    client.set_terminated(run_id, _run_status(trial), end)
+    return run_id
 
 
 def track_confirmed(
     client: MlflowClient, parent_run_id: str, trial: FrozenTrial, metrics: Mapping[str, float], now: datetime
 ) -> None:
     """Add to a trial's run what its second training came to; doing it again changes nothing but the time."""
-    number = str(number_of(trial))
-    for run in nested_runs(client, parent_run_id):
-        if run.data.tags[TRIAL_NUMBER] == number:
-            moment = int(now.timestamp() * 1000)
-            client.log_batch(run.info.run_id, [Metric(name, value, moment, 0) for name, value in metrics.items()])
+    experiment_id = client.get_run(parent_run_id).info.experiment_id
+    if (run_id := _run_of(client, experiment_id, parent_run_id, number_of(trial))) is not None:
+        moment = int(now.timestamp() * 1000)
+        client.log_batch(run_id, [Metric(name, value, moment, 0) for name, value in metrics.items()])
 
 
 def track_missing_trials(client: MlflowClient, parent_run_id: str, study: optuna.Study) -> int:
-    """Write every finished trial that has no complete run; returns how many.
+    """Write every finished trial that has no complete run, or whose run tells of an earlier attempt; returns how many.
 
     A run that was begun and not ended (its writer was killed) is deleted and written anew.
     """
     experiment_id = client.get_run(parent_run_id).info.experiment_id
-    tracked = set()
+    tracked = {}
     for run in nested_runs(client, parent_run_id):
         if run.info.status == RunStatus.to_string(RunStatus.RUNNING):
             client.delete_run(run.info.run_id)
         else:
-            tracked.add(int(run.data.tags[TRIAL_NUMBER]))
+            tracked[int(run.data.tags[TRIAL_NUMBER])] = int(run.data.tags[OPTUNA_NUMBER])
+    # One that was interrupted as it was asked for, before it had a number, never became a trial of the night.
+    latest = {number_of(trial): trial for trial in tonights_trials(study) if NUMBER in trial.user_attrs}
     missing = [
-        trial for trial in tonights_trials(study) if trial.state.is_finished() and number_of(trial) not in tracked
+        trial
+        for number, trial in latest.items()
+        if trial.state.is_finished() and tracked.get(number, -1) < trial.number
     ]
     for trial in missing:
         track_trial(client, experiment_id, parent_run_id, study, trial)
@@ -304,6 +331,13 @@ def _point(client: MlflowClient, job: str, alias: str, number: str) -> bool:
         return False
     client.set_registered_model_alias(job, alias, number)
     return True
+
+
+def _run_of(client: MlflowClient, experiment_id: str, parent_run_id: str, number: int) -> str | None:
+    """The id of a trial's nested run."""
+    tags = {MLFLOW_PARENT_RUN_ID: parent_run_id, TRIAL_NUMBER: str(number)}
+    query = " and ".join(f"tags.`{name}` = '{value}'" for name, value in tags.items())
+    return next((str(run.info.run_id) for run in client.search_runs([experiment_id], query, max_results=1)), None)
 
 
 def _model_versions(client: MlflowClient, job: str) -> Iterator[Any]:

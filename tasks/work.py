@@ -29,14 +29,13 @@ from models.hyperparameters import Hyperparameters
 from models.solo import Diverged, Epoch, Resumable, Training
 from tasks.job import TuningJob
 from tasks.leases import Claims, Lease, NightSign, free_trials
-from tasks.samplers import GRID_EXHAUSTED, ORDINAL
+from tasks.samplers import GRID_EXHAUSTED, NUMBER
 from tasks.storage import STORAGE_IS_AWAY, ClaimLost
 from tasks.study import (
     COSTS,
     FAILURE,
     FIXED,
     HYPERPARAMETERS,
-    NUMBER,
     WORKER,
     ask,
     derived_seed,
@@ -71,7 +70,7 @@ class _Candidate:
         self._study = study
         self._job = job
         self._trainer = trainer
-        self._checkpoint = checkpoints / study.study_name / f"{self.trial.user_attrs[ORDINAL]}.safetensors"
+        self._checkpoint = checkpoints / study.study_name / f"{self.trial.user_attrs[NUMBER]}.safetensors"
         self._epochs: list[Epoch] = []
         self._unreported: list[Epoch] = []
         self._seconds = 0.0
@@ -81,7 +80,7 @@ class _Candidate:
         """What the study proposes. Raises Infeasible, and what is wrong with the proposal or a user's code."""
         hyperparameters = _draw(self.trial, self._job)
         self._cost = _check_limits(self.trial, self._job, hyperparameters, self._trainer)
-        seed = derived_seed(self._job.seed, "trial", self.trial.user_attrs[ORDINAL])
+        seed = derived_seed(self._job.seed, "trial", self.trial.user_attrs[NUMBER])
         resumable = Resumable(
             path=self._checkpoint,
             key=f"{seed} {hyperparameters.model_dump_json()}",

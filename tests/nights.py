@@ -4,7 +4,6 @@ import contextlib
 import json
 import subprocess
 import sys
-from collections import Counter
 from typing import Any
 
 import optuna
@@ -13,8 +12,8 @@ import pytest
 from mlflow import MlflowClient
 from optuna.trial import TrialState
 
-from tasks.study import finished_trials, is_interrupted, last_study
-from tasks.tracking import TRIAL_NUMBER, nested_runs
+from tasks.study import attempts, finished_trials, is_interrupted, last_study
+from tasks.tracking import INTERRUPTIONS, OPTUNA_NUMBER, TRIAL_NUMBER, nested_runs
 from tests.conftest import Stack
 from tests.servers import wait_for
 
@@ -122,9 +121,12 @@ def assert_the_ledgers_agree(stack: Stack, job: str) -> None:
     assert not study.get_trials(states=(TrialState.RUNNING, TrialState.WAITING))
     parent, nested = runs_of(stack, study)
     assert parent.info.status == "FINISHED"
-    counted = Counter(int(run.data.tags[TRIAL_NUMBER]) for run in nested)
-    assert counted == Counter(trial.number for trial in study.trials)
+    tracked = [int(run.data.tags[TRIAL_NUMBER]) for run in nested]
+    assert len(tracked) == len(set(tracked))
+    assert set(tracked) == {trial.user_attrs["number"] for trial in study.trials if "number" in trial.user_attrs}
     for run in nested:
-        trial = study.trials[int(run.data.tags[TRIAL_NUMBER])]
-        assert run.info.status == ("KILLED" if is_interrupted(trial) else "FINISHED")
+        made = attempts(study, int(run.data.tags[TRIAL_NUMBER]))
+        assert run.data.tags[OPTUNA_NUMBER] == str(made[-1].number)
+        assert run.data.tags.get(INTERRUPTIONS, "0") == str(sum(is_interrupted(trial) for trial in made))
+        assert run.info.status == ("KILLED" if is_interrupted(made[-1]) else "FINISHED")
     assert not unfinished(stack, job)

@@ -23,8 +23,8 @@ from models.training import train_all
 from tasks.job import TuningJob, parse_job
 from tasks.prepare import prepare
 from tasks.prepared import Prepared
-from tasks.samplers import ORDINAL
-from tasks.study import NUMBER, WAVE, open_study
+from tasks.samplers import NUMBER
+from tasks.study import WAVE, open_study
 from tasks.trainer import LocalTrainer
 from tasks.tune import tune
 from tests.benchmarks.datasets import shared
@@ -135,7 +135,7 @@ def _with_trials(content: dict[str, Any], trials: int) -> TuningJob:
 
 
 def _as_if_number(trial: FrozenTrial, number: int) -> FrozenTrial:
-    attributes = trial.user_attrs | {ORDINAL: number, NUMBER: number, WAVE: [number, 1]}
+    attributes = trial.user_attrs | {NUMBER: number, WAVE: [number, 1]}
     return create_trial(
         values=trial.values, params=trial.params, distributions=trial.distributions, user_attrs=attributes
     )

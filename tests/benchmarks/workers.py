@@ -23,7 +23,7 @@ from rich.table import Table
 
 from tasks.job import TuningJob, parse_job
 from tasks.leases import Lease
-from tasks.samplers import ORDINAL
+from tasks.samplers import NUMBER
 from tasks.storage import Studies, one_claims
 from tasks.study import SEARCH_ENDED_BY, ask, finished_trials, load_study, open_study
 from tasks.trainer import LocalTrainer
@@ -170,7 +170,7 @@ def _fill(study: optuna.Study, job: TuningJob, finished: int) -> None:
                 value=number / finished,
                 params=trial.params,
                 distributions=trial.distributions,
-                user_attrs={ORDINAL: number},
+                user_attrs={NUMBER: number},
             )
         )
     study.add_trials(rehearsed)

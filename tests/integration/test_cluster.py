@@ -24,17 +24,19 @@ from infra.store import open_store
 from tasks.leases import mishaps_of, workers_of
 from tasks.promotions import history
 from tasks.study import finished_trials, is_interrupted, last_study
-from tasks.tracking import TRIAL_NUMBER, nested_runs
+from tasks.tracking import INTERRUPTIONS, TRIAL_NUMBER, nested_runs
 study = last_study("cluster", os.environ["NIGHTLY_OPTUNA_URL"])
 client = MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
 parent = client.get_run(study.user_attrs["mlflow_run_id"])
 runs = list(nested_runs(client, parent.info.run_id))
 print(json.dumps({
     "states": Counter(trial.state.name for trial in study.trials),
-    "finished": [trial.user_attrs["ordinal"] for trial in finished_trials(study)],
-    "interrupted": [trial.number for trial in study.trials if is_interrupted(trial)],
-    "numbers": [trial.number for trial in study.trials],
+    "finished": [trial.user_attrs["number"] for trial in finished_trials(study)],
+    "interrupted": [trial.user_attrs.get("number") for trial in study.trials if is_interrupted(trial)],
     "tracked": [int(run.data.tags[TRIAL_NUMBER]) for run in runs],
+    "resumed": [
+        int(run.data.tags[TRIAL_NUMBER]) for run in runs for _ in range(int(run.data.tags.get(INTERRUPTIONS, 0)))
+    ],
     "run_states": Counter(run.info.status for run in [parent, *runs]),
     "living": workers_of(study.user_attrs),
     "mishaps": mishaps_of(study.user_attrs),
@@ -183,8 +185,9 @@ def test_a_night_outlives_its_workers_its_network_and_its_servers(tmp_path: Path
         assert sorted(found["finished"]) == list(range(TRIALS))
         assert set(found["states"]) <= {"COMPLETE", "FAIL"}
         assert found["states"]["FAIL"] == len(found["interrupted"]) > 0
-        assert sorted(found["tracked"]) == found["numbers"]
-        assert found["run_states"] == {"FINISHED": TRIALS + 1, "KILLED": len(found["interrupted"])}
+        assert sorted(found["tracked"]) == list(range(TRIALS))
+        assert found["run_states"] == {"FINISHED": TRIALS + 1}
+        assert sorted(found["resumed"]) == sorted(number for number in found["interrupted"] if number is not None)
         assert found["living"] == {}
         assert any(lost.namespace in sentence for sentence in found["mishaps"])
         assert found["promotions"] == 1

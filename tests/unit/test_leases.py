@@ -95,7 +95,7 @@ def test_a_silent_worker_is_declared_dead_after_its_lease_and_its_trials_are_ask
     assert list(watch.look()) == ["lively"]
     assert states(study) == [TrialState.FAIL, TrialState.RUNNING]
     assert is_interrupted(study.trials[taken.number])
-    assert ask(study, job, "lively").user_attrs["ordinal"] == taken.user_attrs["ordinal"] != kept.user_attrs["ordinal"]
+    assert ask(study, job, "lively").user_attrs["number"] == taken.user_attrs["number"] != kept.user_attrs["number"]
     assert mishaps_of(study.user_attrs) == ("cuda:0 of another has not been heard of for 30 s",)
     assert lost_flow_runs(study.user_attrs) == {"silent"}
     before = study.trials
@@ -205,7 +205,7 @@ def test_two_workers_share_a_budget_and_each_trial_counts_once(
     thread.join(60)
     assert tuned.complete == 24
     assert len(study.trials) == 24
-    assert sorted(trial.user_attrs["ordinal"] for trial in study.trials) == list(range(24))
+    assert sorted(trial.user_attrs["number"] for trial in study.trials) == list(range(24))
     assert len(helped) == 1
 
 
@@ -227,7 +227,7 @@ def test_what_was_asked_for_under_a_lost_claim_is_given_back_and_counts_once(
 
     tuned = tune(study, job, LocalTrainer(job, prepared), tmp_path, claims=claims)
     finished = finished_trials(study)
-    assert sorted(trial.user_attrs["ordinal"] for trial in finished) == list(range(24))
+    assert sorted(trial.user_attrs["number"] for trial in finished) == list(range(24))
     assert tuned.complete + tuned.pruned == 24
     assert tuned.pruned > 0
     interrupted = [trial for trial in study.trials if is_interrupted(trial)]

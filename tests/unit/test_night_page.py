@@ -21,7 +21,8 @@ from tasks.gate import Verdict
 from tasks.job import BudgetConfig, TuningJob
 from tasks.night_page import advices_of, costs_of, night_page, regions_of
 from tasks.prepared import Prepared
-from tasks.study import FAILURE, NUMBER, open_study
+from tasks.samplers import NUMBER
+from tasks.study import FAILURE, open_study
 from tasks.trainer import LocalTrainer
 from tasks.tune import Tuned, tune
 from tasks.work import trained_seconds

@@ -22,7 +22,7 @@ from models.solo import Epoch, Setting, Training, train
 from tasks.confirm import Challenger, confirm
 from tasks.job import TuningJob
 from tasks.prepared import Prepared
-from tasks.samplers import ORDINAL
+from tasks.samplers import NUMBER
 from tasks.study import (
     COSTS,
     ENDED,
@@ -233,7 +233,7 @@ def test_a_configuration_that_kills_its_process_is_given_up_and_takes_no_other_w
 
     def train_or_die(setting: Setting, trainings: list[Training], on_epoch: OnEpoch) -> Iterator[tuple[int, Outcome]]:
         running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-        together.append([trial.user_attrs[ORDINAL] for trial in running])
+        together.append([trial.user_attrs[NUMBER] for trial in running])
         if 2 in together[-1]:
             raise Killed
         yield from models.training.train_all(setting, trainings, on_epoch)
