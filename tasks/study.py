@@ -177,16 +177,7 @@ def is_budget_claimed(study: optuna.Study, job: TuningJob) -> bool:
 def finished_trials(study: optuna.Study) -> list[FrozenTrial]:
     """The trials that count against the budget: COMPLETE, PRUNED, FAIL by their own fault, and those that were
     interrupted three times: their hyperparameters may be what kills the process."""
-    finished = []
-    interruptions: Counter[object] = Counter()
-    for trial in tonights_trials(study):
-        if is_interrupted(trial):
-            interruptions[trial.user_attrs.get(NUMBER)] += 1
-            if interruptions[trial.user_attrs.get(NUMBER)] == MOST_INTERRUPTIONS:
-                finished.append(trial)
-        elif trial.state.is_finished():
-            finished.append(trial)
-    return finished
+    return _finished_of(tonights_trials(study))
 
 
 def number_of(trial: FrozenTrial) -> int:
@@ -242,8 +233,23 @@ def _with_pruner(study: optuna.Study, job: TuningJob) -> optuna.Study:
     return study
 
 
+def _finished_of(trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
+    finished = []
+    interruptions: Counter[object] = Counter()
+    for trial in trials:
+        if is_interrupted(trial):
+            interruptions[trial.user_attrs.get(NUMBER)] += 1
+            if interruptions[trial.user_attrs.get(NUMBER)] == MOST_INTERRUPTIONS:
+                finished.append(trial)
+        elif trial.state.is_finished():
+            finished.append(trial)
+    return finished
+
+
 def _claimed(study: optuna.Study) -> list[FrozenTrial]:
-    return [*finished_trials(study), *tonights_trials(study, TrialState.RUNNING)]
+    """Read at once: one that ended between two looks would be in neither, and be asked for again."""
+    trials = tonights_trials(study)
+    return [*_finished_of(trials), *(trial for trial in trials if trial.state == TrialState.RUNNING)]
 
 
 def _wave_of(number: int, interrupted: FrozenTrial | None, before: FrozenTrial | None) -> tuple[int, int]:

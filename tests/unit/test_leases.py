@@ -5,10 +5,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
 from models.fused import OnEpoch
 from models.solo import Training
@@ -39,6 +40,7 @@ from tasks.study import (
     WORKER,
     ask,
     finished_trials,
+    is_budget_claimed,
     is_interrupted,
     open_study,
 )
@@ -233,6 +235,24 @@ def test_what_was_asked_for_under_a_lost_claim_is_given_back_and_counts_once(
     interrupted = [trial for trial in study.trials if is_interrupted(trial)]
     assert len(interrupted) == len(study.trials) - 24 > 1
     assert all(trial.user_attrs["curve"] == [] for trial in interrupted)
+
+
+def test_a_trial_that_ends_while_another_is_asked_for_is_not_asked_for_again(
+    job: TuningJob, study: optuna.Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    under_way = [ask(study, job, "another") for _ in range(5)]
+    look = study.get_trials
+
+    def end_one_after_each_look(*arguments: Any, **options: Any) -> list[FrozenTrial]:
+        found = look(*arguments, **options)
+        if under_way:
+            study.tell(under_way.pop(), 0.5)
+        return found
+
+    monkeypatch.setattr(study, "get_trials", end_one_after_each_look)
+    assert not is_budget_claimed(study, job)
+    assert ask(study, job, "worker").user_attrs["number"] == 5
+    assert is_budget_claimed(study, job)
 
 
 class Broken(LocalTrainer):
