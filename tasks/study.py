@@ -182,8 +182,9 @@ def finished_trials(study: optuna.Study) -> list[FrozenTrial]:
 
 def number_of(trial: FrozenTrial) -> int:
     """The trial's number within the night, from 0. One that is trained again after an interruption keeps it, and has
-    another of Optuna's, which counts imported trials too."""
-    return int(trial.user_attrs.get(NUMBER, trial.number))
+    another of Optuna's, which counts imported trials too, and stands in for one that never had a number."""
+    number = trial.user_attrs.get(NUMBER)
+    return trial.number if number is None else int(number)
 
 
 def attempts(study: optuna.Study, number: int) -> list[FrozenTrial]:
@@ -237,9 +238,10 @@ def _finished_of(trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
     finished = []
     interruptions: Counter[object] = Counter()
     for trial in trials:
+        number = trial.user_attrs.get(NUMBER)
         if is_interrupted(trial):
-            interruptions[trial.user_attrs.get(NUMBER)] += 1
-            if interruptions[trial.user_attrs.get(NUMBER)] == MOST_INTERRUPTIONS:
+            interruptions[number] += 1
+            if number is not None and interruptions[number] == MOST_INTERRUPTIONS:
                 finished.append(trial)
         elif trial.state.is_finished():
             finished.append(trial)

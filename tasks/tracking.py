@@ -252,8 +252,9 @@ def track_missing_trials(client: MlflowClient, parent_run_id: str, study: optuna
             client.delete_run(run.info.run_id)
         else:
             tracked[int(run.data.tags[TRIAL_NUMBER])] = int(run.data.tags[OPTUNA_NUMBER])
-    # One that was interrupted as it was asked for, before it had a number, never became a trial of the night.
-    latest = {number_of(trial): trial for trial in tonights_trials(study) if NUMBER in trial.user_attrs}
+    # One that was interrupted as it was asked for has no number, and never became a trial of the night.
+    numbered = (trial for trial in tonights_trials(study) if trial.user_attrs.get(NUMBER) is not None)
+    latest = {number_of(trial): trial for trial in numbered}
     missing = [
         trial
         for number, trial in latest.items()

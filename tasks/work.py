@@ -126,6 +126,11 @@ class _Candidate:
                 self.trial.set_user_attr(TRACEBACK, outcome.trace)
                 return self._tell(TrialState.FAIL, failure=outcome.sentence)
 
+    def give_back(self) -> None:
+        """Without its number, which somebody else may have taken for another trial."""
+        with suppress(UpdateFinishedTrialError):
+            self.trial.set_user_attr(NUMBER, None)
+
     def tell_interrupted(self) -> None:
         """Unless somebody else did, who had declared its worker dead."""
         with suppress(UpdateFinishedTrialError):
@@ -298,6 +303,8 @@ def run_wave(
         raise
     except BaseException as error:
         for candidate in untold:
+            if isinstance(error, ClaimLost):
+                candidate.give_back()
             candidate.tell_interrupted()
         with suppress(ClaimLost), claims():  # one whose ask was interrupted
             free_trials(study, lambda trial: trial.user_attrs.get(WORKER) in (None, lease.name))

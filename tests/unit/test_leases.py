@@ -234,6 +234,7 @@ def test_what_was_asked_for_under_a_lost_claim_is_given_back_and_counts_once(
     assert tuned.pruned > 0
     interrupted = [trial for trial in study.trials if is_interrupted(trial)]
     assert len(interrupted) == len(study.trials) - 24 > 1
+    assert all(trial.user_attrs["number"] is None for trial in interrupted)
     assert all(trial.user_attrs["curve"] == [] for trial in interrupted)
 
 
