@@ -265,5 +265,4 @@ def _wave_of(number: int, interrupted: FrozenTrial | None, before: FrozenTrial |
 
 
 def _interrupted_with(study: optuna.Study, number: int) -> FrozenTrial | None:
-    trials = tonights_trials(study, TrialState.FAIL)
-    return next((trial for trial in trials if is_interrupted(trial) and trial.user_attrs.get(NUMBER) == number), None)
+    return next((trial for trial in attempts(study, number) if is_interrupted(trial)), None)

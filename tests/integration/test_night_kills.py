@@ -63,7 +63,7 @@ def outcome_of(stack: Stack, job: str) -> dict[str, object]:
     best = max(study.get_trials(states=(TrialState.COMPLETE,)), key=lambda trial: trial.values[0])
     return {
         "finished": len(finished_trials(study)),
-        "ordinals": sorted(trial.user_attrs["number"] for trial in finished_trials(study)),
+        "numbers": sorted(trial.user_attrs["number"] for trial in finished_trials(study)),
         "best": (best.params, best.values),
         "promotions": len(promotions),
         "states": Counter(trial.state.name for trial in finished_trials(study)),
