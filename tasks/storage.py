@@ -5,6 +5,7 @@ growing history slows nothing down; SQLite is not made for several writers, as O
 machines need PostgreSQL. Knows nothing of jobs and trials.
 """
 
+import json
 import logging
 import os
 import re
@@ -12,12 +13,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import sqlalchemy
 from filelock import FileLock
 from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+from optuna.storages.journal._file import get_lock_file
+from optuna.storages.journal._storage import JournalOperation
 from sqlalchemy.exc import OperationalError
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
 
@@ -29,6 +33,16 @@ Studies = Path | str
 STORAGE_IS_AWAY = (StorageInternalError, OperationalError)
 PATIENCE_SECONDS = 600
 LOCK_POLL_SECONDS = 0.002
+# What a journal says of a trial that has not ended.
+LOST_WITH_ITS_TRIAL = frozenset(
+    {
+        JournalOperation.CREATE_TRIAL,
+        JournalOperation.SET_TRIAL_PARAM,
+        JournalOperation.SET_TRIAL_INTERMEDIATE_VALUE,
+        JournalOperation.SET_TRIAL_USER_ATTR,
+        JournalOperation.SET_TRIAL_SYSTEM_ATTR,
+    }
+)
 # By these a host that is gone without a word is noticed: it does not accept a connection, or does not acknowledge.
 CONNECTING = {"connect_timeout": 5, "tcp_user_timeout": 10_000}
 # Of RDBStorage, by the cache that Optuna lays over it.
@@ -77,7 +91,7 @@ def storage_of(studies: Studies, job_name: str, study_name: str) -> BaseStorage:
         return _Database.at(studies)
     journal = studies / job_name / f"{study_name}.journal"
     journal.parent.mkdir(parents=True, exist_ok=True)
-    return JournalStorage(JournalFileBackend(str(journal), lock_obj=_KernelLock(journal)))
+    return JournalStorage(_Journal(journal))
 
 
 @contextmanager
@@ -139,6 +153,24 @@ class _KernelLock(JournalFileOpenLock):
 
     def release(self) -> None:
         self._lock.release()
+
+
+class _Journal(JournalFileBackend):
+    """Waits for the disk where a result must outlast a power cut, not at each of the twenty lines before it: what a
+    cut takes is the end of a journal, and a trial that has not ended begins again anyway."""
+
+    def __init__(self, journal: Path) -> None:
+        self._journal = journal
+        self._one_writes = _KernelLock(journal)
+        super().__init__(str(journal), lock_obj=self._one_writes)
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        lines = "".join(f"{json.dumps(log, separators=(',', ':'))}\n" for log in logs)
+        with get_lock_file(self._one_writes), self._journal.open("ab") as file:
+            file.write(lines.encode())
+            file.flush()
+            if any(log["op_code"] not in LOST_WITH_ITS_TRIAL for log in logs):
+                os.fsync(file.fileno())
 
 
 class _Database(RDBStorage):

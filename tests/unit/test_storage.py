@@ -102,6 +102,20 @@ def test_a_line_that_was_cut_off_is_dropped(tmp_path: Path, whole: int) -> None:
     assert journal.read_bytes().endswith(b"}\n")
 
 
+def test_a_result_is_on_the_disk_when_it_is_told_and_nothing_before_it_waits_for_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = open_study(tmp_path)
+    synced: list[int] = []
+    monkeypatch.setattr(storage.os, "fsync", synced.append)
+    trial = study.ask()
+    trial.set_user_attr("place", 0)
+    trial.report(trial.suggest_float("x", 0, 1), 1)
+    assert synced == []
+    study.tell(trial, 1.0)
+    assert len(synced) == 1
+
+
 def test_a_database_that_is_restarted_is_waited_for_but_by_a_report(
     postgres: PostgresServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
