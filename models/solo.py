@@ -136,7 +136,7 @@ class _Run:
         self._resumable = training.resumable
         self._device = setting.device
         self._order = torch.Generator().manual_seed(training.seed)
-        self._model = new_model(setting, training)
+        self._model = new_model(setting, training).to(setting.device)
         self._dropouts = [module for module in self._model.modules() if isinstance(module, SeededDropout)]
         self._loss = _loss_of(self._model)
         self._optimizer = build_optimizer(self._model.parameters(), training.hyperparameters)
@@ -235,11 +235,10 @@ class _Run:
 
 
 def new_model(setting: Setting, training: Training) -> nn.Module:
-    """A training's model as it begins, on the device. Seeds the global random state: for use inside a fork of it."""
+    """A training's model as it begins, on the CPU. Seeds the global random state: for use inside a fork of it."""
     torch.manual_seed(training.seed)
     model = build_model(setting.family, training.hyperparameters, setting.shape)
     seed_dropout(model)
-    model.to(setting.device)
     if (unscale := unscale_of(model)) is not None:
         unscale.fit(setting.training.target)
     return model
@@ -291,7 +290,7 @@ def forked_random_state(device: torch.device) -> AbstractContextManager[None]:
 
 def deterministic() -> AbstractContextManager[None]:
     """cuDNN would otherwise choose algorithms by timing them, and another choice is another rounding."""
-    flags: AbstractContextManager[None] = torch.backends.cudnn.flags(deterministic=True, benchmark=False)
+    flags: AbstractContextManager[None] = torch.backends.cudnn.flags(enabled=True, deterministic=True, benchmark=False)
     return flags
 
 

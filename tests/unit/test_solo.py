@@ -194,9 +194,10 @@ def test_a_constant_prediction_of_a_regression_has_loss_one(prepared_regression:
 
     class Nothing(nn.Module):
         def forward(self, features: torch.Tensor) -> torch.Tensor:
-            return torch.zeros(len(features), 1)
+            return torch.zeros_like(features[:, :1])
 
-    loss = mean_loss(nn.Sequential(Nothing(), unscale), prepared_regression.training)
+    model = nn.Sequential(Nothing(), unscale).to(prepared_regression.training.target.device)
+    loss = mean_loss(model, prepared_regression.training)
     assert loss.item() == pytest.approx(prepared_regression.prior_loss, rel=1e-5)
 
 
