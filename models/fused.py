@@ -23,6 +23,7 @@ from models.checkpoints import Checkpoint, random_states
 from models.dropout import SeededDropout, dropout_keys
 from models.evaluate import EVALUATION_BATCH, metrics_of, predict_outputs, score
 from models.optimizers import learning_rate_at
+from models.replay import Replay
 from models.solo import (
     Diverged,
     Epoch,
@@ -45,8 +46,8 @@ from models.stacked_optimizers import UPDATES, StackedOptimizer
 MEMORY_SHARE = 0.5
 # Operations of one training's forward step above which arithmetic, not launching, is what a step costs. Measured on 2
 # cores, 16 trainings as one against one by one: 8e4 operations 6.9 times as fast, 1e6 2.7, 2e7 1.4 to 2, 8e7 1.1, 3e8
-# 0.9 (an MLP) and 0.7 (a CNN, whose vmapped convolutions are grouped ones). Not measured on a GPU, where launching
-# takes as long and arithmetic a hundredth.
+# 0.9 (an MLP) and 0.7 (a CNN, whose vmapped convolutions are grouped ones). On an H200, 25 as one: MLPs 3e5 35, 4e7 10,
+# 1e9 1.8, 4e9 1.7; CNNs 1e7 18, 4e7 16, 5e8 4.4, 1.5e10 1.3.
 WORTHWHILE_OPERATIONS = {"cpu": 1e8, "cuda": 1e10}
 
 _logger = logging.getLogger(__name__)
@@ -89,9 +90,9 @@ def fusion_of(setting: Setting, model: nn.Module, training: Training) -> Fusion:
     if setting.training.is_streamed or setting.validation.is_streamed:
         return Fusion(members=1, reason="their rows do not fit into memory and are streamed, each in its own order")
     first = setting.training.first(training.hyperparameters.batch_size)
+    model = copy.deepcopy(model).to(setting.device).train()
     if (obstacle := _obstacle(model, first.all_features[:2])) is not None:
         return Fusion(members=1, reason=obstacle)
-    trial = copy.deepcopy(model).train()
     kept: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -106,11 +107,11 @@ def fusion_of(setting: Setting, model: nn.Module, training: Training) -> Fusion:
         if isinstance(weight, Tensor) and weight.ndim > 1 and isinstance(outputs, Tensor):
             operations += 2 * outputs.numel() * weight[0].numel()
 
-    for module in trial.modules():
+    for module in model.modules():
         module.register_forward_hook(count)
     try:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            trial(first.all_features)
+            model(first.all_features)
     except Exception as error:  # noqa: BLE001 a user's forward may raise anything
         return Fusion(members=1, reason=_in_a_line(error))
     worthwhile = WORTHWHILE_OPERATIONS[setting.device.type]
@@ -216,23 +217,36 @@ class _Group:
         for member in self.members:
             with forked_random_state(setting.device):
                 models.append(new_model(setting, member.training))
-        self._template = models[0].train()
+        self._template = copy.deepcopy(models[0]).to(setting.device).train()
         self._chain = stacked_forward(self._template)
         self._layout = _Layout(self._template)
         self._dropouts = [name for name, module in self._template.named_modules() if isinstance(module, SeededDropout)]
         named = [_tensors(model) for model in models]
-        weights = torch.stack([self._layout.flat(tensors) for tensors in named])
-        others = {name: torch.stack([tensors[name].detach() for tensors in named]) for name in self._layout.others}
-        self._optimizer = StackedOptimizer([member.chosen for member in self.members], weights, by_row=self._by_row)
+        # Stacked before they are brought to the device: each copy to it waits for it.
+        weights = torch.stack([self._layout.flat(tensors) for tensors in named]).to(setting.device)
+        others = {
+            name: torch.stack([tensors[name].detach() for tensors in named]).to(setting.device)
+            for name in self._layout.others
+        }
+        self._optimizer = StackedOptimizer([member.chosen for member in self.members], weights)
         self._mixed_precision = gains_from_mixed_precision(self._template, setting.device)
         unscale = unscale_of(self._template)
         self._variance = None if unscale is None else unscale.scale**2
+        self._conveyor: _Conveyor | None = None
         self._arrange(weights, others)
         self._resume()
 
     @property
     def _by_row(self) -> bool:
         return self._setting.device.type == "cpu"
+
+    @property
+    def _batch_size(self) -> int:
+        return self.members[0].chosen.batch_size
+
+    @property
+    def _steps_an_epoch(self) -> int:
+        return math.ceil(len(self._setting.training) / self._batch_size)
 
     @property
     def epochs_done(self) -> int:
@@ -247,9 +261,7 @@ class _Group:
         if not rows:
             return
         weights = self._weights[rows]
-        optimizer = StackedOptimizer(
-            [member.chosen for member in self.members], weights, by_row=self._by_row, steps=self._optimizer.steps
-        )
+        optimizer = StackedOptimizer([member.chosen for member in self.members], weights)
         for name, tensor in optimizer.state.items():
             tensor.copy_(self._optimizer.state[name][rows])
         self._optimizer = optimizer
@@ -257,23 +269,53 @@ class _Group:
 
     def train_epoch(self) -> dict[int, Diverged]:
         """One pass of each member over its own order of the rows; returns those that are not finite after it."""
-        number = self.epochs_done + 1
-        training, device = self._setting.training, self._setting.device
-        batch_size = self.members[0].chosen.batch_size
-        steps = math.ceil(len(training) / batch_size)
-        orders = torch.stack([torch.randperm(len(training), generator=member.order) for member in self.members])
-        orders = orders.to(device)
+        number, steps = self.epochs_done + 1, self._steps_an_epoch
+        done = (number - 1) * steps
+        rows = torch.stack(
+            [torch.randperm(len(self._setting.training), generator=member.order) for member in self.members]
+        )
         rates = self._rates(number, steps)
         seeds = [member.training.seed for member in self.members]
-        keys = dropout_keys(seeds, len(self._dropouts), (number - 1) * steps, steps).to(device)
-        total = torch.zeros(len(self.members), device=device)
+        keys = dropout_keys(seeds, len(self._dropouts), done, steps)
+        factors = self._optimizer.factors(rates, done + 1)
         with deterministic():
-            for step in range(steps):
-                rows = orders[:, step * batch_size : (step + 1) * batch_size]
-                for layer, name in enumerate(self._dropouts):
-                    self._others[f"{name}.key"] = keys[step, layer]
-                total += self._step(training.all_features[rows], training.target[rows], rates[step]) * rows.shape[1]
-            return self._evaluate(number, (total / len(training)).tolist())
+            if self._by_row:
+                total = self._steps_by_row(rows, keys, factors, rates, done)
+            else:
+                total = self._steps_at_once(rows, keys, factors)
+            return self._evaluate(number, (total / len(self._setting.training)).tolist())
+
+    def _steps_by_row(self, rows: Tensor, keys: Tensor, factors: Tensor, rates: Tensor, done: int) -> Tensor:
+        """An epoch of each member by the numbers of its rows (members, rows), and what the steps need: dropout's keys
+        (steps, layers, members), the optimizer's factors and the learning rates (steps, members). Returns the sum of
+        the losses (members,)."""
+        total = torch.zeros(len(self.members))
+        learning_rates = rates.tolist()
+        for step, some in enumerate(torch.split(rows, self._batch_size, dim=1)):
+            losses, gradients = self._gradients(some, keys[step])
+            self._optimizer.step_by_row(gradients, factors[step], learning_rates[step], done + step + 1)
+            total += losses * some.shape[1]
+        return total
+
+    def _steps_at_once(self, rows: Tensor, keys: Tensor, factors: Tensor) -> Tensor:
+        """The same, of nothing that the host must know: so that what is launched at one step is launched at each, but
+        for a smaller last one."""
+        whole = rows.shape[1] // self._batch_size
+        first, rest = rows[:, : whole * self._batch_size], rows[:, whole * self._batch_size :]
+        inputs = (first.reshape(len(first), whole, self._batch_size).transpose(0, 1), keys, factors)
+        if self._conveyor is None:
+            self._conveyor = _Conveyor(inputs, self._setting.device)
+        total = self._conveyor.sum_of_losses(self._step, inputs, whole)
+        if rest.shape[1]:
+            total = total + self._step(rest.to(total.device), keys[-1].to(total.device), factors[-1])
+        return total
+
+    def _step(self, rows: Tensor, keys: Tensor, factors: Tensor) -> Tensor:
+        """One step; returns the sum of its losses (members,)."""
+        losses, gradients = self._gradients(rows, keys)
+        with torch.no_grad():
+            self._optimizer.step(gradients, factors)
+        return losses * rows.shape[1]
 
     def result(self, member: _Member) -> Trained:
         row = self.members.index(member)
@@ -309,6 +351,7 @@ class _Group:
     def _arrange(self, weights: Tensor, others: dict[str, Tensor]) -> None:
         self._weights = weights
         self._others = others
+        self._conveyor = None
         self._parameters = {name: view.detach().requires_grad_() for name, view in self._layout.views(weights).items()}
         chosen = [member.chosen for member in self.members]
         self._smoothing = self._column([one.label_smoothing for one in chosen])
@@ -328,8 +371,12 @@ class _Group:
             rates.append([learning_rate_at(member.chosen, share, losses, steps) for share in progress])
         return torch.tensor(rates, dtype=torch.float64).T
 
-    def _step(self, features: Tensor, target: Tensor, rates: Tensor) -> Tensor:
-        """One step of every member on its own batch; returns the loss (members,) that each minimised."""
+    def _gradients(self, rows: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss (members,) of each member on its own batch (members, batch), as it is minimised, and its gradients
+        (members, parameters); `keys` (layers, members) are dropout's."""
+        for name, key in zip(self._dropouts, keys, strict=True):
+            self._others[f"{name}.key"].copy_(key)
+        features, target = self._setting.training.all_features[rows], self._setting.training.target[rows]
         with torch.autocast(self._setting.device.type, torch.bfloat16, enabled=self._mixed_precision):
             outputs = self._forward(features)
         losses = self._losses(outputs, target, self._smoothing)
@@ -344,8 +391,7 @@ class _Group:
             if self._clip is not None:
                 share = (self._clip / (gradients.norm(dim=1, keepdim=True) + 1e-6)).clamp(max=1.0)
                 gradients *= torch.where(self._clip > 0, share, 1.0)
-            self._optimizer.step(gradients, rates)
-        return losses
+        return losses, gradients
 
     def _forward(self, features: Tensor, *, shared: bool = False) -> Tensor:
         """Outputs (members, rows, ...) for each member's own rows, or for rows that they share."""
@@ -380,12 +426,13 @@ class _Group:
             [self._forward(some, shared=True) for some in torch.split(validation.all_features, rows)], dim=1
         )
         self._template.train()
-        target = validation.target.expand(len(self.members), -1)
-        losses = self._losses(outputs, target, None).tolist()
+        losses = self._losses(outputs, validation.target.expand(len(self.members), -1), None).tolist()
+        # Off the device at once, not member by member, each of whom would wait for it several times.
+        outputs, target = outputs.cpu(), validation.target.cpu()
         diverged = {}
         for row, (member, train_loss, loss) in enumerate(zip(self.members, train_losses, losses, strict=True)):
             try:
-                epoch = judged_epoch(number, train_loss, loss, outputs[row], validation.target, self._setting.objective)
+                epoch = judged_epoch(number, train_loss, loss, outputs[row], target, self._setting.objective)
             except Diverged as error:
                 diverged[member.key] = error
                 continue
@@ -406,7 +453,7 @@ class _Group:
             for number, view in enumerate(self._layout.views(tensor).values()):
                 state[f"{number}.{name}"] = view[row]
         for number in range(len(self._layout.shapes)):
-            state[f"{number}.step"] = torch.tensor(float(self._optimizer.steps))
+            state[f"{number}.step"] = torch.tensor(float(self.epochs_done * self._steps_an_epoch))
         return state
 
     def _resume(self) -> None:
@@ -429,8 +476,32 @@ class _Group:
                 for number, view in enumerate(self._layout.views(tensor).values()):
                     if (kept := checkpoint.optimizer.get(f"{number}.{name}")) is not None:
                         view[row].copy_(kept)
-            steps = math.ceil(len(self._setting.training) / member.chosen.batch_size)
-            self._optimizer.steps = len(member.epochs) * steps
+
+
+class _Conveyor:
+    """Brings each step of an epoch what it needs, in tensors on the device that stay where they are."""
+
+    def __init__(self, inputs: Sequence[Tensor], device: torch.device) -> None:
+        self._inputs = [torch.empty_like(one, device=device, memory_format=torch.contiguous_format) for one in inputs]
+        self._number = torch.zeros(1, dtype=torch.int64, device=device)
+        self._total = torch.zeros(inputs[-1].shape[-1], device=device)
+        self._replay = Replay(device)
+
+    def sum_of_losses(self, step: Callable[..., Tensor], inputs: Sequence[Tensor], steps: int) -> Tensor:
+        """(members,) of the first steps of an epoch. `step`, the same at every call, takes a step's part of each of
+        the inputs (steps, ..., members last in the last) and returns its losses (members,)."""
+        for kept, one in zip(self._inputs, inputs, strict=True):
+            kept.copy_(one)
+        self._number.zero_()
+        self._total.zero_()
+
+        def take_step() -> None:
+            self._total += step(*(one.index_select(0, self._number).squeeze(0) for one in self._inputs))
+            self._number += 1
+
+        for _ in range(steps):
+            self._replay(take_step)
+        return self._total
 
 
 class _Layout:

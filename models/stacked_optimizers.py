@@ -1,11 +1,12 @@
 """The optimizers of several trainings as one: a row of weights each, and a column for each of their hyperparameters.
 
 Every update is written as PyTorch's own, which a training alone uses (models/optimizers.py). On a CPU, memory is what
-limits them, so where PyTorch has a kernel that passes over a row once, it is called row by row.
+limits them, so where PyTorch has a kernel that passes over a row once, it is called row by row. On a GPU launching is,
+so all rows of an update share each kernel, and what differs from step to step lies on the device beforehand.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Literal
 
@@ -40,131 +41,137 @@ class StackedOptimizer:
     row stays zero.
     """
 
-    def __init__(self, chosen: Sequence[Hyperparameters], weights: Tensor, *, by_row: bool, steps: int = 0) -> None:
-        self.steps = steps
+    def __init__(self, chosen: Sequence[Hyperparameters], weights: Tensor) -> None:
+        self._weights = weights
         names = dict.fromkeys(name for one in chosen for name in _STATE[UPDATES[one.optimizer]])
         self.state = {name: torch.zeros_like(weights) for name in names}
+        adams = [UPDATES[one.optimizer] == "adam" for one in chosen]
+        self._beta1, self._beta2, self._decoupled = (
+            torch.tensor(values, dtype=torch.float64)
+            for values in (
+                [one.beta1 if adam else 0.0 for one, adam in zip(chosen, adams, strict=True)],
+                [one.beta2 if adam else 0.0 for one, adam in zip(chosen, adams, strict=True)],
+                [one.weight_decay if one.optimizer == "adamw" else 0.0 for one in chosen],
+            )
+        )
         self._parts = []
         begin = 0
         for update, members in groupby(chosen, key=lambda one: UPDATES[one.optimizer]):
-            some = list(members)
+            some = tuple(members)
             rows = slice(begin, begin + len(some))
             begin = rows.stop
             state = {name: self.state[name][rows] for name in _STATE[update]}
-            self._parts.append(
-                (rows, _UPDATES[update], _Part(chosen=some, weights=weights[rows], state=state, by_row=by_row))
-            )
+            columns = {name: _column(weights, [value(one) for one in some]) for name, value in _COLUMNS.items()}
+            part = _Part(update=update, chosen=some, weights=weights[rows], state=state, columns=columns)
+            self._parts.append((rows, part))
 
-    def step(self, gradients: Tensor, rates: Tensor) -> None:
-        """Gradients like the weights; learning rates (trainings,) on the CPU."""
-        self.steps += 1
-        for rows, update, part in self._parts:
-            update(part, gradients[rows], rates[rows], self.steps)
+    def factors(self, rates: Tensor, first_step: int) -> Tensor:
+        """What `step` needs of the steps from `first_step` (from 1) on, (steps, 3, trainings) on the weights' device:
+        the size of the update, negative; the root of Adam's second bias correction; what is left of a weight after
+        AdamW's decay. From learning rates (steps, trainings) in float64 on the CPU."""
+        steps = torch.arange(first_step, first_step + len(rates), dtype=torch.float64).unsqueeze(1)
+        sizes = -rates / (1 - self._beta1**steps)
+        roots = (1 - self._beta2**steps).sqrt()
+        kept = 1 - rates * self._decoupled
+        return torch.stack([sizes, roots, kept], dim=1).to(self._weights.device, self._weights.dtype)
+
+    def step(self, gradients: Tensor, factors: Tensor) -> None:
+        """All rows at once: gradients like the weights, factors (3, trainings). The host reads nothing of them."""
+        for rows, part in self._parts:
+            _UPDATES[part.update](part, gradients[rows], factors[:, rows].unsqueeze(2))
+
+    def step_by_row(self, gradients: Tensor, factors: Tensor, rates: Sequence[float], number: int) -> None:
+        """The same on a CPU; `rates` are the learning rates, and `number` is the step's, from 1."""
+        for rows, part in self._parts:
+            if part.update == "sgd":
+                _sgd_by_row(part, gradients[rows], rates[rows])
+            elif part.update == "adam":
+                _adam_by_row(part, gradients[rows], rates[rows], number)
+            else:
+                _UPDATES[part.update](part, gradients[rows], factors[:, rows].unsqueeze(2))
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Part:
-    """The rows of one update."""
+    """The rows of one update; columns (trainings, 1) by name, None where all are zero, which spares a pass."""
 
-    chosen: list[Hyperparameters]
+    update: UpdateName
+    chosen: tuple[Hyperparameters, ...]
     weights: Tensor
-    state: dict[str, Tensor]
-    by_row: bool
-    columns: dict[str, Tensor | None] = field(default_factory=dict)
+    state: Mapping[str, Tensor]
+    columns: Mapping[str, Tensor | None]
 
-    def column(self, name: str, value: Callable[[Hyperparameters], float]) -> Tensor | None:
-        """(trainings, 1), made once; None where all are zero, which spares a pass over the weights."""
-        if name not in self.columns:
-            values = [value(one) for one in self.chosen]
-            self.columns[name] = self.on_device(torch.tensor(values, dtype=torch.float64)) if any(values) else None
-        return self.columns[name]
-
-    def on_device(self, values: Tensor) -> Tensor:
-        return values.to(self.weights.device, self.weights.dtype).unsqueeze(1)
+    def __getitem__(self, name: str) -> Tensor:
+        """A column that an update cannot do without."""
+        column = self.columns[name]
+        return torch.zeros_like(self.weights[:, :1]) if column is None else column
 
     def with_l2(self, gradients: Tensor) -> Tensor:
-        decay = self.column("l2", lambda one: 0.0 if one.optimizer == "adamw" else one.weight_decay)
+        decay = self.columns["l2"]
         return gradients if decay is None else torch.addcmul(gradients, self.weights, decay)
 
 
-def _sgd(part: _Part, gradients: Tensor, rates: Tensor, _steps: int) -> None:
+def _momentum(chosen: Hyperparameters) -> float:
+    return 0.0 if chosen.optimizer == "sgd" else chosen.momentum
+
+
+_COLUMNS: Mapping[str, Callable[[Hyperparameters], float]] = {
+    "l2": lambda one: 0.0 if one.optimizer == "adamw" else one.weight_decay,
+    "decoupled": lambda one: one.weight_decay if one.optimizer == "adamw" else 0.0,
+    "momentum": _momentum,
+    "nesterov": lambda one: float(one.optimizer == "nesterov"),
+    "1 - beta1": lambda one: 1 - one.beta1,
+    "beta2": lambda one: one.beta2,
+    "1 - beta2": lambda one: 1 - one.beta2,
+    "alpha": lambda one: one.rmsprop_alpha,
+    "1 - alpha": lambda one: 1 - one.rmsprop_alpha,
+    "eps": lambda one: one.eps,
+}
+
+
+def _column(weights: Tensor, values: Sequence[float]) -> Tensor | None:
+    if not any(values):
+        return None
+    return torch.tensor(values, dtype=torch.float64).to(weights.device, weights.dtype).unsqueeze(1)
+
+
+def _sgd(part: _Part, gradients: Tensor, factors: Tensor) -> None:
     buffers = part.state["momentum_buffer"]
-    if part.by_row:
-        for row, (chosen, rate) in enumerate(zip(part.chosen, rates.tolist(), strict=True)):
-            torch._fused_sgd_(
-                [part.weights[row]],
-                [gradients[row]],
-                [buffers[row]] if chosen.optimizer != "sgd" else [],
-                weight_decay=chosen.weight_decay,
-                momentum=_momentum(chosen),
-                lr=rate,
-                dampening=0.0,
-                nesterov=chosen.optimizer == "nesterov",
-                maximize=False,
-                is_first_step=False,  # from a buffer of zeros it is the same
-            )
-        return
     gradients = part.with_l2(gradients)
-    momentum = part.column("momentum", _momentum)
-    nesterov = part.column("nesterov", lambda one: float(one.optimizer == "nesterov"))
+    momentum, nesterov = part.columns["momentum"], part.columns["nesterov"]
     updates = gradients
     if momentum is not None:
         updates = buffers.mul_(momentum).add_(gradients)
         if nesterov is not None:
             updates = torch.where(nesterov > 0, torch.addcmul(gradients, buffers, momentum), updates)
-    part.weights.addcmul_(updates, part.on_device(-rates))
+    part.weights.addcmul_(updates, factors[0])
 
 
-def _adam(part: _Part, gradients: Tensor, rates: Tensor, steps: int) -> None:
+def _adam(part: _Part, gradients: Tensor, factors: Tensor) -> None:
     means, squares = part.state["exp_avg"], part.state["exp_avg_sq"]
-    if part.by_row:
-        step = torch.tensor(float(steps))
-        for row, (chosen, rate) in enumerate(zip(part.chosen, rates.tolist(), strict=True)):
-            kernel = torch._fused_adamw_ if chosen.optimizer == "adamw" else torch._fused_adam_
-            kernel(
-                [part.weights[row]],
-                [gradients[row]],
-                [means[row]],
-                [squares[row]],
-                [],
-                [step],
-                lr=rate,
-                beta1=chosen.beta1,
-                beta2=chosen.beta2,
-                weight_decay=chosen.weight_decay,
-                eps=chosen.eps,
-                amsgrad=False,
-                maximize=False,
-            )
-        return
     gradients = part.with_l2(gradients)
-    decay = part.column("decoupled", lambda one: one.weight_decay if one.optimizer == "adamw" else 0.0)
-    if decay is not None:
-        part.weights.mul_(1 - part.on_device(rates) * decay)
-    beta1 = torch.tensor([one.beta1 for one in part.chosen], dtype=torch.float64)
-    beta2 = torch.tensor([one.beta2 for one in part.chosen], dtype=torch.float64)
-    means.lerp_(gradients, part.on_device(1 - beta1))
-    squares.mul_(part.on_device(beta2)).addcmul_(gradients * gradients, part.on_device(1 - beta2))
-    scale = part.on_device((1 - beta2**steps).sqrt())
-    denominators = squares.sqrt().div_(scale).add_(part.on_device(_eps(part)))
-    part.weights.addcmul_(means.div(denominators), part.on_device(-rates / (1 - beta1**steps)))
+    if part.columns["decoupled"] is not None:
+        part.weights.mul_(factors[2])
+    means.lerp_(gradients, part["1 - beta1"])
+    squares.mul_(part["beta2"]).addcmul_(gradients * gradients, part["1 - beta2"])
+    denominators = squares.sqrt().div_(factors[1]).add_(part["eps"])
+    part.weights.addcmul_(means.div(denominators), factors[0])
 
 
-def _rmsprop(part: _Part, gradients: Tensor, rates: Tensor, _steps: int) -> None:
+def _rmsprop(part: _Part, gradients: Tensor, factors: Tensor) -> None:
     squares = part.state["square_avg"]
     gradients = part.with_l2(gradients)
-    alpha = torch.tensor([one.rmsprop_alpha for one in part.chosen], dtype=torch.float64)
-    squares.mul_(part.on_device(alpha)).addcmul_(gradients * gradients, part.on_device(1 - alpha))
-    part.weights.addcmul_(gradients / squares.sqrt().add_(part.on_device(_eps(part))), part.on_device(-rates))
+    squares.mul_(part["alpha"]).addcmul_(gradients * gradients, part["1 - alpha"])
+    part.weights.addcmul_(gradients / squares.sqrt().add_(part["eps"]), factors[0])
 
 
-def _adagrad(part: _Part, gradients: Tensor, rates: Tensor, _steps: int) -> None:
+def _adagrad(part: _Part, gradients: Tensor, factors: Tensor) -> None:
     gradients = part.with_l2(gradients)
     sums = part.state["sum"].addcmul_(gradients, gradients)
-    part.weights.addcmul_(gradients / sums.sqrt().add_(part.on_device(_eps(part))), part.on_device(-rates))
+    part.weights.addcmul_(gradients / sums.sqrt().add_(part["eps"]), factors[0])
 
 
-_UPDATES: Mapping[UpdateName, Callable[[_Part, Tensor, Tensor, int], None]] = {
+_UPDATES: Mapping[UpdateName, Callable[[_Part, Tensor, Tensor], None]] = {
     "sgd": _sgd,
     "adam": _adam,
     "rmsprop": _rmsprop,
@@ -172,9 +179,40 @@ _UPDATES: Mapping[UpdateName, Callable[[_Part, Tensor, Tensor, int], None]] = {
 }
 
 
-def _momentum(chosen: Hyperparameters) -> float:
-    return 0.0 if chosen.optimizer == "sgd" else chosen.momentum
+def _sgd_by_row(part: _Part, gradients: Tensor, rates: Sequence[float]) -> None:
+    buffers = part.state["momentum_buffer"]
+    for row, (chosen, rate) in enumerate(zip(part.chosen, rates, strict=True)):
+        torch._fused_sgd_(
+            [part.weights[row]],
+            [gradients[row]],
+            [buffers[row]] if chosen.optimizer != "sgd" else [],
+            weight_decay=chosen.weight_decay,
+            momentum=_momentum(chosen),
+            lr=rate,
+            dampening=0.0,
+            nesterov=chosen.optimizer == "nesterov",
+            maximize=False,
+            is_first_step=False,  # from a buffer of zeros it is the same
+        )
 
 
-def _eps(part: _Part) -> Tensor:
-    return torch.tensor([one.eps for one in part.chosen], dtype=torch.float64)
+def _adam_by_row(part: _Part, gradients: Tensor, rates: Sequence[float], number: int) -> None:
+    means, squares = part.state["exp_avg"], part.state["exp_avg_sq"]
+    step = torch.tensor(float(number))
+    for row, (chosen, rate) in enumerate(zip(part.chosen, rates, strict=True)):
+        kernel = torch._fused_adamw_ if chosen.optimizer == "adamw" else torch._fused_adam_
+        kernel(
+            [part.weights[row]],
+            [gradients[row]],
+            [means[row]],
+            [squares[row]],
+            [],
+            [step],
+            lr=rate,
+            beta1=chosen.beta1,
+            beta2=chosen.beta2,
+            weight_decay=chosen.weight_decay,
+            eps=chosen.eps,
+            amsgrad=False,
+            maximize=False,
+        )

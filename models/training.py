@@ -37,10 +37,12 @@ def train_all(
         except Exception as error:  # noqa: BLE001 a user's model may raise anything; it costs that training only
             yield place, error
     for places in groups.values():
-        members = fusion_for(setting, trainings[places[0]]).members if len(places) > 1 else 1
+        # On a GPU a fused step is replayed as a graph, which is worth it for one as well.
+        may_be_fused = len(places) > 1 or setting.device.type == "cuda"
+        members = fusion_for(setting, trainings[places[0]]).members if may_be_fused else 1
         for begin in range(0, len(places), members):
             some = {place: trainings[place] for place in places[begin : begin + members]}
-            yield from _train_group(setting, some, on_epoch)
+            yield from _train_group(setting, some, on_epoch, fused=members > 1)
 
 
 def fusion_for(setting: Setting, training: Training) -> Fusion:
@@ -52,10 +54,10 @@ def fusion_for(setting: Setting, training: Training) -> Fusion:
 
 
 def _train_group(
-    setting: Setting, trainings: Mapping[int, Training], on_epoch: OnEpoch
+    setting: Setting, trainings: Mapping[int, Training], on_epoch: OnEpoch, *, fused: bool
 ) -> Iterator[tuple[int, Outcome]]:
-    """Fused, and should the model refuse that for some batch after all, from the beginning one by one; epochs that
-    were reported are not reported again."""
+    """Fused, if wanted, and should the model refuse that for some batch after all, from the beginning one by one;
+    epochs that were reported are not reported again."""
     reported = dict.fromkeys(trainings, 0)
     waiting = dict(trainings)
 
@@ -64,7 +66,7 @@ def _train_group(
         reported.update({place: epoch.number for place, epoch in new.items()})
         return on_epoch(new) if new else ()
 
-    if len(trainings) > 1:
+    if fused:
         try:
             for place, outcome in train_fused(setting, trainings, once):
                 del waiting[place]

@@ -39,6 +39,10 @@ from tests.servers import (
 )
 
 CPU = torch.device("cpu")
+# What trains is tested on each kind of device that this machine has.
+DEVICES = [CPU, *([torch.device("cuda", 0)] if torch.cuda.is_available() else [])]
+
+collect_ignore = [] if torch.cuda.is_available() else ["unit/test_gpu.py"]
 
 
 def require(reason: str) -> NoReturn:
@@ -67,15 +71,21 @@ def snapshot(tmp_path_factory: pytest.TempPathFactory) -> Snapshot:
     return prepare(make_job().data, "classification", tmp_path_factory.mktemp("snapshots"))
 
 
-@pytest.fixture(scope="session")
-def prepared(snapshot: Snapshot) -> Prepared:
-    return Prepared.load(snapshot, CPU)
+@pytest.fixture(scope="session", params=DEVICES, ids=lambda device: device.type)
+def device(request: pytest.FixtureRequest) -> torch.device:
+    chosen: torch.device = request.param
+    return chosen
 
 
 @pytest.fixture(scope="session")
-def prepared_regression(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+def prepared(snapshot: Snapshot, device: torch.device) -> Prepared:
+    return Prepared.load(snapshot, device)
+
+
+@pytest.fixture(scope="session")
+def prepared_regression(tmp_path_factory: pytest.TempPathFactory, device: torch.device) -> Prepared:
     data = DataConfig(source="sklearn://diabetes")
-    return Prepared.load(prepare(data, "regression", tmp_path_factory.mktemp("snapshots")), CPU)
+    return Prepared.load(prepare(data, "regression", tmp_path_factory.mktemp("snapshots")), device)
 
 
 def train_on(

@@ -12,7 +12,7 @@ from torch import nn
 import models.fused
 from models.batches import Split
 from models.families import family_named
-from models.fused import NotFusable, Stopped, fusion_signature, train_fused
+from models.fused import WORTHWHILE_OPERATIONS, NotFusable, Stopped, fusion_signature, train_fused
 from models.hyperparameters import OptimizerName
 from models.optimizers import build_optimizer
 from models.solo import Diverged, Epoch, Resumable, Setting, Trained, Training, new_model, train
@@ -84,7 +84,13 @@ SCHEDULES = ("constant", "step", "exponential", "cosine", "one_cycle", "plateau"
 
 
 @pytest.mark.usefixtures("in_float64")
-def test_every_optimizer_and_schedule_in_one_group_trains_as_alone(prepared: Prepared) -> None:
+@pytest.mark.parametrize("by_row", [True, False])
+def test_every_optimizer_and_schedule_in_one_group_trains_as_alone(
+    prepared: Prepared, by_row: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Row by row as on a CPU, and, on a CPU too, in the steps that a GPU replays."""
+    if not by_row:
+        monkeypatch.setattr(models.fused._Group, "_by_row", False)
     setting = setting_of(prepared)
     by_optimizer = [{"optimizer": name, "learning_rate": 0.01 + 0.01 * i} for i, name in enumerate(OPTIMIZERS)]
     by_schedule = [{"schedule": name, "optimizer": "adam", "warmup": 0.2} for name in SCHEDULES]
@@ -140,11 +146,15 @@ def test_stacked_optimizers_step_as_pytorchs_own(by_row: bool) -> None:
     weights = torch.randn(len(chosen), 12, generator=generator)
     alone = [nn.Parameter(row.clone()) for row in weights]
     optimizers = [build_optimizer([row], one) for row, one in zip(alone, chosen, strict=True)]
-    stacked = StackedOptimizer(chosen, weights, by_row=by_row)
-    for _ in range(10):
+    stacked = StackedOptimizer(chosen, weights)
+    for number in range(1, 11):
         gradients = torch.randn(len(chosen), 12, generator=generator)
         rates = torch.rand(len(chosen), generator=generator) / 10
-        stacked.step(gradients, rates)
+        factors = stacked.factors(rates.unsqueeze(0), number)[0]
+        if by_row:
+            stacked.step_by_row(gradients, factors, rates.tolist(), number)
+        else:
+            stacked.step(gradients, factors)
         for row, optimizer, gradient, rate in zip(alone, optimizers, gradients, rates.tolist(), strict=True):
             row.grad = gradient.clone()
             optimizer.param_groups[0]["lr"] = rate
@@ -156,8 +166,13 @@ def stop(*places: int) -> Any:
     return lambda epochs: [place for place in places if place in epochs and epochs[place].number == 2]
 
 
-def test_a_member_that_is_stopped_or_diverges_leaves_the_others_as_they_were(prepared: Prepared) -> None:
+@pytest.mark.parametrize("by_row", [True, False])
+def test_a_member_that_is_stopped_or_diverges_leaves_the_others_as_they_were(
+    prepared: Prepared, by_row: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Bit for bit: neither NaN nor the smaller group that goes on touches another row."""
+    if not by_row:
+        monkeypatch.setattr(models.fused._Group, "_by_row", False)
     setting = setting_of(prepared)
     some = trainings(
         setting, {}, {"learning_rate": 1e30, "optimizer": "sgd"}, {"dropout": 0.3}, {"optimizer": "rmsprop"}
@@ -342,8 +357,13 @@ def test_a_users_model_is_fused_and_exact(prepared: Prepared, nets: Path) -> Non
     assert_as_alone(setting, some, 1e-4)
 
 
-def test_a_large_model_is_trained_alone_because_the_device_is_busy_with_one(prepared: Prepared) -> None:
+def test_a_large_model_is_trained_alone_because_the_device_is_busy_with_one(
+    prepared: Prepared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """How large that is depends on the device; here it is a CPU's limit on each."""
     setting = setting_of(prepared)
+    limits = dict.fromkeys(WORTHWHILE_OPERATIONS, WORTHWHILE_OPERATIONS["cpu"])
+    monkeypatch.setattr(models.fused, "WORTHWHILE_OPERATIONS", limits)
     small, large = (trainings(setting, {"width": width, "depth": 2})[0] for width in (64, 2048))
     assert fusion_for(setting, small).members > 100
     assert "keeps the device busy on its own" in fusion_for(setting, large).reason

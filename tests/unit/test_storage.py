@@ -107,7 +107,7 @@ def test_a_result_is_on_the_disk_when_it_is_told_and_nothing_before_it_waits_for
 ) -> None:
     study = open_study(tmp_path)
     synced: list[int] = []
-    monkeypatch.setattr(storage.os, "fsync", synced.append)
+    monkeypatch.setattr(os, "fsync", synced.append)
     trial = study.ask()
     trial.set_user_attr("place", 0)
     trial.report(trial.suggest_float("x", 0, 1), 1)
