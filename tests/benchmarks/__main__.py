@@ -18,6 +18,7 @@ import torch
 import typer
 from rich.console import Console
 
+from infra.device import choose_device, describe_device
 from infra.settings import Settings
 from tests.benchmarks import prepare, publish, search, throughput, workers
 
@@ -63,6 +64,7 @@ def _machine() -> dict[str, Any]:
     return {
         "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "cores": os.cpu_count(),
+        "device": describe_device(choose_device()),
         "python": platform.python_version(),
         "torch": torch.__version__,
     }

@@ -4,7 +4,7 @@ trial costs more the more there were before it, and a CNN whose convolutions are
 import itertools
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
 
+from infra.device import choose_device
+from models.batches import Split
 from models.families import build_model
 from models.hyperparameters import MLPHyperparameters
 from models.solo import Training, new_model
@@ -110,12 +112,12 @@ def step(width: int, members: int) -> Record:
         {"epochs": _EPOCHS, "batch_size": _BATCH, "depth": 2, "width": width, "optimizer": "adam", "dropout": 0.1}
     )
     trainings = [Training(hyperparameters=chosen, seed=seed) for seed in range(members)]
-    model = new_model(setting, trainings[0])
+    model = new_model(setting, trainings[0]).to(setting.device)
     with FlopCounterMode(display=False) as counter:
         outputs = model(prepared.training.features[:_BATCH])
         nn.functional.cross_entropy(outputs, prepared.training.target[:_BATCH]).backward()  # type: ignore[no-untyped-call]
     with FlopCounterMode(display=False) as evaluation, torch.no_grad():
-        build_model(job.family, chosen, setting.shape).eval()(prepared.validation.features)
+        build_model(job.family, chosen, setting.shape).to(setting.device).eval()(prepared.validation.features)
     steps = len(prepared.training) // _BATCH
     operations = members * _EPOCHS * (steps * counter.get_total_flops() + evaluation.get_total_flops())
     seconds = min(_seconds(lambda: list(train_all(setting, trainings))) for _ in range(5))
@@ -127,7 +129,17 @@ def step(width: int, members: int) -> Record:
 
 
 def prepared_by(job: TuningJob, folder: Path) -> Prepared:
-    return Prepared.load(prepare(job.data, job.objective.problem, folder / "snapshots"), torch.device("cpu"))
+    return Prepared.load(prepare(job.data, job.objective.problem, folder / "snapshots"), choose_device())
+
+
+def on_host(split: Split) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features and target where a tutorial has them: what trains on a GPU brings each batch there."""
+    return split.all_features.cpu(), split.target.cpu()
+
+
+def on_device(batches: Iterable[Sequence[torch.Tensor]]) -> Iterator[tuple[torch.Tensor, ...]]:
+    device = choose_device()
+    return (tuple(tensor.to(device) for tensor in batch) for batch in batches)
 
 
 def _with_trials(content: dict[str, Any], trials: int) -> TuningJob:
@@ -144,9 +156,10 @@ def _as_if_number(trial: FrozenTrial, number: int) -> FrozenTrial:
 def _peak(sizes: list[int], members: int) -> float:
     """Operations a second of the products of one step: each layer's outputs, and its two gradients."""
     products = []
+    device = choose_device()
     for inputs, outputs in itertools.pairwise(sizes):
-        rows, weights = torch.rand(members, _BATCH, inputs), torch.rand(members, inputs, outputs)
-        gradients = torch.rand(members, _BATCH, outputs)
+        rows, weights = (torch.rand(members, *shape, device=device) for shape in ((_BATCH, inputs), (inputs, outputs)))
+        gradients = torch.rand(members, _BATCH, outputs, device=device)
         products += [(rows, weights), (gradients, weights.mT), (rows.mT, gradients)]
     operations = sum(2 * members * left.shape[1] * left.shape[2] * right.shape[2] for left, right in products)
 
@@ -154,6 +167,8 @@ def _peak(sizes: list[int], members: int) -> float:
         for _ in range(200):
             for left, right in products:
                 torch.bmm(left, right)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
 
     return 200 * operations / min(_seconds(often) for _ in range(5))
 
@@ -168,8 +183,9 @@ def _plain_cnns(prepared: Prepared, seed: int) -> None:
     """The loop of a tutorial, for as many trials of the same space."""
     torch.manual_seed(seed)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    training, validation = prepared.training, prepared.validation
-    unseen = DataLoader(TensorDataset(validation.all_features, validation.target), batch_size=256)
+    device = choose_device()
+    rows, unseen_rows = on_host(prepared.training), on_host(prepared.validation)
+    unseen = DataLoader(TensorDataset(*unseen_rows), batch_size=256)
 
     def objective(trial: optuna.Trial) -> float:
         channels = trial.suggest_categorical("channels", _CNN_CHANNELS)
@@ -178,7 +194,7 @@ def _plain_cnns(prepared: Prepared, seed: int) -> None:
             nn.Conv2d(channels, 2 * channels, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
             nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(trial.suggest_float("dropout", 0.0, 0.5)),
             nn.Linear(2 * channels, 10),
-        )  # fmt: skip
+        ).to(device)  # fmt: skip
         rate = trial.suggest_float("learning_rate", 1e-3, 3e-2, log=True)
         decay = trial.suggest_float("weight_decay", 1e-6, 1e-2, log=True)
         optimizer: torch.optim.Optimizer = (
@@ -187,18 +203,18 @@ def _plain_cnns(prepared: Prepared, seed: int) -> None:
             else torch.optim.SGD(model.parameters(), rate, momentum=0.9, weight_decay=decay)
         )
         batch_size = trial.suggest_categorical("batch_size", _CNN_BATCH_SIZES)
-        batches = DataLoader(TensorDataset(training.all_features, training.target), batch_size=batch_size, shuffle=True)
+        batches = DataLoader(TensorDataset(*rows), batch_size=batch_size, shuffle=True)
         right = 0
         for _ in range(_CNN_EPOCHS):
             model.train()
-            for features, target in batches:
+            for features, target in on_device(batches):
                 optimizer.zero_grad()
                 nn.functional.cross_entropy(model(features), target).backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
             model.eval()
             with torch.no_grad():
-                right = sum(int((model(features).argmax(1) == target).sum()) for features, target in unseen)
-        return right / len(validation)
+                right = sum(int((model(features).argmax(1) == target).sum()) for features, target in on_device(unseen))
+        return right / len(unseen_rows[1])
 
     study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=seed))
     study.optimize(objective, n_trials=CNN_TRIALS)

@@ -33,12 +33,22 @@ from rich.table import Table
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from infra.device import choose_device
 from tasks.job import TuningJob, parse_job
 from tasks.study import open_study
 from tasks.trainer import LocalTrainer
 from tasks.tune import tune
 from tests.benchmarks.datasets import has_shared_data
-from tests.benchmarks.engine import STEP_MEMBERS, STEP_WIDTHS, cnn, late_trials, prepared_by, step
+from tests.benchmarks.engine import (
+    STEP_MEMBERS,
+    STEP_WIDTHS,
+    cnn,
+    late_trials,
+    on_device,
+    on_host,
+    prepared_by,
+    step,
+)
 from tests.benchmarks.search import Measurement, Record
 from tests.servers import free_port
 
@@ -246,20 +256,20 @@ Rows = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 def _rows() -> Rows:
     with tempfile.TemporaryDirectory() as name:
         prepared = prepared_by(_job(1, 0), Path(name))
-    training, validation = prepared.training, prepared.validation
-    return training.all_features, training.target, validation.all_features, validation.target
+    return *on_host(prepared.training), *on_host(prepared.validation)
 
 
 def train_plainly(chosen: dict[str, Any], rows: Rows, *, loaders: bool = True) -> float:
-    """A training as a tutorial writes it: a model, an optimizer, a loop over DataLoaders, or over slices of tensors;
-    returns the validation accuracy after the last epoch."""
-    features, target, unseen, wanted = rows
+    """A training as a tutorial writes it: a model, an optimizer, a loop over DataLoaders, or over slices of tensors
+    that are on the device; returns the validation accuracy after the last epoch."""
+    device = choose_device()
+    features, target, unseen, wanted = rows if loaders else [tensor.to(device) for tensor in rows]
     layers: list[nn.Module] = [nn.Flatten()]
     inputs = features[0].numel()
     for _ in range(chosen["depth"]):
         layers += [nn.Linear(inputs, chosen["width"]), nn.ReLU(), nn.Dropout(chosen["dropout"])]
         inputs = chosen["width"]
-    model = nn.Sequential(*layers, nn.Linear(inputs, 10))
+    model = nn.Sequential(*layers, nn.Linear(inputs, 10)).to(device)
     rate, decay = chosen["learning_rate"], chosen["weight_decay"]
     optimizer: torch.optim.Optimizer = {
         "sgd": lambda: torch.optim.SGD(model.parameters(), rate, weight_decay=decay),
@@ -273,9 +283,9 @@ def train_plainly(chosen: dict[str, Any], rows: Rows, *, loaders: bool = True) -
     for _ in range(SPACE["epochs"]):  # type: ignore[call-overload]
         model.train()
         if loaders:
-            some: Any = batches
+            some: Any = on_device(batches)
         else:
-            order = torch.split(torch.randperm(len(features)), chosen["batch_size"])
+            order = torch.split(torch.randperm(len(features), device=device), chosen["batch_size"])
             some = ((features[index], target[index]) for index in order)
         for batch, labels in some:
             optimizer.zero_grad()
@@ -284,7 +294,8 @@ def train_plainly(chosen: dict[str, Any], rows: Rows, *, loaders: bool = True) -
         model.eval()
         with torch.no_grad():
             if loaders:
-                right = sum((model(batch).argmax(1) == labels).sum().item() for batch, labels in unseen_batches)
+                found = ((model(batch).argmax(1), labels) for batch, labels in on_device(unseen_batches))
+                right = sum((classes == labels).sum().item() for classes, labels in found)
                 accuracy = right / len(wanted)
             else:
                 accuracy = (model(unseen).argmax(1) == wanted).float().mean().item()
@@ -364,10 +375,18 @@ RAY_SPACE = {
 }
 
 
+# A trial for each core; on a GPU they share it.
+RAY_RESOURCES = {"cpu": 1, "gpu": torch.cuda.device_count() / (os.cpu_count() or 1)}
+
+
 def _ray(trials: int, seed: int) -> dict[str, float]:
     """As the quick start has it: a function that trains and reports, one CPU a trial."""
     rows = _rows()
-    return _fit(lambda chosen: ray.tune.report({"accuracy": train_plainly(chosen, rows)}), trials, seed)
+
+    def objective(chosen: dict[str, Any]) -> None:
+        ray.tune.report({"accuracy": train_plainly(chosen, rows)})
+
+    return _fit(ray.tune.with_resources(objective, RAY_RESOURCES), trials, seed)
 
 
 class _Reused(ray.tune.Trainable):  # type: ignore[misc]
@@ -392,11 +411,12 @@ class _Reused(ray.tune.Trainable):  # type: ignore[misc]
 
 
 def _ray_best(trials: int, seed: int) -> dict[str, float]:
-    return _fit(ray.tune.with_parameters(_Reused, rows=_rows()), trials, seed, reuse_actors=True)
+    trainable = ray.tune.with_resources(ray.tune.with_parameters(_Reused, rows=_rows()), RAY_RESOURCES)
+    return _fit(trainable, trials, seed, reuse_actors=True)
 
 
 def _fit(trainable: Any, trials: int, seed: int, **options: Any) -> dict[str, float]:
-    """Two trials at once on two cores; Ray itself is started before the clock is."""
+    """As many trials at once as there are cores; Ray itself is started before the clock is."""
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
     with tempfile.TemporaryDirectory() as folder:
         ray.init(
