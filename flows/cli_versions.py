@@ -218,17 +218,20 @@ def reconcile(
 
 
 def gc(as_json: AsJson = False) -> None:
-    """Delete what nobody needs: versions that no promotion names, if older than a day, and snapshots that no promoted
-    version was made of and no night of the last month used."""
+    """Delete what nobody needs: versions that no promotion names, if older than a day, and if older than a month
+    snapshots that no promoted version was made of and no night used, and checkpoints of trials that nobody goes on
+    with."""
     from datetime import UTC, datetime
 
     from tasks.snapshots import drop_old_snapshots
+    from tasks.trial_checkpoints import drop_old_checkpoints
     from tasks.versions import collect_garbage, promoted_snapshots
 
     settings: Settings = enter()
     store, now = _store(), datetime.now(UTC)
     gone = collect_garbage(store, now)
     gone += drop_old_snapshots(store, settings.home / "snapshots", promoted_snapshots(store), now)
+    gone += drop_old_checkpoints(store, settings.home / "checkpoints", now)
     _show({"deleted": gone}, [("deleted", f"{len(gone)} files"), *(("", key) for key in gone)], as_json)
 
 

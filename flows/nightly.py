@@ -318,6 +318,7 @@ def _tune(
             flow_run_id=runtime.flow_run.id,
             seconds_left=seconds_to_search(job, settings.studies, _now()),
             on_trial=on_trial,
+            store=open_store(settings.store_url) if settings.are_studies_shared else None,
         )
     with mlflow_may_be_away("trials"):
         track_missing_trials(client, run_id, study)

@@ -59,7 +59,8 @@ def _work(job_name: str, study_name: str, settings: Settings) -> str:
         ) from None
     attributes = study.user_attrs
     job = TuningJob.model_validate(attributes[JOB_CONTENT])
-    snapshot = fetch_snapshot(open_store(settings.store_url), settings.home / "snapshots", attributes[FINGERPRINT])
+    store = open_store(settings.store_url)
+    snapshot = fetch_snapshot(store, settings.home / "snapshots", attributes[FINGERPRINT])
     if snapshot is None:
         raise NothingToTrain(
             f"the rows of {study_name} (snapshot {attributes[FINGERPRINT][:12]}) are neither here nor in "
@@ -88,6 +89,7 @@ def _work(job_name: str, study_name: str, settings: Settings) -> str:
                 lease,
                 lambda: one_claims(settings.studies, job.name, study.study_name),
                 on_trial,
+                store if settings.are_studies_shared else None,
             )
     except NotNeeded:
         return "the night needed no further device"

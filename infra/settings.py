@@ -137,6 +137,11 @@ class Settings(BaseSettings):
         return self.home / "studies" if self.optuna_url is None else self.optuna_url.get_secret_value()
 
     @property
+    def are_studies_shared(self) -> bool:
+        """Whether workers of other machines may train trials of a study."""
+        return self.optuna_url is not None
+
+    @property
     def prefect_page(self) -> str:
         return self.prefect_api_url.removesuffix("/api")
 

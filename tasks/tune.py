@@ -17,6 +17,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from infra.device import describe_device
 from infra.errors import ExpectedError
+from infra.store import Store
 from tasks.job import TuningJob
 from tasks.leases import Claims, Lease, Watch, check_still_ours, mishaps_of, watching
 from tasks.memory import BASELINE
@@ -36,6 +37,7 @@ from tasks.study import (
 )
 from tasks.tracking import SECONDS
 from tasks.trainer import Trainer
+from tasks.trial_checkpoints import TrialCheckpoints
 from tasks.work import POLL_SECONDS, Breaker, run_wave, trained_seconds
 
 FUTILE_FAILURES = 3
@@ -112,13 +114,15 @@ def tune(
     flow_run_id: str | None = None,
     seconds_left: float = math.inf,
     on_trial: Callable[[FrozenTrial], None] = lambda _: None,
+    store: Store | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Tuned:
     """Train trials, beside whatever other workers do so, until the budget's trials are finished, its minutes are over
     (`clock` counts seconds), the device's hours are used up, a grid has no point left, or `seconds_left` are: then
     trials that are under way are cut off.
 
-    A trial that is interrupted goes on from its last checkpoint, tonight or in the next night. Raises TuningFailed
+    A trial that is interrupted goes on from its last checkpoint, tonight or in the next night: from the folder, or
+    from the store where other machines are to find it too. Raises TuningFailed
     where not a single trial completed, or already when the first three all failed: then the rest would fail as well.
     Raises NightSuperseded where another night takes up the study.
     """
@@ -145,11 +149,15 @@ def tune(
     watch = Watch(study, claims)
     watch.look()
     try:
-        with Lease(study, describe_device(trainer.device), flow_run_id, is_night=True) as lease, watching(watch):
+        with (
+            Lease(study, describe_device(trainer.device), flow_run_id, is_night=True) as lease,
+            watching(watch),
+            TrialCheckpoints(checkpoints, study.study_name, store) as kept,
+        ):
             breaker = Breaker(study, lease)
             while (ended_by := limit_reached()) is None:
                 if breaker.is_open or not breaker.counts(
-                    run_wave(study, job, trainer, checkpoints, lease, claims, on_trial, is_cut_off)
+                    run_wave(study, job, trainer, kept, lease, claims, on_trial, is_cut_off)
                 ):
                     time.sleep(POLL_SECONDS)
                 _stop_if_futile(study, job)

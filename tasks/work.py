@@ -22,7 +22,7 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
 from infra.device import describe_device
-from models.checkpoints import Checkpoint
+from infra.store import Store
 from models.diagnosis import Diagnosis
 from models.fused import Stopped
 from models.hyperparameters import Hyperparameters
@@ -38,6 +38,7 @@ from tasks.study import (
     HYPERPARAMETERS,
     WORKER,
     ask,
+    attempts,
     derived_seed,
     is_budget_claimed,
     is_wave_full,
@@ -47,6 +48,7 @@ from tasks.study import (
 )
 from tasks.tracking import CURVE, DEVICE, DIAGNOSIS, SECONDS, TRACEBACK, VALIDATION, curve_of
 from tasks.trainer import Ended, Failed, Scored, Trainer, TrainerDied, failed
+from tasks.trial_checkpoints import TrialCheckpoints
 
 CHECKPOINT_SECONDS = 10
 # A CPU gains from 8 nearly what it gains from 16, and the search sees twice as many structures.
@@ -65,12 +67,15 @@ class Infeasible(Exception):
 class _Candidate:
     """One trial of a wave, from ask to tell."""
 
-    def __init__(self, study: optuna.Study, job: TuningJob, trainer: Trainer, checkpoints: Path, worker: str) -> None:
+    def __init__(
+        self, study: optuna.Study, job: TuningJob, trainer: Trainer, checkpoints: TrialCheckpoints, worker: str
+    ) -> None:
         self.trial = ask(study, job, worker)
         self._study = study
         self._job = job
         self._trainer = trainer
-        self._checkpoint = checkpoints / study.study_name / f"{self.trial.user_attrs[NUMBER]}.safetensors"
+        self._checkpoints = checkpoints
+        self._number: int = self.trial.user_attrs[NUMBER]
         self._epochs: list[Epoch] = []
         self._unreported: list[Epoch] = []
         self._seconds = 0.0
@@ -80,18 +85,24 @@ class _Candidate:
         """What the study proposes. Raises Infeasible, and what is wrong with the proposal or a user's code."""
         hyperparameters = _draw(self.trial, self._job)
         self._cost = _check_limits(self.trial, self._job, hyperparameters, self._trainer)
-        seed = derived_seed(self._job.seed, "trial", self.trial.user_attrs[NUMBER])
+        seed = derived_seed(self._job.seed, "trial", self._number)
         resumable = Resumable(
-            path=self._checkpoint,
+            path=self._checkpoints.path(self._number),
             key=f"{seed} {hyperparameters.model_dump_json()}",
             interval_seconds=CHECKPOINT_SECONDS,
         )
         return Training(hyperparameters=hyperparameters, seed=seed, resumable=resumable)
 
+    def fetch_checkpoint(self, resumable: Resumable | None) -> None:
+        """Of an earlier attempt that another machine may have made."""
+        if resumable is not None and len(attempts(self._study, self._number)) > 1:
+            self._checkpoints.fetch(self._number, resumable.key)
+
     def report(self, epoch: Epoch, seconds: float) -> None:
         """While the storage is away, reports are kept and nothing is pruned: training goes on."""
         self._epochs.append(epoch)
         self._seconds += seconds
+        self._checkpoints.share(self._number, epoch.number)
         if not self._may_be_pruned:
             return
         self._unreported.append(epoch)
@@ -122,7 +133,7 @@ class _Candidate:
             case Diverged():
                 return self._tell(TrialState.FAIL, diagnosis="diverged", failure=str(outcome))
             case Failed():  # a broken configuration costs its trial, not the night
-                _logger.warning("trial %d failed:\n%s", self.trial.user_attrs[NUMBER], outcome.trace)
+                _logger.warning("trial %d failed:\n%s", self._number, outcome.trace)
                 self.trial.set_user_attr(TRACEBACK, outcome.trace)
                 return self._tell(TrialState.FAIL, failure=outcome.sentence)
 
@@ -160,7 +171,7 @@ class _Candidate:
             if (finished.state, finished.values) != (state, values):
                 raise
         if not keep_checkpoint:
-            Checkpoint.delete(self._checkpoint)
+            self._checkpoints.drop(self._number)
         return finished
 
 
@@ -215,8 +226,10 @@ def work(
     lease: Lease,
     claims: Claims,
     on_trial: Callable[[FrozenTrial], None],
+    store: Store | None = None,
 ) -> int:
-    """Train trials of a study whose night is elsewhere, until that ends or is gone; returns how many."""
+    """Train trials of a study whose night is elsewhere, until that ends or is gone; returns how many. Checkpoints lie
+    in a folder, and in a store where other machines are to find them."""
     told = 0
 
     def count(trial: FrozenTrial) -> None:
@@ -225,10 +238,10 @@ def work(
         on_trial(trial)
 
     night = NightSign(study)
-    with suppress(Interrupted):
+    with suppress(Interrupted), TrialCheckpoints(checkpoints, study.study_name, store) as kept:
         breaker = Breaker(study, lease)
         while not night.is_gone() and not breaker.is_open:
-            wave = run_wave(study, job, trainer, checkpoints, lease, claims, count, lambda: lease.must_cut_off)
+            wave = run_wave(study, job, trainer, kept, lease, claims, count, lambda: lease.must_cut_off)
             if not breaker.counts(wave):
                 time.sleep(POLL_SECONDS)
     return told
@@ -238,7 +251,7 @@ def run_wave(
     study: optuna.Study,
     job: TuningJob,
     trainer: Trainer,
-    checkpoints: Path,
+    checkpoints: TrialCheckpoints,
     lease: Lease,
     claims: Claims,
     on_trial: Callable[[FrozenTrial], None],
@@ -296,6 +309,8 @@ def run_wave(
                     drawn.append((candidate, training))
         for candidate, reason in refused:
             tell(candidate, reason)
+        for candidate, training in drawn:
+            candidate.fetch_checkpoint(training.resumable)
         began = counted_to = time.perf_counter()
         for place, ended in trainer.train([training for _, training in drawn], on_epoch):
             tell(drawn[place][0], ended)

@@ -45,6 +45,7 @@ from tasks.study import (
     open_study,
 )
 from tasks.trainer import Ended, Failed, LocalTrainer
+from tasks.trial_checkpoints import TrialCheckpoints
 from tasks.tune import seconds_to_search, tune
 from tasks.work import run_wave, trained_seconds, work
 from tests.conftest import make_job
@@ -274,9 +275,8 @@ def test_a_broken_device_is_taken_out_where_others_train(
         if others_train:
             lease = Lease(study, "cuda:1", None)
             lease.renew()
-            run_wave(
-                study, job, LocalTrainer(job, prepared), tmp_path, lease, nullcontext, lambda _: None, lambda: False
-            )
+            kept = TrialCheckpoints(tmp_path, study.study_name)
+            run_wave(study, job, LocalTrainer(job, prepared), kept, lease, nullcontext, lambda _: None, lambda: False)
         if len(finished_trials(study)) == 8:
             study.set_user_attr(SEARCH_ENDED_BY, "trials")
 
