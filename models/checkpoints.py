@@ -48,10 +48,14 @@ class Checkpoint:
         curve = json.dumps(self.curve)
         content = save(tensors, metadata={"key": self.key, "curve": curve, "sha256": _digest(tensors, curve)})
         partial = path.with_suffix(".partial")
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with partial.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError:  # of a full disk, which what was written so far would help to fill
+            partial.unlink(missing_ok=True)
+            raise
         if path.exists():
             path.replace(_previous(path))
         partial.replace(path)

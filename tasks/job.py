@@ -17,7 +17,6 @@ from urllib.parse import urlsplit
 from zoneinfo import available_timezones
 
 import yaml
-from prefect.schedules import Cron
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from infra.errors import ExpectedError
@@ -263,6 +262,8 @@ class ScheduleConfig(_Section):
         rule = "must be five cron fields such as '0 2 * * *'"
         if len(cron.split(" ")) != 5:  # Prefect's parser also takes six, with seconds, and @daily
             raise ValueError(rule)
+        from prefect.schedules import Cron  # takes a second to import, which what only trains is spared
+
         try:
             Cron(cron)
         except ValueError as error:

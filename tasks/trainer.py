@@ -135,7 +135,8 @@ class TrainerProcess:
 
     def __init__(self, job: TuningJob, snapshot: Snapshot, device: torch.device) -> None:
         self.device = device
-        self._content = pickle.dumps((job.model_dump(mode="json"), snapshot, str(device)))
+        content = job.model_dump(mode="json", exclude={"schedule"})
+        self._content = pickle.dumps((content, snapshot, str(device)))
         self._process: subprocess.Popen[bytes] | None = None
         self._is_ready = False
         self._longest = 0.0
@@ -177,7 +178,11 @@ class TrainerProcess:
                         now = time.monotonic()
                         self._longest = max(self._longest, now - heard)
                         limit = max(LEAST_EPOCH_SECONDS, HUNG_AFTER_EPOCHS * self._longest)
-                        self._connection.send(list(on_epoch(content)))
+                        stopped = list(on_epoch(content))
+                        try:
+                            self._connection.send(stopped)
+                        except OSError as error:
+                            raise self._died() from error
                         heard = time.monotonic()
                     case "ended":
                         yield content

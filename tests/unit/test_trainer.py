@@ -1,27 +1,37 @@
 """The process that trains: as exact as training here, mortal, blind to secrets, and gone with whoever started it."""
 
+import functools
 import logging
+import os
 import pickle
+import random
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
+import optuna
 import psutil
 import pytest
-from optuna.trial import TrialState
+import torch
+from optuna.trial import FrozenTrial, TrialState
 
-from models.fused import Stopped
+import tasks.work
+from models.checkpoints import Checkpoint
+from models.fused import OnEpoch, Stopped
 from models.solo import Diverged, Epoch, Training
 from tasks import trainer
 from tasks.job import TuningJob
 from tasks.prepared import Prepared
-from tasks.study import FAILURE, is_interrupted, open_study
-from tasks.trainer import Failed, LocalTrainer, Scored, TrainerDied, TrainerProcess
+from tasks.study import FAILURE, finished_trials, is_interrupted, open_study
+from tasks.tracking import CURVE
+from tasks.trainer import Ended, Failed, LocalTrainer, Scored, TrainerDied, TrainerProcess
 from tasks.tune import tune
-from tests.conftest import CPU, make_job
+from tests.conftest import CPU, make_job, require
 from tests.servers import wait_for
 from tests.unit.test_families import write_net
 from tests.unit.test_tune import NOW
@@ -169,3 +179,109 @@ list(process.train([training], lambda _: ()))
         assert child.is_running()
         parent.send_signal(signal.SIGKILL)
     wait_for(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE, 10, "the trainer to end")
+
+
+def test_each_of_twenty_trials_whose_process_is_killed_at_a_random_moment_loses_an_epoch_at_most(
+    prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And ends as it would have; no other trial, and no process, is left of it."""
+    monkeypatch.setattr(tasks.work, "CHECKPOINT_SECONDS", 0)
+    space = {"epochs": 10, "batch_size": 64, "width": [16, 64], "learning_rate": {"low": 1e-3, "high": 0.03}}
+    job = make_job(
+        search={"sampler": "qmc", "pruner": "none", "baseline": False, "space": space}, budget={"trials": 20}
+    )
+    moments = random.Random(0)
+    killed_at: dict[int, int] = {}
+    kept: dict[int, int] = {}
+    processes: list[int] = []
+
+    class Mortal(TrainerProcess):
+        def train(self, trainings: Sequence[Training], on_epoch: OnEpoch) -> Iterator[tuple[int, Ended]]:
+            seed, resumable = trainings[0].seed, trainings[0].resumable
+            assert resumable is not None
+            if seed in killed_at:
+                checkpoint = Checkpoint.read(resumable.path, resumable.key)
+                kept[seed] = len(checkpoint.curve) if checkpoint else 0
+                return super().train(trainings, on_epoch)
+            killed_at[seed] = moments.randint(1, 9)
+
+            def then_kill(epochs: Mapping[int, Epoch]) -> Collection[int]:
+                assert self._process is not None
+                if epochs[0].number == killed_at[seed]:
+                    processes.append(self._process.pid)
+                    kill = functools.partial(os.killpg, self._process.pid, signal.SIGKILL)
+                    threading.Timer(moments.uniform(0, 0.01), kill).start()
+                return on_epoch(epochs)
+
+            return super().train(trainings, then_kill)
+
+    def results(trainer: LocalTrainer | TrainerProcess, folder: Path) -> tuple[optuna.Study, list[object]]:
+        study = open_study(job, prepared.snapshot.fingerprint, folder, NOW)
+        tune(study, job, trainer, folder)
+        return study, [(trial.params, trial.values, trial.user_attrs[CURVE]) for trial in finished_trials(study)]
+
+    with Mortal(job, prepared.snapshot, CPU) as process:
+        study, found = results(process, tmp_path / "killed")
+    _, expected = results(LocalTrainer(job, prepared), tmp_path / "undisturbed")
+    assert found == expected
+    assert len(found) == len(set(processes)) == 20
+    assert sum(is_interrupted(trial) for trial in study.trials) == 20
+    assert all(kept[seed] >= epoch - 1 for seed, epoch in killed_at.items())
+    assert not any(psutil.pid_exists(pid) for pid in processes)
+
+
+def test_a_full_disk_costs_the_trials_that_meet_it_and_the_rest_are_trained_when_there_is_room(
+    prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each fails at once, by name, and is not tried again."""
+    if os.geteuid() != 0:
+        require("only root can mount a small disk")
+    monkeypatch.setattr(tasks.work, "CHECKPOINT_SECONDS", 0)
+    space = {"epochs": 3, "batch_size": 256, "width": 64, "depth": 2}
+    job = make_job(search={"sampler": "qmc", "pruner": "none", "space": space}, budget={"trials": 6})
+    study = open_study(job, prepared.snapshot.fingerprint, tmp_path / "studies", NOW)
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["/usr/bin/mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)], check=True)
+    try:
+        told: list[object] = []
+
+        def on_trial(trial: FrozenTrial) -> None:
+            told.append(trial)
+            if len(told) == 2:
+                with suppress(OSError), (disk / "filler").open("wb", buffering=0) as file:
+                    while True:
+                        file.write(bytes(4096))
+            if len(told) == 4:
+                assert not [file.name for file in disk.rglob("*") if file.is_file() and file.name != "filler"]
+                (disk / "filler").unlink()
+
+        tuned = tune(study, job, LocalTrainer(job, prepared), disk, on_trial=on_trial)
+    finally:
+        subprocess.run(["/usr/bin/umount", "--lazy", str(disk)], check=True)
+    assert (tuned.complete, tuned.failed) == (4, 2)
+    failures = [trial.user_attrs.get(FAILURE, "") for trial in study.trials]
+    assert ["No space left on device" in failure for failure in failures] == [False, False, True, True, False, False]
+
+
+def test_a_checkpoint_that_finds_no_room_leaves_the_one_before(tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        require("only root can mount a small disk")
+    path = tmp_path / "disk/trial.safetensors"
+    path.parent.mkdir()
+
+    def checkpoint(epochs: int, size: int) -> Checkpoint:
+        weights = {"weight": torch.zeros(size)}
+        return Checkpoint(key="k", curve=[[0]] * epochs, weights=weights, best={}, optimizer={}, generators={})
+
+    subprocess.run(["/usr/bin/mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(path.parent)], check=True)
+    try:
+        checkpoint(1, 10_000).write(path)
+        with pytest.raises(OSError, match="No space left"):
+            checkpoint(2, 60_000).write(path)
+        found = Checkpoint.read(path, "k")
+        assert found is not None
+        assert len(found.curve) == 1
+        assert [file.name for file in path.parent.iterdir()] == [path.name]
+    finally:
+        subprocess.run(["/usr/bin/umount", "--lazy", str(path.parent)], check=True)
