@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
 from typing import Literal
 
 import httpx
@@ -23,6 +24,7 @@ from infra.errors import ExpectedError
 from infra.settings import Settings
 from infra.store import check_store, open_store
 from tasks.job import load_jobs
+from tasks.storage import check_database
 
 LEAST_FREE, LITTLE_FREE = 1e9, 10e9
 MOST_SECONDS_APART = 5.0
@@ -50,6 +52,7 @@ def diagnose(settings: Settings) -> Iterator[Check]:
         _clock,
         _worker,
         _deployments,
+        _studies,
         _store,
     )
     for look in checks:
@@ -73,6 +76,13 @@ def _disk(settings: Settings) -> Check:
         found=f"{free / 1e9:.1f} GB are free in {settings.home}",
         remedy="" if state == "ok" else "free some: `nightly gc` deletes old snapshots",
     )
+
+
+def _studies(settings: Settings) -> Check:
+    if isinstance(settings.studies, Path):
+        return Check(name="studies", state="ok", found=f"journals below {settings.studies}, for this machine alone")
+    check_database(settings.studies)
+    return Check(name="studies", state="ok", found="the database that NIGHTLY_OPTUNA_URL names answers")
 
 
 def _packages(_: Settings) -> Check:

@@ -63,10 +63,9 @@ class StudiesUnavailable(ExpectedError):
     @classmethod
     def after(cls, error: BaseException) -> "StudiesUnavailable":
         """Says what the database, or the way to it, said; its first line names neither user nor password."""
-        reason = str(error.__cause__ or error).splitlines()[0]
         return cls(
-            f"the database of the studies has not answered for {PATIENCE_SECONDS} s ({reason}); start it or set "
-            "NIGHTLY_OPTUNA_URL right; the next night continues the study"
+            f"the database of the studies has not answered for {PATIENCE_SECONDS} s ({_reason(error)}); start it or "
+            "set NIGHTLY_OPTUNA_URL right; the next night continues the study"
         )
 
 
@@ -92,6 +91,17 @@ def storage_of(studies: Studies, job_name: str, study_name: str) -> BaseStorage:
     journal = studies / job_name / f"{study_name}.journal"
     journal.parent.mkdir(parents=True, exist_ok=True)
     return JournalStorage(_Journal(journal))
+
+
+def check_database(url: str) -> None:
+    """Raises StudiesUnavailable where the database does not answer at once."""
+    try:
+        engine = sqlalchemy.create_engine(_with_driver(url), connect_args=CONNECTING, poolclass=sqlalchemy.NullPool)
+        engine.connect().close()
+    except OperationalError as error:
+        raise StudiesUnavailable(
+            f"the database of the studies does not answer ({_reason(error)}); start it or set NIGHTLY_OPTUNA_URL right"
+        ) from error
 
 
 @contextmanager
@@ -179,7 +189,7 @@ class _Database(RDBStorage):
 
     def __init__(self, url: str) -> None:
         engine = {"pool_pre_ping": True, "connect_args": CONNECTING}
-        _patiently(partial(super().__init__, url.replace("postgresql://", "postgresql+psycopg://"), engine))
+        _patiently(partial(super().__init__, _with_driver(url), engine))
         for name in (BaseStorage.__abstractmethods__ | CALLED_BY_THE_CACHE) - {"set_trial_intermediate_value"}:
             setattr(self, name, partial(_patiently, getattr(self, name)))
 
@@ -188,6 +198,14 @@ class _Database(RDBStorage):
     def at(cls, url: str) -> "_Database":
         """One of a process, which pools its connections."""
         return cls(url)
+
+
+def _with_driver(url: str) -> str:
+    return url.replace("postgresql://", "postgresql+psycopg://")
+
+
+def _reason(error: BaseException) -> str:
+    return str(error.__cause__ or error).splitlines()[0]
 
 
 def _say_once(state: RetryCallState) -> None:

@@ -13,6 +13,7 @@ from flows.cli import app
 from infra.errors import ExpectedError
 from tasks.job import load_job
 from tests.conftest import make_stack
+from tests.servers import free_port
 
 
 @pytest.fixture
@@ -80,6 +81,7 @@ def test_without_servers_jobs_are_listed_and_the_doctor_says_what_to_do(tmp_path
         ("digits-cnn", None, None), ("digits-mlp", None, None),
     }  # fmt: skip
     (Path(alone.environment["NIGHTLY_JOBS"]) / "bad.yaml").write_text("name: bad\nbudget: {trials: 0}\n")
+    alone.environment["NIGHTLY_OPTUNA_URL"] = f"postgresql://nightly@127.0.0.1:{free_port()}/optuna"
     found = alone.nightly("doctor", ok=False)
     assert found.returncode == 1
     marks = {line.split()[1]: line for line in found.stdout.splitlines()}
@@ -88,3 +90,5 @@ def test_without_servers_jobs_are_listed_and_the_doctor_says_what_to_do(tmp_path
         assert marks[name].startswith("✗")
         assert marks[name].endswith("; run `nightly up`")
     assert "budget.trials" in marks["jobs"]
+    assert marks["studies"].startswith("✗")
+    assert marks["studies"].endswith("start it or set NIGHTLY_OPTUNA_URL right")

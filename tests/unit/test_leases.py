@@ -1,7 +1,11 @@
 """Workers that die, are silent, come back, break, or are not wanted any more; and nights that take over from others."""
 
+import multiprocessing
+import os
+import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,7 +16,7 @@ import pytest
 from optuna.trial import FrozenTrial, TrialState
 
 from models.fused import OnEpoch
-from models.solo import Training
+from models.solo import Epoch, Training
 from tasks import leases
 from tasks.job import TuningJob
 from tasks.leases import (
@@ -30,7 +34,8 @@ from tasks.leases import (
     workers_of,
 )
 from tasks.prepared import Prepared
-from tasks.storage import ClaimLost
+from tasks.snapshots import Snapshot
+from tasks.storage import ClaimLost, one_claims
 from tasks.study import (
     AFTER_SEARCH_SECONDS,
     FINISH_BY,
@@ -42,13 +47,15 @@ from tasks.study import (
     finished_trials,
     is_budget_claimed,
     is_interrupted,
+    load_study,
     open_study,
 )
 from tasks.trainer import Ended, Failed, LocalTrainer
 from tasks.trial_checkpoints import TrialCheckpoints
 from tasks.tune import seconds_to_search, tune
 from tasks.work import run_wave, trained_seconds, work
-from tests.conftest import make_job
+from tests.conftest import CPU, make_job
+from tests.servers import wait_for
 
 NOW = datetime(2026, 11, 23, 2, 0, tzinfo=UTC)
 
@@ -210,6 +217,67 @@ def test_two_workers_share_a_budget_and_each_trial_counts_once(
     assert len(study.trials) == 24
     assert sorted(trial.user_attrs["number"] for trial in study.trials) == list(range(24))
     assert len(helped) == 1
+
+
+class Slow(LocalTrainer):
+    """Takes its time over each epoch, and says that it has begun."""
+
+    begun: Path
+
+    def train(self, trainings: Sequence[Training], on_epoch: OnEpoch) -> Iterator[tuple[int, Ended]]:
+        def slowly(epochs: Mapping[int, Epoch]) -> Collection[int]:
+            self.begun.touch()
+            time.sleep(0.3)
+            return on_epoch(epochs)
+
+        return super().train(trainings, slowly)
+
+
+def work_with_a_short_lease(studies: Path, name: str, job: TuningJob, snapshot: Snapshot, folder: Path) -> None:
+    """A worker, in a process of its own."""
+    leases.BEAT_SECONDS, leases.LEASE_SECONDS = 0.5, 5.0
+    study = load_study(name, job.name, studies)
+    trainer = Slow(job, Prepared.load(snapshot, CPU))
+    trainer.begun = folder / "begun"
+    with Lease(study, "stopped", "worker") as lease:
+        work(study, job, trainer, folder, lease, lambda: one_claims(studies, job.name, name), lambda _: None)
+
+
+def test_a_worker_that_stood_still_for_two_leases_counts_for_nothing_and_begins_anew(
+    prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = make_job(search={"pruner": "none", "space": {"epochs": 4, "batch_size": 256}}, budget={"trials": 120})
+    studies = tmp_path / "studies"
+    study = open_study(job, prepared.snapshot.fingerprint, studies, NOW)
+    monkeypatch.setattr(leases, "BEAT_SECONDS", 0.5)
+    monkeypatch.setattr(leases, "LEASE_SECONDS", 5.0)
+    study.set_user_attr(SEARCH_ENDED_BY, "")
+    arguments = (studies, study.study_name, job, prepared.snapshot, tmp_path)
+    other = multiprocessing.get_context("spawn").Process(target=work_with_a_short_lease, args=arguments)
+    other.start()
+    assert other.pid is not None
+    begun = tmp_path / "begun"
+    try:
+        wait_for(begun.exists, 60, "the worker to train")
+        os.kill(other.pid, signal.SIGSTOP)
+        threading.Timer(10, os.kill, (other.pid, signal.SIGCONT)).start()
+        trainer = Slow(job, prepared)
+        trainer.begun = tmp_path / "night"
+        tuned = tune(study, job, trainer, tmp_path, claims=lambda: one_claims(studies, job.name, study.study_name))
+        other.join(60)
+    finally:
+        other.kill()
+    assert other.exitcode == 0
+    assert tuned.complete == 120
+    assert sorted(trial.user_attrs["number"] for trial in finished_trials(study)) == list(range(120))
+    attributes = study.user_attrs
+    names = [name.removeprefix("worker ") for name in attributes if name.startswith("worker ")]
+    stood_still, *later = [name for name in names if attributes[f"worker {name}"]["pid"] == other.pid]
+    of_it = [trial for trial in study.trials if trial.user_attrs.get(WORKER) == stood_still]
+    assert of_it
+    assert all(is_interrupted(trial) for trial in of_it)
+    assert any("stopped of" in mishap for mishap in tuned.mishaps)
+    assert any(trial.user_attrs[WORKER] in later for trial in finished_trials(study))
 
 
 def test_what_was_asked_for_under_a_lost_claim_is_given_back_and_counts_once(

@@ -22,6 +22,7 @@ from tasks.storage import (
     STORAGE_IS_AWAY,
     ClaimLost,
     StudiesUnavailable,
+    check_database,
     one_claims,
     storage_of,
     study_names,
@@ -133,6 +134,22 @@ def test_a_database_that_is_restarted_is_waited_for_but_by_a_report(
         postgres.stop()
     postgres.start()
     assert [trial.values for trial in study.get_trials()] == [[0.5], None]
+
+
+def test_a_database_that_starts_after_the_night_is_waited_for(
+    postgres: PostgresServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PGPASSWORD", postgres.password)
+    late = f"{postgres.url}?application_name=late"
+    check_database(late)
+    postgres.stop()
+    with pytest.raises(StudiesUnavailable, match="does not answer"):
+        check_database(late)
+    timer = threading.Timer(2, postgres.start)
+    timer.start()
+    study = open_study(late, "late-20261123-020000")
+    timer.join()
+    assert study.trials == []
 
 
 def test_a_lock_that_the_database_freed_is_noticed_and_whoever_waits_for_it_goes_on_waiting(
