@@ -232,7 +232,7 @@ class _Group:
         self._mixed_precision = gains_from_mixed_precision(self._template, setting.device)
         unscale = unscale_of(self._template)
         self._variance = None if unscale is None else unscale.scale**2
-        self._conveyor: _Conveyor | None = None
+        self._static: _StaticInputs | None = None
         self._arrange(weights, others)
         self._resume()
 
@@ -303,9 +303,9 @@ class _Group:
         whole = rows.shape[1] // self._batch_size
         first, rest = rows[:, : whole * self._batch_size], rows[:, whole * self._batch_size :]
         inputs = (first.reshape(len(first), whole, self._batch_size).transpose(0, 1), keys, factors)
-        if self._conveyor is None:
-            self._conveyor = _Conveyor(inputs, self._setting.device)
-        total = self._conveyor.sum_of_losses(self._step, inputs, whole)
+        if self._static is None:
+            self._static = _StaticInputs(inputs, self._setting.device)
+        total = self._static.sum_of_losses(self._step, inputs, whole)
         if rest.shape[1]:
             total = total + self._step(rest.to(total.device), keys[-1].to(total.device), factors[-1])
         return total
@@ -351,7 +351,7 @@ class _Group:
     def _arrange(self, weights: Tensor, others: dict[str, Tensor]) -> None:
         self._weights = weights
         self._others = others
-        self._conveyor = None
+        self._static = None
         self._parameters = {name: view.detach().requires_grad_() for name, view in self._layout.views(weights).items()}
         chosen = [member.chosen for member in self.members]
         self._smoothing = self._column([one.label_smoothing for one in chosen])
@@ -478,8 +478,8 @@ class _Group:
                         view[row].copy_(kept)
 
 
-class _Conveyor:
-    """Brings each step of an epoch what it needs, in tensors on the device that stay where they are."""
+class _StaticInputs:
+    """What each step of an epoch reads, in tensors on the device that stay where they are, as a graph needs it."""
 
     def __init__(self, inputs: Sequence[Tensor], device: torch.device) -> None:
         self._inputs = [torch.empty_like(one, device=device, memory_format=torch.contiguous_format) for one in inputs]

@@ -262,3 +262,13 @@ def write_jobs(folder: Path) -> None:
             f"promotion: {{mode: {mode}, ask_minutes: {minutes}}}\n"
             f"schedule: {{cron: '{cron}', overlap: {'refuse' if name == 'refusing' else 'wait'}}}\n"
         )
+    (folder / "slow.py").write_text("import time\ndef rows():\n    time.sleep(60)\n")
+    for name, source, confirm in (
+        ("cancelled-prepare", "slow.py:rows", "{candidates: 1, seeds: 1}"),
+        ("cancelled-confirm", "sklearn://digits", "{candidates: 2, seeds: 20}"),
+    ):
+        (folder / f"{name}.yaml").write_text(
+            f"name: {name}\ndata: {{source: '{source}'}}\nbudget: {{trials: 2}}\nconfirm: {confirm}\n"
+            "search: {pruner: none, space: {epochs: 300, batch_size: 64, width: 32, depth: 1}}\n"
+            f"schedule: {{cron: '{yearly}'}}\n"
+        )

@@ -78,6 +78,26 @@ def test_a_cancelled_night_stops_and_promotes_nothing(stack: Stack) -> None:
     assert parent.info.status == "KILLED"
 
 
+@pytest.mark.parametrize("step", ["prepare", "confirm"])
+def test_a_night_cancelled_in_another_step_is_gone_within_half_a_minute_and_promotes_nothing(
+    stack: Stack, step: str
+) -> None:
+    job = f"cancelled-{step}"
+    stack.nightly("run", job, "--no-follow")
+
+    def is_under_way() -> bool:
+        of_the_night = {"flow_runs": {"id": {"any_": [latest_run(stack, job)["id"]]}}}
+        tasks = stack.prefect("task_runs/filter", **of_the_night)
+        return any(str(task["name"]).startswith(step) and task["state_type"] == "RUNNING" for task in tasks)
+
+    wait_for(is_under_way, 180, f"the step {step}")
+    engine = engine_of(stack, job)
+    cancel(stack, latest_run(stack, job))
+    wait_for(lambda: latest_run(stack, job)["state_type"] == "CANCELLED", 30, "the night to be cancelled")
+    assert not engine.is_running()
+    assert not (stack.home / "store/models" / job).exists()
+
+
 def test_a_night_whose_stop_came_out_as_another_error_is_killed(stack: Stack) -> None:
     client = MlflowClient(stack.mlflow_url)
     experiment = client.create_experiment("stopped")

@@ -1,0 +1,33 @@
+"""A year of a job's schedule, as Prefect's scheduler lays its runs ahead, by a clock that is moved by hand."""
+
+import asyncio
+from datetime import UTC, date, datetime, timedelta
+from zoneinfo import ZoneInfo
+
+import pytest
+from prefect.server.schemas.schedules import CronSchedule
+
+from tests.conftest import make_job
+
+BERLIN = ZoneInfo("Europe/Berlin")
+BEGIN, END = datetime(2027, 1, 1, tzinfo=BERLIN), datetime(2028, 1, 1, tzinfo=BERLIN)
+
+
+def days_of(runs: set[datetime]) -> list[date]:
+    """The local day of each run; one that a change of the clock moved stays on its day."""
+    return sorted(run.astimezone(BERLIN).date() for run in runs if BEGIN <= run < END)
+
+
+# On 28 March 2027 there is no 02:30 in Berlin, and on 31 October there are two.
+@pytest.mark.parametrize("cron", ["30 2 * * *", "0 3 * * *"])
+def test_a_year_has_a_night_a_day_though_the_clock_is_changed_twice_and_once_put_back(cron: str) -> None:
+    job = make_job(schedule={"cron": cron, "timezone": "Europe/Berlin"})
+    assert job.schedule.cron is not None
+    schedule = CronSchedule(cron=job.schedule.cron, timezone=job.schedule.timezone)
+    hours = [BEGIN.astimezone(UTC) - timedelta(hours=1) + timedelta(hours=number) for number in range(366 * 24)]
+    put_back = [hour - timedelta(hours=2) for hour in hours[5000:5010]]
+    # By its due time a run is known: Prefect makes no second one for it.
+    runs: set[datetime] = set()
+    for now in (*hours[:5010], *put_back, *hours[5010:]):
+        runs.update(asyncio.run(schedule.get_dates(n=3, start=now)))
+    assert days_of(runs) == [BEGIN.date() + timedelta(days=number) for number in range(365)]
