@@ -131,5 +131,5 @@ def _of(night: str, key: str) -> dict[str, object]:
 
 def _close_assistant(page: Page) -> None:
     """MLflow opens it by itself, over a third of the page."""
-    assistant = page.get_by_text("MLflow Assistant").locator("xpath=ancestor::div[2]").get_by_role("button").last
-    assistant.click()
+    panel = "[data-component-id^='mlflow.assistant.chat_panel.']"
+    page.locator(f"{panel}[data-component-id$='close']").first.click()

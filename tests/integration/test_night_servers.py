@@ -23,14 +23,14 @@ def test_a_night_goes_on_without_mlflow_and_the_next_one_makes_up_for_it(stack: 
         process.kill()
     wait_for(lambda: latest_run(stack, "untracked")["state_type"] != "RUNNING", 240, "the night to end")
     assert latest_run(stack, "untracked")["state_type"] == "COMPLETED"
-    assert len(finished_trials(study)) == 60
+    assert len(finished_trials(study)) == 200
     champion = load_champion("untracked", (stack.home / "store").as_uri())
     stack.nightly("up")
-    assert len(runs_of(stack, study)[1]) < 60
+    assert len(runs_of(stack, study)[1]) < 200
     stack.nightly("run", "untracked", "--trials", "1")
     parent, nested = runs_of(stack, study)
     assert parent.info.status == "FINISHED"
-    assert sorted(int(run.data.tags[TRIAL_NUMBER]) for run in nested) == list(range(60))
+    assert sorted(int(run.data.tags[TRIAL_NUMBER]) for run in nested) == list(range(200))
     assert champion_alias(stack, "untracked").tags["store_version"] == champion.manifest.version
 
 
@@ -41,7 +41,7 @@ def test_a_night_goes_on_without_prefect(stack: Stack) -> None:
     wait_for(lambda: len(finished_trials(study)) >= before + 10, 180, "trials while Prefect is away")
     stack.nightly("up")
     wait_for(lambda: latest_run(stack, "unwatched")["state_type"] == "COMPLETED", 240, "the night to complete")
-    assert len(finished_trials(study)) == 100
+    assert len(finished_trials(study)) == 400
     assert_the_ledgers_agree(stack, "unwatched")
 
 
