@@ -534,18 +534,17 @@ def _obstacle(model: nn.Module, features: Tensor) -> str | None:
     """Why two of a model cannot be one computation; None where they can."""
     if not model.state_dict().keys() <= _tensors(model).keys():
         return "its modules share tensors, or keep a state that is not a tensor"
-    alone = copy.deepcopy(model).train()
     tensors = {name: tensor.detach().clone() for name, tensor in _tensors(model).items()}
     trained = {name: tensors[name].requires_grad_() for name, one in model.named_parameters() if one.requires_grad}
     stacked = {name: torch.stack([tensor, tensor]) for name, tensor in tensors.items()}
 
     def call(stacked: dict[str, Tensor], rows: Tensor) -> Any:
-        return functional_call(alone, stacked, (rows,))
+        return functional_call(model, stacked, (rows,))
 
     try:
         with forked_random_state(features.device):
             outputs = vmap(call, randomness="error")(stacked, torch.stack([features, features]))
-            expected = alone(features)
+            expected = model(features)
     except Exception as error:  # noqa: BLE001 a user's forward, and vmap itself, may raise anything
         return _in_a_line(error)
     if outputs.shape != (2, *expected.shape) or not torch.allclose(outputs, expected.expand_as(outputs), 1e-3, 1e-4):

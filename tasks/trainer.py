@@ -178,11 +178,7 @@ class TrainerProcess:
                         now = time.monotonic()
                         self._longest = max(self._longest, now - heard)
                         limit = max(LEAST_EPOCH_SECONDS, HUNG_AFTER_EPOCHS * self._longest)
-                        stopped = list(on_epoch(content))
-                        try:
-                            self._connection.send(stopped)
-                        except OSError as error:
-                            raise self._died() from error
+                        self._deliver(list(on_epoch(content)))
                         heard = time.monotonic()
                     case "ended":
                         yield content
@@ -203,8 +199,11 @@ class TrainerProcess:
     def _send(self, kind: str, content: object) -> None:
         if self._process is None:
             self._start()
+        self._deliver((kind, content))
+
+    def _deliver(self, message: object) -> None:
         try:
-            self._connection.send((kind, content))
+            self._connection.send(message)
         except OSError as error:
             raise self._died() from error
 

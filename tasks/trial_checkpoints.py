@@ -5,23 +5,22 @@ What trains has no credentials of the store. It writes files, and who asks for t
 own: a store that is slow or away costs a copy, never a trial. Knows nothing of studies beyond their names.
 """
 
-import hashlib
 import logging
 import os
 import shutil
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from datetime import datetime, timedelta
+from datetime import datetime
 from pathlib import Path
 
 from infra.store import Store, StoreError
 from models.checkpoints import Checkpoint
+from tasks.snapshots import KEPT, checksum
 
 # What the loss of a machine may cost a trial, beside the work since its last checkpoint.
 SHARE_SECONDS = 30.0
 PAUSE_SECONDS = 60.0
-KEPT = timedelta(days=31)
 _SHARED = "checkpoints"
 
 _logger = logging.getLogger(__name__)
@@ -47,6 +46,11 @@ class TrialCheckpoints:
         self._thread.shutdown(wait=True, cancel_futures=True)
         for number in self._sharing:
             self._copy(number).unlink(missing_ok=True)
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether other machines may have one that this one lacks."""
+        return self._store is not None
 
     def path(self, number: int) -> Path:
         """Where a trial's training writes its checkpoint, on this machine."""
@@ -76,14 +80,15 @@ class TrialCheckpoints:
         try:
             found = sorted(self._store.created(f"{self._prefix}/{number}/"), reverse=True)
             self._keys.setdefault(number, set()).update(found)
+            here = Checkpoint.read(self.path(number), training_key)
+            epochs = len(here.curve) if here else 0
             for key in found:
-                here = Checkpoint.read(self.path(number), training_key)
-                if here is not None and len(here.curve) >= _epoch_of(key) - 1:
+                if epochs >= _epoch_of(key) - 1:
                     return
                 fetched.parent.mkdir(parents=True, exist_ok=True)
                 self._store.download(key, fetched)
                 there = Checkpoint.read(fetched, training_key)
-                if there is not None and (here is None or len(there.curve) > len(here.curve)):
+                if there is not None and len(there.curve) > epochs:
                     fetched.replace(self.path(number))
                     _logger.info("trial %d goes on after epoch %d, from the store", number, len(there.curve))
                     return
@@ -104,9 +109,7 @@ class TrialCheckpoints:
 
     def _upload(self, store: Store, number: int, epoch: int, copy: Path) -> None:
         try:
-            with copy.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            key = f"{self._prefix}/{number}/{epoch:06}-{digest[:16]}.safetensors"
+            key = f"{self._prefix}/{number}/{epoch:06}-{checksum(copy)[:16]}.safetensors"
             store.upload(key, copy)
             for older in self._keys.get(number, set()) - {key}:
                 store.delete(older)

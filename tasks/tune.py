@@ -121,10 +121,10 @@ def tune(
     (`clock` counts seconds), the device's hours are used up, a grid has no point left, or `seconds_left` are: then
     trials that are under way are cut off.
 
-    A trial that is interrupted goes on from its last checkpoint, tonight or in the next night: from the folder, or
-    from the store where other machines are to find it too. Raises TuningFailed
-    where not a single trial completed, or already when the first three all failed: then the rest would fail as well.
-    Raises NightSuperseded where another night takes up the study.
+    A trial that is interrupted goes on from its last checkpoint, tonight or in the next night: from the folder, or from
+    the store where other machines are to find it too. Raises TuningFailed where not a single trial completed, or
+    already when the first three all failed: then the rest would fail as well. Raises NightSuperseded where another
+    night takes up the study.
     """
     began, trained_before = clock(), trained_seconds(study)
     deadline, cut_at = began + job.budget.minutes * 60, began + seconds_left

@@ -95,7 +95,7 @@ class _Candidate:
 
     def fetch_checkpoint(self, resumable: Resumable | None) -> None:
         """Of an earlier attempt that another machine may have made."""
-        if resumable is not None and len(attempts(self._study, self._number)) > 1:
+        if self._checkpoints.is_shared and resumable is not None and len(attempts(self._study, self._number)) > 1:
             self._checkpoints.fetch(self._number, resumable.key)
 
     def report(self, epoch: Epoch, seconds: float) -> None:

@@ -39,6 +39,13 @@ def in_float64() -> Iterator[None]:
     torch.set_default_dtype(torch.float32)
 
 
+@pytest.fixture(params=["by row", "at once"])
+def each_kind_of_step(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Row by row as on a CPU, and, on a CPU too, in the steps that a GPU replays."""
+    if request.param == "at once":
+        monkeypatch.setattr(models.fused._Group, "_by_row", False)
+
+
 def setting_of(prepared: Prepared, model: str = "mlp", rows: int = 300) -> Setting:
     def doubled(split: Split) -> Split:
         floats = torch.get_default_dtype()
@@ -84,13 +91,8 @@ SCHEDULES = ("constant", "step", "exponential", "cosine", "one_cycle", "plateau"
 
 
 @pytest.mark.usefixtures("in_float64")
-@pytest.mark.parametrize("by_row", [True, False])
-def test_every_optimizer_and_schedule_in_one_group_trains_as_alone(
-    prepared: Prepared, by_row: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Row by row as on a CPU, and, on a CPU too, in the steps that a GPU replays."""
-    if not by_row:
-        monkeypatch.setattr(models.fused._Group, "_by_row", False)
+@pytest.mark.usefixtures("each_kind_of_step")
+def test_every_optimizer_and_schedule_in_one_group_trains_as_alone(prepared: Prepared) -> None:
     setting = setting_of(prepared)
     by_optimizer = [{"optimizer": name, "learning_rate": 0.01 + 0.01 * i} for i, name in enumerate(OPTIMIZERS)]
     by_schedule = [{"schedule": name, "optimizer": "adam", "warmup": 0.2} for name in SCHEDULES]
@@ -166,13 +168,9 @@ def stop(*places: int) -> Any:
     return lambda epochs: [place for place in places if place in epochs and epochs[place].number == 2]
 
 
-@pytest.mark.parametrize("by_row", [True, False])
-def test_a_member_that_is_stopped_or_diverges_leaves_the_others_as_they_were(
-    prepared: Prepared, by_row: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("each_kind_of_step")
+def test_a_member_that_is_stopped_or_diverges_leaves_the_others_as_they_were(prepared: Prepared) -> None:
     """Bit for bit: neither NaN nor the smaller group that goes on touches another row."""
-    if not by_row:
-        monkeypatch.setattr(models.fused._Group, "_by_row", False)
     setting = setting_of(prepared)
     some = trainings(
         setting, {}, {"learning_rate": 1e30, "optimizer": "sgd"}, {"dropout": 0.3}, {"optimizer": "rmsprop"}

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import optuna
@@ -230,20 +230,27 @@ def test_each_of_twenty_trials_whose_process_is_killed_at_a_random_moment_loses_
     assert not any(psutil.pid_exists(pid) for pid in processes)
 
 
+@contextmanager
+def small_disk(folder: Path, size: str) -> Iterator[Path]:
+    if os.geteuid() != 0:
+        require("only root can mount a small disk")
+    folder.mkdir()
+    subprocess.run(["/usr/bin/mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], check=True)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["/usr/bin/umount", "--lazy", str(folder)], check=True)
+
+
 def test_a_full_disk_costs_the_trials_that_meet_it_and_the_rest_are_trained_when_there_is_room(
     prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each fails at once, by name, and is not tried again."""
-    if os.geteuid() != 0:
-        require("only root can mount a small disk")
     monkeypatch.setattr(tasks.work, "CHECKPOINT_SECONDS", 0)
     space = {"epochs": 3, "batch_size": 256, "width": 64, "depth": 2}
     job = make_job(search={"sampler": "qmc", "pruner": "none", "space": space}, budget={"trials": 6})
     study = open_study(job, prepared.snapshot.fingerprint, tmp_path / "studies", NOW)
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    subprocess.run(["/usr/bin/mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)], check=True)
-    try:
+    with small_disk(tmp_path / "disk", "2m") as disk:
         told: list[object] = []
 
         def on_trial(trial: FrozenTrial) -> None:
@@ -257,31 +264,22 @@ def test_a_full_disk_costs_the_trials_that_meet_it_and_the_rest_are_trained_when
                 (disk / "filler").unlink()
 
         tuned = tune(study, job, LocalTrainer(job, prepared), disk, on_trial=on_trial)
-    finally:
-        subprocess.run(["/usr/bin/umount", "--lazy", str(disk)], check=True)
     assert (tuned.complete, tuned.failed) == (4, 2)
     failures = [trial.user_attrs.get(FAILURE, "") for trial in study.trials]
     assert ["No space left on device" in failure for failure in failures] == [False, False, True, True, False, False]
 
 
 def test_a_checkpoint_that_finds_no_room_leaves_the_one_before(tmp_path: Path) -> None:
-    if os.geteuid() != 0:
-        require("only root can mount a small disk")
-    path = tmp_path / "disk/trial.safetensors"
-    path.parent.mkdir()
-
     def checkpoint(epochs: int, size: int) -> Checkpoint:
         weights = {"weight": torch.zeros(size)}
         return Checkpoint(key="k", curve=[[0]] * epochs, weights=weights, best={}, optimizer={}, generators={})
 
-    subprocess.run(["/usr/bin/mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(path.parent)], check=True)
-    try:
+    with small_disk(tmp_path / "disk", "256k") as disk:
+        path = disk / "trial.safetensors"
         checkpoint(1, 10_000).write(path)
         with pytest.raises(OSError, match="No space left"):
             checkpoint(2, 60_000).write(path)
         found = Checkpoint.read(path, "k")
         assert found is not None
         assert len(found.curve) == 1
-        assert [file.name for file in path.parent.iterdir()] == [path.name]
-    finally:
-        subprocess.run(["/usr/bin/umount", "--lazy", str(path.parent)], check=True)
+        assert [file.name for file in disk.iterdir()] == [path.name]
