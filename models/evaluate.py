@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-import scipy.stats
 import torch
 from torch import Tensor, nn
 
@@ -75,9 +74,15 @@ def _roc_auc(probabilities: _Array, target: _Array) -> float:
     curved = (inside > 0) & (outside > 0)
     if not curved.any():
         return 0.5
-    ranks = (scipy.stats.rankdata(probabilities, axis=0) * member).sum(axis=0)
+    ranks = (np.stack([_ranks(column) for column in probabilities.T], axis=1) * member).sum(axis=0)
     areas = (ranks - inside * (inside + 1) / 2)[curved] / (inside * outside)[curved]
     return float(areas.mean())
+
+
+def _ranks(values: _Array) -> _Array:
+    """From 1; equal values share the mean of theirs. SciPy's own costs whoever starts to train a second of imports."""
+    ordered = np.sort(values)
+    return (np.searchsorted(ordered, values, "left") + np.searchsorted(ordered, values, "right") + 1) / 2
 
 
 def _log_loss(probabilities: _Array, target: _Array) -> float:

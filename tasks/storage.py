@@ -5,6 +5,7 @@ growing history slows nothing down; SQLite is not made for several writers, as O
 machines need PostgreSQL. Knows nothing of jobs and trials.
 """
 
+import fcntl
 import json
 import logging
 import os
@@ -13,14 +14,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import sqlalchemy
 from filelock import FileLock
 from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
-from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
-from optuna.storages.journal._file import get_lock_file
+from optuna.storages.journal import JournalFileBackend
 from optuna.storages.journal._storage import JournalOperation
 from sqlalchemy.exc import OperationalError
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
@@ -32,7 +32,6 @@ Studies = Path | str
 
 STORAGE_IS_AWAY = (StorageInternalError, OperationalError)
 PATIENCE_SECONDS = 600
-LOCK_POLL_SECONDS = 0.002
 # What a journal says of a trial that has not ended.
 LOST_WITH_ITS_TRIAL = frozenset(
     {
@@ -142,45 +141,36 @@ def _check_claim(connection: sqlalchemy.Connection) -> None:
         raise ClaimLost("the database was restarted while trials were asked for") from error
 
 
-class _KernelLock(JournalFileOpenLock):
-    """A lock that the kernel frees when its holder dies. Optuna's own are files, which a killed process leaves behind
-    and others then wait for. What was cut off in the middle of a line, by a full disk or a power cut, is dropped."""
-
-    def __init__(self, journal: Path) -> None:
-        super().__init__(str(journal))
-        self._journal = journal
-        self._lock = FileLock(f"{journal}.lock")
-
-    def acquire(self) -> bool:
-        self._lock.acquire(poll_interval=LOCK_POLL_SECONDS)
-        with self._journal.open("rb+") as journal:
-            size = journal.seek(0, os.SEEK_END)
-            journal.seek(max(0, size - 1))
-            if journal.read(1) not in (b"", b"\n"):
-                journal.seek(0)
-                journal.truncate(sum(len(line) for line in journal if line.endswith(b"\n")))
-        return True
-
-    def release(self) -> None:
-        self._lock.release()
-
-
 class _Journal(JournalFileBackend):
-    """Waits for the disk where a result must outlast a power cut, not at each of the twenty lines before it: what a
+    """Locked by the kernel, which frees the lock when its holder dies: Optuna's own locks are files, which a killed
+    process leaves behind and others then wait for. What was cut off in the middle of a line, by a full disk or a power
+    cut, is dropped.
+
+    Waits for the disk where a result must outlast a power cut, not at each of the twenty lines before it: what a
     cut takes is the end of a journal, and a trial that has not ended begins again anyway."""
 
     def __init__(self, journal: Path) -> None:
         self._journal = journal
-        self._one_writes = _KernelLock(journal)
-        super().__init__(str(journal), lock_obj=self._one_writes)
+        super().__init__(str(journal))
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         lines = "".join(f"{json.dumps(log, separators=(',', ':'))}\n" for log in logs)
-        with get_lock_file(self._one_writes), self._journal.open("ab") as file:
+        with self._journal.open("rb+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            _drop_cut_line(file)
+            file.seek(0, os.SEEK_END)
             file.write(lines.encode())
             file.flush()
             if any(log["op_code"] not in LOST_WITH_ITS_TRIAL for log in logs):
                 os.fsync(file.fileno())
+
+
+def _drop_cut_line(journal: BinaryIO) -> None:
+    size = journal.seek(0, os.SEEK_END)
+    journal.seek(max(0, size - 1))
+    if journal.read(1) not in (b"", b"\n"):
+        journal.seek(0)
+        journal.truncate(sum(len(line) for line in journal if line.endswith(b"\n")))
 
 
 class _Database(RDBStorage):

@@ -1,5 +1,6 @@
 """Where studies lie: several writers, torn lines, killed holders, a database that is away."""
 
+import fcntl
 import inspect
 import multiprocessing
 import os
@@ -11,7 +12,6 @@ from pathlib import Path
 
 import optuna
 import pytest
-from filelock import FileLock
 from optuna.storages import BaseStorage
 from optuna.trial import TrialState
 from tenacity import stop_after_delay
@@ -69,9 +69,9 @@ def test_several_processes_ask_and_tell_and_none_takes_anothers_place(
 
 def test_a_killed_writer_keeps_nobody_waiting(tmp_path: Path) -> None:
     study = open_study(tmp_path)
-    lock = tmp_path / f"small/{NAME}.journal.lock"
+    journal = tmp_path / f"small/{NAME}.journal"
     ready = tmp_path / "ready"
-    writer = multiprocessing.get_context("spawn").Process(target=hold_for_ever, args=(lock, ready))
+    writer = multiprocessing.get_context("spawn").Process(target=hold_for_ever, args=(journal, ready))
     writer.start()
     while not ready.exists():
         assert writer.is_alive()
@@ -84,8 +84,9 @@ def test_a_killed_writer_keeps_nobody_waiting(tmp_path: Path) -> None:
     assert time.monotonic() - began < 10  # Optuna's own lock waits for 30 s
 
 
-def hold_for_ever(lock: Path, ready: Path) -> None:
-    FileLock(lock).acquire()
+def hold_for_ever(journal: Path, ready: Path) -> None:
+    file = journal.open("rb+")
+    fcntl.flock(file, fcntl.LOCK_EX)
     ready.touch()
     time.sleep(60)
 
