@@ -80,7 +80,7 @@ from tasks.tracking import (
     track_confirmed,
     track_missing_trials,
 )
-from tasks.trainer import TrainerProcess
+from tasks.trainer import TrainerProcesses, worthwhile_processes
 from tasks.tune import Tuned, forecast, seconds_to_search, tune
 
 JUDGEMENTS = 3
@@ -293,7 +293,7 @@ def _tune(
     client: MlflowClient,
     run_id: str,
 ) -> Tuned:
-    tracker = TrialTracker(client, run_id)
+    tracker = TrialTracker(client, run_id, settings.mlflow_database)
 
     def trial_page(trial: FrozenTrial) -> str | None:
         run = tracker.run_ids.get(trial.number)
@@ -306,7 +306,7 @@ def _tune(
     with (
         Progress(study, job, device, trial_page) as progress,
         tracker,
-        TrainerProcess(job, snapshot, device) as trainer,
+        TrainerProcesses(job, snapshot, device, worthwhile_processes(snapshot, device)) as trainer,
         _more_workers(study, job),
     ):
         tuned = tune(

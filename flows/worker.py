@@ -22,7 +22,7 @@ from tasks.snapshots import fetch_snapshot
 from tasks.storage import STORAGE_IS_AWAY, StudiesUnavailable, one_claims
 from tasks.study import FINGERPRINT, JOB_CONTENT, MLFLOW_RUN, load_study, number_of
 from tasks.tracking import TrialTracker
-from tasks.trainer import TrainerProcess
+from tasks.trainer import TrainerProcesses, worthwhile_processes
 from tasks.work import work
 
 _logger = logging.getLogger(__name__)
@@ -73,8 +73,10 @@ def _work(job_name: str, study_name: str, settings: Settings) -> str:
             hold_device(device, settings.home, is_needed=lambda: not night.is_gone()),
             # Left last: the night must not look for what is missing in MLflow while the tracker still writes.
             Lease(study, describe_device(device), runtime.flow_run.id) as lease,
-            TrialTracker(MlflowClient(settings.mlflow_url), attributes[MLFLOW_RUN]) as tracker,
-            TrainerProcess(job, snapshot, device) as trainer,
+            TrialTracker(
+                MlflowClient(settings.mlflow_url), attributes[MLFLOW_RUN], settings.mlflow_database
+            ) as tracker,
+            TrainerProcesses(job, snapshot, device, worthwhile_processes(snapshot, device)) as trainer,
         ):
 
             def on_trial(trial: FrozenTrial) -> None:

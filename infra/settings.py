@@ -153,6 +153,11 @@ class Settings(BaseSettings):
     def mlflow_url(self) -> str:
         return self.external_mlflow_url or f"http://{LOOPBACK}:{self.mlflow_port}"
 
+    @property
+    def mlflow_database(self) -> Path:
+        """The embedded server's, a SQLite file; there is none where MLflow has always been elsewhere."""
+        return self.home / "mlflow/mlflow.db"
+
     def night_page(self, flow_run_id: object) -> str:
         """A night's page in Prefect."""
         return f"{self.prefect_page}/runs/flow-run/{flow_run_id}"

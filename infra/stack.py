@@ -10,6 +10,7 @@ import json
 import os
 import re
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
@@ -70,7 +71,6 @@ class Running:
 
 def servers(settings: Settings) -> list[Service]:
     """The servers that this machine runs: none that the environment places elsewhere by its own URL."""
-    mlflow_home = settings.home / "mlflow"
     here = f"{LOOPBACK}:{settings.mlflow_port},localhost:{settings.mlflow_port}"
     prefect = Service(
         name="prefect",
@@ -90,8 +90,8 @@ def servers(settings: Settings) -> list[Service]:
             sys.executable, "-m", "mlflow", "server", "--host", LOOPBACK, "--port", str(settings.mlflow_port),
             # With several workers uvicorn opens the socket itself, without TCP_NODELAY, and each call takes 40 ms more.
             "--workers", "1", "--allowed-hosts", here,
-            "--backend-store-uri", f"sqlite:///{mlflow_home / 'mlflow.db'}",
-            "--artifacts-destination", (mlflow_home / "artifacts").as_uri(),
+            "--backend-store-uri", f"sqlite:///{settings.mlflow_database}",
+            "--artifacts-destination", (settings.home / "mlflow/artifacts").as_uri(),
         ),
         port=settings.mlflow_port,
         port_variable="NIGHTLY_MLFLOW_PORT",
@@ -249,6 +249,10 @@ def log_file(settings: Settings, service: Service) -> Path:
 def _spawn(settings: Settings, service: Service) -> Running:
     for folder in ("logs", "run", "mlflow", "prefect"):
         (settings.home / folder).mkdir(exist_ok=True)
+    if service.name == "mlflow":
+        # Nobody waits for another to read or write, and a commit waits for the disk once. SQLite keeps it in the file.
+        with contextlib.closing(sqlite3.connect(settings.mlflow_database)) as database:
+            database.execute("PRAGMA journal_mode = WAL")
     with log_file(settings, service).open("ab") as log:
         spawned = subprocess.Popen(
             service.command,

@@ -27,7 +27,7 @@ from tasks.prepare import prepare
 from tasks.prepared import Prepared
 from tasks.samplers import NUMBER
 from tasks.study import WAVE, open_study
-from tasks.trainer import LocalTrainer
+from tasks.trainer import LocalTrainer, TrainerProcesses, worthwhile_processes
 from tasks.tune import tune
 from tests.benchmarks.datasets import shared
 from tests.benchmarks.search import Record
@@ -93,7 +93,8 @@ def cnn(way: str, seed: int) -> Record:
         study = open_study(job, prepared.snapshot.fingerprint, folder, datetime.now(UTC))
         began = time.perf_counter()
         if way == "bare":
-            tune(study, job, LocalTrainer(job, prepared), folder / "checkpoints")
+            with trainer_of(job, prepared) as trainer:
+                tune(study, job, trainer, folder / "checkpoints")
         else:
             _plain_cnns(prepared, seed)
         seconds = time.perf_counter() - began
@@ -130,6 +131,12 @@ def step(width: int, members: int) -> Record:
 
 def prepared_by(job: TuningJob, folder: Path) -> Prepared:
     return Prepared.load(prepare(job.data, job.objective.problem, folder / "snapshots"), choose_device())
+
+
+def trainer_of(job: TuningJob, prepared: Prepared) -> TrainerProcesses:
+    """As a night starts it."""
+    device = choose_device()
+    return TrainerProcesses(job, prepared.snapshot, device, worthwhile_processes(prepared.snapshot, device))
 
 
 def on_host(split: Split) -> tuple[torch.Tensor, torch.Tensor]:

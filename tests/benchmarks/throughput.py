@@ -36,7 +36,6 @@ from torch.utils.data import DataLoader, TensorDataset
 from infra.device import choose_device
 from tasks.job import TuningJob, parse_job
 from tasks.study import open_study
-from tasks.trainer import LocalTrainer
 from tasks.tune import tune
 from tests.benchmarks.datasets import has_shared_data
 from tests.benchmarks.engine import (
@@ -48,6 +47,7 @@ from tests.benchmarks.engine import (
     on_host,
     prepared_by,
     step,
+    trainer_of,
 )
 from tests.benchmarks.search import Measurement, Record
 from tests.servers import free_port
@@ -218,14 +218,15 @@ def _night(trials: int, seed: int) -> dict[str, float]:
 
 
 def _bare(trials: int, seed: int) -> dict[str, float]:
-    """The same engine and the same storage, without Prefect and MLflow."""
+    """The same engine, with the start of its processes, and the same storage, without Prefect and MLflow."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         job = _job(trials, seed)
         prepared = prepared_by(job, folder)
         study = open_study(job, prepared.snapshot.fingerprint, folder, datetime.now(UTC))
         began = time.perf_counter()
-        tune(study, job, LocalTrainer(job, prepared), folder / "checkpoints")
+        with trainer_of(job, prepared) as trainer:
+            tune(study, job, trainer, folder / "checkpoints")
         return {"seconds": time.perf_counter() - began}
 
 
@@ -244,7 +245,8 @@ def _ours_until(seed: int) -> bool:
         prepared = prepared_by(job, folder)
         study = open_study(job, prepared.snapshot.fingerprint, folder, datetime.now(UTC))
         try:
-            tune(study, job, LocalTrainer(job, prepared), folder / "checkpoints", on_trial=on_trial)
+            with trainer_of(job, prepared) as trainer:
+                tune(study, job, trainer, folder / "checkpoints", on_trial=on_trial)
         except _TargetReached:
             return True
     return False

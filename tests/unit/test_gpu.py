@@ -13,7 +13,7 @@ from models.solo import Setting, Trained, Training
 from models.training import train_all
 from tasks.prepared import Prepared
 from tasks.snapshots import Snapshot
-from tasks.trainer import TrainerProcess
+from tasks.trainer import TrainerProcesses
 from tests.conftest import make_job
 
 GPU = torch.device("cuda", 0)
@@ -113,10 +113,9 @@ def test_a_trainer_that_is_killed_leaves_the_gpu_before_the_next_one_starts(
         seen.append(processes_on_the_gpu())
         return []
 
-    with TrainerProcess(make_job(), snapshot, GPU) as trainer:
+    with TrainerProcesses(make_job(), snapshot, GPU) as trainer:
         assert len(list(trainer.train(some_trainings(on_gpu, 4), look))) == 4
-        assert trainer._process is not None
-        killed = trainer._process.pid
+        (killed,) = trainer.process_ids
         trainer.close()
         assert killed in seen[0]
         assert killed not in processes_on_the_gpu()

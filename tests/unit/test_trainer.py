@@ -1,4 +1,4 @@
-"""The process that trains: as exact as training here, mortal, blind to secrets, and gone with whoever started it."""
+"""The processes that train: as exact as training here, mortal, blind to secrets, and gone with whoever started them."""
 
 import functools
 import logging
@@ -29,7 +29,7 @@ from tasks.job import TuningJob
 from tasks.prepared import Prepared
 from tasks.study import FAILURE, finished_trials, is_interrupted, open_study
 from tasks.tracking import CURVE
-from tasks.trainer import Ended, Failed, LocalTrainer, Scored, TrainerDied, TrainerProcess
+from tasks.trainer import Ended, Failed, LocalTrainer, Scored, TrainerDied, TrainerProcesses, worthwhile_processes
 from tasks.tune import tune
 from tests.conftest import CPU, make_job, require
 from tests.servers import wait_for
@@ -76,11 +76,11 @@ def odd_job(tmp_path_factory: pytest.TempPathFactory) -> TuningJob:
 
 
 @pytest.fixture(scope="module")
-def process(odd_job: TuningJob, prepared: Prepared) -> Iterator[TrainerProcess]:
+def process(odd_job: TuningJob, prepared: Prepared) -> Iterator[TrainerProcesses]:
     with pytest.MonkeyPatch.context() as patch:
         for name in ("AWS_SECRET_ACCESS_KEY", "NIGHTLY_WEBHOOK", "PGPASSWORD"):
             patch.setenv(name, "secret")
-        with TrainerProcess(odd_job, prepared.snapshot, CPU) as started:
+        with TrainerProcesses(odd_job, prepared.snapshot, CPU) as started:
             yield started
 
 
@@ -90,7 +90,7 @@ def test_it_trains_as_exactly_as_here(prepared: Prepared, caplog: pytest.LogCapt
     trainings = [training_of(job, seed=seed, learning_rate=rate) for seed, rate in enumerate(rates)]
     stop_second = {2: 2}
 
-    def followed(by: LocalTrainer | TrainerProcess) -> tuple[list[object], dict[int, object]]:
+    def followed(by: LocalTrainer | TrainerProcesses) -> tuple[list[object], dict[int, object]]:
         epochs: list[object] = []
 
         def on_epoch(some: Mapping[int, Epoch]) -> Collection[int]:
@@ -101,7 +101,7 @@ def test_it_trains_as_exactly_as_here(prepared: Prepared, caplog: pytest.LogCapt
         return epochs, {place: one if isinstance(one, Scored) else str(one) for place, one in ended.items()}
 
     here = LocalTrainer(job, prepared)
-    with TrainerProcess(job, prepared.snapshot, CPU) as process:
+    with TrainerProcesses(job, prepared.snapshot, CPU) as process:
         assert followed(process) == followed(here)
         assert process.members(trainings[0]) > 8  # as many as memory is free for, which changes
         costs = process.costs(trainings[0].hyperparameters, ["parameters"])
@@ -114,8 +114,63 @@ def test_it_trains_as_exactly_as_here(prepared: Prepared, caplog: pytest.LogCapt
     assert caplog.records == []
 
 
+def test_two_processes_keep_step_and_each_trains_its_part_as_exactly_as_here(
+    prepared: Prepared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    job = make_job()
+    trainings = [training_of(job, seed=seed) for seed in range(5)]
+    stop_at = {1: 1, 4: 2}
+    steps = []
+
+    def on_epoch(epochs: Mapping[int, Epoch]) -> Collection[int]:
+        steps.append({place: epoch.number for place, epoch in epochs.items()})
+        return [place for place, epoch in epochs.items() if stop_at.get(place) == epoch.number]
+
+    with TrainerProcesses(job, prepared.snapshot, CPU, 2) as processes:
+        ended = dict(processes.train(trainings, on_epoch))
+    assert steps == [dict.fromkeys(range(5), 1), dict.fromkeys((0, 2, 3, 4), 2), dict.fromkeys((0, 2, 3), 3)]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for begin, end in ((0, 2), (2, 5)):
+
+            def stopped(epochs: Mapping[int, Epoch], begin: int = begin) -> Collection[int]:
+                return [place for place, epoch in epochs.items() if stop_at.get(begin + place) == epoch.number]
+
+            for place, expected in LocalTrainer(job, prepared).train(trainings[begin:end], stopped):
+                if isinstance(expected, Scored):
+                    assert ended[begin + place] == expected
+                else:
+                    assert isinstance(ended[begin + place], Stopped)
+    finally:
+        torch.set_num_threads(threads)
+    assert len(ended) == 5
+
+
+def test_of_two_processes_the_death_of_one_ends_both_and_the_next_training_starts_them_again(
+    odd_job: TuningJob, prepared: Prepared
+) -> None:
+    learns, aborts = training_of(odd_job, "learns"), training_of(odd_job, "aborts")
+    with TrainerProcesses(odd_job, prepared.snapshot, CPU, 2) as processes:
+        started = processes.process_ids
+        assert len(started) == 2
+        with pytest.raises(TrainerDied, match="signal 6"):
+            list(processes.train([learns, aborts], lambda _: ()))
+        assert processes.process_ids == []
+        assert not any(psutil.pid_exists(pid) for pid in started)
+        ended = dict(processes.train([learns, learns, learns], lambda _: ()))
+        assert [type(ended[place]) for place in range(3)] == [Scored] * 3
+
+
+def test_many_rows_are_not_held_twice(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert worthwhile_processes(prepared.snapshot, CPU) == min(2, torch.get_num_threads())
+    monkeypatch.setattr(trainer, "MOST_ROWS_BYTES", 1000)
+    assert worthwhile_processes(prepared.snapshot, CPU) == 1
+
+
 def test_what_a_model_raises_costs_its_training_and_names_itself(
-    process: TrainerProcess, odd_job: TuningJob, caplog: pytest.LogCaptureFixture
+    process: TrainerProcesses, odd_job: TuningJob, caplog: pytest.LogCaptureFixture
 ) -> None:
     trainings = [training_of(odd_job, "raises"), training_of(odd_job, "learns")]
     with caplog.at_level(logging.INFO, "models"):
@@ -131,7 +186,7 @@ def test_what_a_model_raises_costs_its_training_and_names_itself(
 
 @pytest.mark.parametrize(("kind", "says"), [("hangs", "nothing was heard"), ("aborts", "ended by itself .signal 6.")])
 def test_a_training_that_hangs_or_crashes_is_killed_and_the_next_one_trains(
-    process: TrainerProcess, odd_job: TuningJob, kind: str, says: str, monkeypatch: pytest.MonkeyPatch
+    process: TrainerProcesses, odd_job: TuningJob, kind: str, says: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(trainer, "FIRST_EPOCH_SECONDS", 5)
     with pytest.raises(TrainerDied, match=says):
@@ -146,7 +201,7 @@ def test_a_night_goes_on_after_its_trainer_died(prepared: Prepared, tmp_path: Pa
     search = {"space": space, "sampler": "random", "baseline": False}
     job = make_job(model=odd_job.model, search=search, budget={"trials": 4})
     study = open_study(job, prepared.snapshot.fingerprint, tmp_path, NOW)
-    with TrainerProcess(job, prepared.snapshot, CPU) as process:
+    with TrainerProcesses(job, prepared.snapshot, CPU) as process:
         tuned = tune(study, job, process, tmp_path)
     assert tuned.complete + tuned.failed == 4
     assert tuned.failed > 0
@@ -163,12 +218,12 @@ import pickle, sys
 from pathlib import Path
 import torch
 from tasks.job import TuningJob
-from tasks.trainer import TrainerProcess
+from tasks.trainer import TrainerProcesses
 content, snapshot, training = pickle.loads(Path({str(tmp_path / "content")!r}).read_bytes())
-process = TrainerProcess(TuningJob.model_validate(content), snapshot, torch.device("cpu"))
-process._start()
-print(process._process.pid, flush=True)
-list(process.train([training], lambda _: ()))
+process = TrainerProcesses(TuningJob.model_validate(content), snapshot, torch.device("cpu"))
+with process:
+    print(process.process_ids[0], flush=True)
+    list(process.train([training], lambda _: ()))
 """
     hanging = training_of(odd_job, "hangs")
     (tmp_path / "content").write_bytes(pickle.dumps((odd_job.model_dump(mode="json"), prepared.snapshot, hanging)))
@@ -195,7 +250,7 @@ def test_each_of_twenty_trials_whose_process_is_killed_at_a_random_moment_loses_
     kept: dict[int, int] = {}
     processes: list[int] = []
 
-    class Mortal(TrainerProcess):
+    class Mortal(TrainerProcesses):
         def train(self, trainings: Sequence[Training], on_epoch: OnEpoch) -> Iterator[tuple[int, Ended]]:
             seed, resumable = trainings[0].seed, trainings[0].resumable
             assert resumable is not None
@@ -206,16 +261,15 @@ def test_each_of_twenty_trials_whose_process_is_killed_at_a_random_moment_loses_
             killed_at[seed] = moments.randint(1, 9)
 
             def then_kill(epochs: Mapping[int, Epoch]) -> Collection[int]:
-                assert self._process is not None
                 if epochs[0].number == killed_at[seed]:
-                    processes.append(self._process.pid)
-                    kill = functools.partial(os.killpg, self._process.pid, signal.SIGKILL)
+                    processes.extend(self.process_ids)
+                    kill = functools.partial(os.killpg, self.process_ids[0], signal.SIGKILL)
                     threading.Timer(moments.uniform(0, 0.01), kill).start()
                 return on_epoch(epochs)
 
             return super().train(trainings, then_kill)
 
-    def results(trainer: LocalTrainer | TrainerProcess, folder: Path) -> tuple[optuna.Study, list[object]]:
+    def results(trainer: LocalTrainer | TrainerProcesses, folder: Path) -> tuple[optuna.Study, list[object]]:
         study = open_study(job, prepared.snapshot.fingerprint, folder, NOW)
         tune(study, job, trainer, folder)
         return study, [(trial.params, trial.values, trial.user_attrs[CURVE]) for trial in finished_trials(study)]
