@@ -246,7 +246,7 @@ def work_with_a_short_lease(studies: Path, name: str, job: TuningJob, snapshot: 
 def test_a_worker_that_stood_still_for_two_leases_counts_for_nothing_and_begins_anew(
     prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job = make_job(search={"pruner": "none", "space": {"epochs": 4, "batch_size": 256}}, budget={"trials": 240})
+    job = make_job(search={"pruner": "none", "space": {"epochs": 4, "batch_size": 256}}, budget={"trials": 120})
     studies = tmp_path / "studies"
     study = open_study(job, prepared.snapshot.fingerprint, studies, NOW)
     monkeypatch.setattr(leases, "BEAT_SECONDS", 0.5)
@@ -268,8 +268,8 @@ def test_a_worker_that_stood_still_for_two_leases_counts_for_nothing_and_begins_
     finally:
         other.kill()
     assert other.exitcode == 0
-    assert tuned.complete == 240
-    assert sorted(trial.user_attrs["number"] for trial in finished_trials(study)) == list(range(240))
+    assert tuned.complete == 120
+    assert sorted(trial.user_attrs["number"] for trial in finished_trials(study)) == list(range(120))
     attributes = study.user_attrs
     names = [name.removeprefix("worker ") for name in attributes if name.startswith("worker ")]
     stood_still, *later = [name for name in names if attributes[f"worker {name}"]["pid"] == other.pid]
