@@ -62,7 +62,14 @@ from tasks.reconcile import only_night_of, reconcile
 from tasks.report import report, report_skipped
 from tasks.snapshots import FORMAT, Snapshot, fetch_snapshot, mark_as_used, publish_snapshot, read_snapshot
 from tasks.sources import source_stamp
-from tasks.storage import STORAGE_IS_AWAY, Studies, StudiesUnavailable, one_claims
+from tasks.storage import (
+    PATIENCE_SECONDS,
+    STORAGE_IS_AWAY,
+    Studies,
+    StudiesUnavailable,
+    check_database,
+    one_claims,
+)
 from tasks.study import (
     AFTER_SEARCH_SECONDS,
     JOB_CONTENT,
@@ -142,6 +149,7 @@ def nightly_tuning(
         )
         if reason := _missed(tuning_job):
             return Completed(name="Skipped", message=skip_step(tuning_job, reason))
+        _warn_if_studies_are_away(tuning_job, settings)
         with only_night_of(tuning_job.name, settings.home):
             return _night(tuning_job, settings, may_skip=preset == "nightly" and trials is None and minutes is None)
     except (ExpectedError, *STORAGE_IS_AWAY) as failure:
@@ -149,6 +157,17 @@ def nightly_tuning(
         _logger.error("%s", error)  # noqa: TRY400 the sentence says it all; a traceback would bury it
         _tell(Settings.read(), {"event": "failed", "job": job, "reason": str(error)})
         return Failed(message=str(error))
+
+
+def _warn_if_studies_are_away(job: TuningJob, settings: Settings) -> None:
+    """The night waits for them; somebody may have to do something about it."""
+    if settings.optuna_url is None:
+        return
+    try:
+        check_database(settings.optuna_url.get_secret_value())
+    except StudiesUnavailable as error:
+        _logger.warning("%s; the night waits for it up to %d s", error, PATIENCE_SECONDS)
+        _tell(settings, {"event": "waiting", "job": job.name, "reason": str(error)})
 
 
 def _night(job: TuningJob, settings: Settings, *, may_skip: bool) -> Any:

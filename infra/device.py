@@ -16,6 +16,8 @@ from filelock import FileLock, Timeout
 from infra.settings import CPU_PART
 
 POLL_SECONDS = 0.2
+MEMORY_SECONDS = 30
+MEMORY_TOLERANCE_BYTES = 64 * 2**20
 
 _MEMORY_LIMITS = (resource.RLIMIT_AS, resource.RLIMIT_DATA)
 
@@ -57,6 +59,24 @@ def memory_bytes(device: torch.device) -> int:
     with suppress(OSError, ValueError):  # "max" where there is none
         limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
     return min(limits)
+
+
+def used_bytes(device: torch.device) -> int:
+    """How much of a GPU's memory is in use, by whomever; 0 of a CPU. Asks the driver, and makes no context."""
+    return int(torch.cuda.device_memory_used(device)) if device.type == "cuda" else 0
+
+
+def wait_for_memory(device: torch.device, used_before: int) -> None:
+    """Wait until a process that was killed has given back what it had of a GPU, or for half a minute at most: the
+    driver may take its time, and somebody else may have taken it."""
+    deadline = time.monotonic() + MEMORY_SECONDS
+    while (kept := used_bytes(device) - used_before) > MEMORY_TOLERANCE_BYTES:
+        if time.monotonic() > deadline:
+            _logger.warning(
+                "%.1f GB of %s are still in use %d s after a training ended", kept / 1e9, device, MEMORY_SECONDS
+            )
+            return
+        time.sleep(POLL_SECONDS)
 
 
 @contextmanager

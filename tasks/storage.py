@@ -57,14 +57,14 @@ _logger = logging.getLogger(__name__)
 
 
 class StudiesUnavailable(ExpectedError):
-    """The database of the studies did not answer for as long as it is waited for."""
+    """The studies could not be written or read for as long as that is waited for."""
 
     @classmethod
     def after(cls, error: BaseException) -> "StudiesUnavailable":
-        """Says what the database, or the way to it, said; its first line names neither user nor password."""
+        """Says what the database, the way to it, or the disk said; its first line names neither user nor password."""
         return cls(
-            f"the database of the studies has not answered for {PATIENCE_SECONDS} s ({_reason(error)}); start it or "
-            "set NIGHTLY_OPTUNA_URL right; the next night continues the study"
+            f"the studies could not be used for {PATIENCE_SECONDS} s ({_reason(error)}); start their database or set "
+            "NIGHTLY_OPTUNA_URL right, or where they are files make room for them; the next night continues the study"
         )
 
 
@@ -154,6 +154,16 @@ class _Journal(JournalFileBackend):
         super().__init__(str(journal))
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        """Waits for room where the disk is full: no trial is lost by it."""
+        _patiently(self._append, logs)
+
+    def _append(self, logs: list[dict[str, Any]]) -> None:
+        try:
+            self._write(logs)
+        except OSError as error:
+            raise StorageInternalError(f"{self._journal} cannot be written") from error
+
+    def _write(self, logs: list[dict[str, Any]]) -> None:
         lines = "".join(f"{json.dumps(log, separators=(',', ':'))}\n" for log in logs)
         with self._journal.open("rb+") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -200,7 +210,12 @@ def _reason(error: BaseException) -> str:
 
 def _say_once(state: RetryCallState) -> None:
     if state.attempt_number == 1:
-        _logger.warning("the database of the studies does not answer; it is waited for up to %d s", PATIENCE_SECONDS)
+        assert state.outcome is not None
+        error = state.outcome.exception()
+        assert error is not None
+        _logger.warning(
+            "the studies cannot be used (%s); that is waited for up to %d s", _reason(error), PATIENCE_SECONDS
+        )
 
 
 _patiently = Retrying(

@@ -26,6 +26,7 @@ from typing import Any, Protocol
 import optuna
 import torch
 
+from infra.device import used_bytes, wait_for_memory
 from infra.errors import stopped_by
 from infra.settings import OUR_LOGGERS, without_secrets
 from models.diagnosis import Diagnosis, diagnose
@@ -152,6 +153,7 @@ class TrainerProcesses:
 
     def __init__(self, job: TuningJob, snapshot: Snapshot, device: torch.device, processes: int = 1) -> None:
         self.device = device
+        self._used_before = used_bytes(device)
         content = job.model_dump(mode="json", exclude={"schedule"})
         # The first one's lines stand for all: it says of a model what the others would.
         self._processes = [
@@ -168,9 +170,10 @@ class TrainerProcesses:
         self.close()
 
     def close(self) -> None:
-        """Kill the processes and all that they started; what they held of the device is free when this returns."""
+        """Kill the processes and all that they started; what they held of the device is seen to be free again."""
         for process in self._processes:
             process.close()
+        wait_for_memory(self.device, self._used_before)
 
     @property
     def process_ids(self) -> list[int]:
@@ -186,7 +189,7 @@ class TrainerProcesses:
     def train(self, trainings: Sequence[Training], on_epoch: OnEpoch) -> Iterator[tuple[int, Ended]]:
         parts = min(len(self._processes), len(trainings))
         bounds = [len(trainings) * part // parts for part in range(parts + 1)] if parts else []
-        training = dict(zip(bounds, self._processes, strict=False))
+        training = dict(zip(bounds[:-1], self._processes, strict=False))
         done = False
         try:
             for (begin, end), process in zip(itertools.pairwise(bounds), training.values(), strict=True):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -50,6 +51,31 @@ def require(reason: str) -> NoReturn:
     if os.environ.get("NIGHTLY_REQUIRE_ALL") == "1":
         pytest.fail(f"required, but {reason}")
     pytest.skip(reason)
+
+
+@contextmanager
+def small_disk(folder: Path, size: str) -> Iterator[Path]:
+    """A disk of so many megabytes (`2m`), which `fill` fills."""
+    if os.geteuid() != 0:
+        require("only root can mount a small disk")
+    folder.mkdir()
+    subprocess.run(["/usr/bin/mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], check=True)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["/usr/bin/umount", "--lazy", str(folder)], check=True)
+        folder.rmdir()
+
+
+def fill(disk: Path) -> Path:
+    """Leave not a byte of a disk free; returns the file that is to be deleted for room."""
+    filler = disk / "filler"
+    with suppress(OSError), filler.open("wb", buffering=0) as file:
+        for size in (2**20, 4096, 1):
+            with suppress(OSError):
+                while True:
+                    file.write(bytes(size))
+    return filler
 
 
 # --- a job and its data ---------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import boto3
+import httpx
 
 ACCESS_KEY, SECRET_KEY = "nightlytests", "a-secret-that-only-these-tests-know"
 
@@ -240,6 +241,13 @@ def background(command: list[str], log: Path, **environment: str) -> Iterator[su
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+
+
+def answers(url: str) -> bool:
+    try:
+        return httpx.get(url, timeout=5).is_success
+    except httpx.HTTPError:
+        return False
 
 
 def _listens(port: int) -> bool:

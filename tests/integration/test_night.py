@@ -30,7 +30,7 @@ from tasks.versions import publish_version, pull_version
 from tests.conftest import CPU, Stack, make_job
 from tests.faulty_proxy import Fault, Request, faulty_proxy
 from tests.nights import champion_alias, first_run, latest_run, run_directly, runs_of, study_of
-from tests.servers import SECRET_KEY, S3Server, wait_for
+from tests.servers import SECRET_KEY, PostgresServer, S3Server, wait_for
 
 STEPS = ["reconcile", "prepare", "tune", "confirm", "gate", "promote", "report"]
 
@@ -437,3 +437,28 @@ def test_a_webhook_hears_of_promotions_and_failures(
     assert failed["reason"].startswith("no job is named 'no-such-job'")
     files = [path for path in stack.home.rglob("*") if path.is_file()]
     assert [path for path in files if b"a-token-of-the-webhook" in path.read_bytes()] == []
+
+
+def test_a_night_whose_database_starts_late_says_so_at_once_and_goes_on(
+    stack: Stack, postgres: PostgresServer, receiver: tuple[str, list[dict[str, str]]], tmp_path: Path
+) -> None:
+    url, messages = receiver
+    postgres.stop()
+    began = time.monotonic()
+    heard_after: list[float] = []
+
+    def start_once_it_is_said() -> None:
+        wait_for(lambda: messages, 120, "the night to say that it waits")
+        heard_after.append(time.monotonic() - began)
+        postgres.start()
+
+    starting = threading.Thread(target=start_once_it_is_said)
+    starting.start()
+    environment = {"NIGHTLY_OPTUNA_URL": postgres.url, "PGPASSWORD": postgres.password, "NIGHTLY_WEBHOOK": url}
+    kind, message = run_directly(stack, "shadow", **environment, NIGHTLY_STORE=tmp_path.as_uri())
+    starting.join()
+    assert kind == "COMPLETED", message
+    assert heard_after[0] < 60
+    assert [(one["event"], one["job"]) for one in messages] == [("waiting", "shadow"), ("promoted", "shadow")]
+    assert "the database of the studies does not answer" in messages[0]["reason"]
+    assert postgres.password not in str(messages)

@@ -4,13 +4,17 @@ import json
 import os
 import signal
 import socket
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 
 from tests.conftest import Stack, make_stack
-from tests.servers import wait_for
+from tests.servers import answers, background, free_port, wait_for
 
 
 @pytest.fixture
@@ -145,3 +149,35 @@ def test_a_killed_server_is_seen_and_started_again(stack: Stack) -> None:
     assert "mlflow is up" in stack.nightly("up").stdout
     assert service(stack, "mlflow")["state"] == "running"
     assert not [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_a_tick_that_two_schedulers_see_makes_one_night(stack: Stack) -> None:
+    """A hundred ticks, each laid ahead by two servers of one database at the same moment."""
+    (deployment,) = stack.prefect("deployments/filter", deployments={"name": {"any_": ["missed"]}})
+    began = datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0) + timedelta(days=400)
+    days = [began + timedelta(days=number) for number in range(100)]
+    second = free_port()
+    environment = {**stack.environment, "PREFECT_HOME": str(stack.home / "prefect")}
+    command = [sys.executable, "-m", "prefect", "server", "start", "--no-services", "--port", str(second)]
+    with background(command, stack.home / "second-server.log", **environment):
+        urls = [stack.prefect_api, f"http://127.0.0.1:{second}/api"]
+        wait_for(lambda: answers(f"{urls[1]}/health"), 90, "the second server")
+
+        def lay_ahead(api: str, day: datetime) -> bool:
+            until = day + timedelta(days=1)
+            body = {"start_time": day.isoformat(), "end_time": until.isoformat(), "min_runs": 1, "max_runs": 1}
+            url = f"{api}/deployments/{deployment['id']}/schedule"
+            # Of two that write to SQLite at once one may be refused, and comes again.
+            return any(httpx.post(url, json=body, timeout=60).is_success for _ in range(10))
+
+        with ThreadPoolExecutor(2) as both:
+            for day in days:
+                assert all(both.map(lay_ahead, urls, [day, day]))
+    after = {"expected_start_time": {"after_": began.isoformat()}}
+    nights = stack.prefect(
+        "flow_runs/filter", flow_runs=after, deployments={"id": {"any_": [deployment["id"]]}}, limit=200
+    )
+    due = [str(night["expected_start_time"])[:10] for night in nights]
+    assert sorted(due) == [f"{day:%Y-%m-%d}" for day in days]
+    for night in nights:
+        stack.ask_prefect("DELETE", f"flow_runs/{night['id']}")

@@ -5,8 +5,10 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
-from infra.device import NotNeeded, describe_device, hold_device
+from infra import device
+from infra.device import NotNeeded, describe_device, hold_device, wait_for_memory
 from infra.settings import CPU_PART
 from tests.conftest import CPU
 from tests.servers import wait_for
@@ -42,3 +44,23 @@ def test_parts_of_a_cpu_are_devices_of_their_own(tmp_path: Path, monkeypatch: py
         with hold_device(CPU, tmp_path), pytest.raises(NotNeeded), hold_device(CPU, tmp_path, is_needed=lambda: False):
             pass
     assert "cpu part 1 of 2" in describe_device(CPU)
+
+
+@pytest.mark.parametrize(("gigabytes", "looks", "warns"), [([9, 5, 1, 1], 3, False), ([9] * 10, 10, True)])
+def test_memory_of_a_killed_training_is_waited_for(
+    gigabytes: list[int], looks: int, warns: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By a fake of the driver: what it says a GPU has in use, each time that it is asked."""
+    said = iter(gigabytes)
+    asked = []
+
+    def fake_used_bytes(_: torch.device) -> int:
+        asked.append(next(said) * 10**9)
+        return asked[-1]
+
+    monkeypatch.setattr(device, "used_bytes", fake_used_bytes)
+    monkeypatch.setattr(device, "POLL_SECONDS", 0.1)
+    monkeypatch.setattr(device, "MEMORY_SECONDS", 0.85)
+    wait_for_memory(torch.device("cuda", 0), 10**9)
+    assert len(asked) == looks
+    assert ("8.0 GB of cuda:0 are still in use" in caplog.text) is warns

@@ -8,6 +8,7 @@ import torch
 
 import models.fused
 import models.replay
+from infra.device import MEMORY_TOLERANCE_BYTES, used_bytes
 from models.families import family_named
 from models.solo import Setting, Trained, Training
 from models.training import train_all
@@ -108,6 +109,7 @@ def test_a_trainer_that_is_killed_leaves_the_gpu_before_the_next_one_starts(
     snapshot: Snapshot, on_gpu: Setting
 ) -> None:
     seen = []
+    before = used_bytes(GPU)
 
     def look(_: object) -> list[int]:
         seen.append(processes_on_the_gpu())
@@ -119,3 +121,4 @@ def test_a_trainer_that_is_killed_leaves_the_gpu_before_the_next_one_starts(
         trainer.close()
         assert killed in seen[0]
         assert killed not in processes_on_the_gpu()
+        assert used_bytes(GPU) - before <= MEMORY_TOLERANCE_BYTES

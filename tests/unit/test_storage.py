@@ -196,5 +196,5 @@ def test_a_database_that_stays_away_is_an_error(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(STORAGE_IS_AWAY) as away:
         storage_of("postgresql://nightly:secret@127.0.0.1:9/postgres", "small", NAME)
     sentence = str(StudiesUnavailable.after(away.value))
-    assert "has not answered for 600 s" in sentence
+    assert "could not be used for 600 s" in sentence
     assert "secret" not in sentence
