@@ -87,8 +87,8 @@ from tasks.tracking import (
     track_confirmed,
     track_missing_trials,
 )
-from tasks.trainer import TrainerProcesses, worthwhile_processes
 from tasks.tune import Tuned, forecast, seconds_to_search, tune
+from tasks.work import trainer_of
 
 JUDGEMENTS = 3
 # A night that begins so much later than it was due counts as missed, whatever it waited for.
@@ -325,7 +325,7 @@ def _tune(
     with (
         Progress(study, job, device, trial_page) as progress,
         tracker,
-        TrainerProcesses(job, snapshot, device, worthwhile_processes(snapshot, device)) as trainer,
+        trainer_of(job, snapshot, device) as trainer,
         _more_workers(study, job),
     ):
         tuned = tune(

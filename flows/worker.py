@@ -22,8 +22,7 @@ from tasks.snapshots import fetch_snapshot
 from tasks.storage import STORAGE_IS_AWAY, StudiesUnavailable, one_claims
 from tasks.study import FINGERPRINT, JOB_CONTENT, MLFLOW_RUN, load_study, number_of
 from tasks.tracking import TrialTracker
-from tasks.trainer import TrainerProcesses, worthwhile_processes
-from tasks.work import work
+from tasks.work import trainer_of, work
 
 _logger = logging.getLogger(__name__)
 
@@ -76,7 +75,7 @@ def _work(job_name: str, study_name: str, settings: Settings) -> str:
             TrialTracker(
                 MlflowClient(settings.mlflow_url), attributes[MLFLOW_RUN], settings.mlflow_database
             ) as tracker,
-            TrainerProcesses(job, snapshot, device, worthwhile_processes(snapshot, device)) as trainer,
+            trainer_of(job, snapshot, device) as trainer,
         ):
 
             def on_trial(trial: FrozenTrial) -> None:

@@ -144,11 +144,16 @@ def ask(study: optuna.Study, job: TuningJob, worker: str = "") -> optuna.Trial:
     return trial
 
 
+def has_waves(job: TuningJob) -> bool:
+    """Whether the sampler may be asked for several trials of one structure. Not CMA-ES, whose covariance is of all
+    numbers; not a grid or a sequence, whose points are given."""
+    return job.search.sampler in ("auto", "tpe", "gp", "random")
+
+
 def may_widen_wave(trial: optuna.Trial, study: optuna.Study, job: TuningJob) -> bool:
-    """Whether other trials may share this one's structure. Not what is queued, whose structure nobody chose for a
-    whole wave; not CMA-ES, whose covariance is of all numbers; not a grid or a sequence, whose points are given."""
-    searched = job.search.sampler in ("auto", "tpe", "gp", "random")
-    return searched and trial.user_attrs[NUMBER] >= len(study.user_attrs.get(QUEUE, []))
+    """Whether other trials may share this one's structure: not what is queued, whose structure nobody chose for a whole
+    wave."""
+    return has_waves(job) and trial.user_attrs[NUMBER] >= len(study.user_attrs.get(QUEUE, []))
 
 
 def widen_wave(trial: optuna.Trial, size: int) -> None:

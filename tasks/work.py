@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import optuna
+import torch
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
@@ -30,6 +31,7 @@ from models.solo import Diverged, Epoch, Resumable, Training
 from tasks.job import TuningJob
 from tasks.leases import Claims, Lease, NightSign, free_trials
 from tasks.samplers import GRID_EXHAUSTED, NUMBER
+from tasks.snapshots import Snapshot
 from tasks.storage import STORAGE_IS_AWAY, ClaimLost
 from tasks.study import (
     COSTS,
@@ -40,6 +42,7 @@ from tasks.study import (
     ask,
     attempts,
     derived_seed,
+    has_waves,
     is_budget_claimed,
     is_wave_full,
     may_widen_wave,
@@ -47,7 +50,16 @@ from tasks.study import (
     widen_wave,
 )
 from tasks.tracking import CURVE, DEVICE, DIAGNOSIS, SECONDS, TRACEBACK, VALIDATION, curve_of
-from tasks.trainer import Ended, Failed, Scored, Trainer, TrainerDied, failed
+from tasks.trainer import (
+    Ended,
+    Failed,
+    Scored,
+    Trainer,
+    TrainerDied,
+    TrainerProcesses,
+    failed,
+    worthwhile_processes,
+)
 from tasks.trial_checkpoints import TrialCheckpoints
 
 CHECKPOINT_SECONDS = 10
@@ -302,7 +314,7 @@ def run_wave(
                 try:
                     training = candidate.draw()
                     if first and may_widen_wave(candidate.trial, study, job):
-                        widen_wave(candidate.trial, min(_wave_size(job, trainer), trainer.members(training)))
+                        widen_wave(candidate.trial, min(_wave_size(job, trainer.device), trainer.members(training)))
                 except (TrainerDied, UpdateFinishedTrialError, *STORAGE_IS_AWAY):
                     raise
                 except Exception as error:  # noqa: BLE001 told with its traceback
@@ -339,9 +351,15 @@ def run_wave(
     return Wave(ended=tuple(outcomes))
 
 
-def _wave_size(job: TuningJob, trainer: Trainer) -> int:
+def trainer_of(job: TuningJob, snapshot: Snapshot, device: torch.device) -> TrainerProcesses:
+    """As many processes as use the device best, but no more than a wave has trials."""
+    most = _wave_size(job, device) if has_waves(job) else 1
+    return TrainerProcesses(job, snapshot, device, min(most, worthwhile_processes(snapshot, device)))
+
+
+def _wave_size(job: TuningJob, device: torch.device) -> int:
     """Not more than the device gains from, and few enough that the sampler learns several times a night."""
-    return max(1, min(WAVE_TRIALS[trainer.device.type], job.budget.trials // LEAST_WAVES))
+    return max(1, min(WAVE_TRIALS[device.type], job.budget.trials // LEAST_WAVES))
 
 
 def _draw(trial: optuna.Trial, job: TuningJob) -> Hyperparameters:

@@ -27,8 +27,9 @@ from tasks.prepare import prepare
 from tasks.prepared import Prepared
 from tasks.samplers import NUMBER
 from tasks.study import WAVE, open_study
-from tasks.trainer import LocalTrainer, TrainerProcesses, worthwhile_processes
+from tasks.trainer import LocalTrainer
 from tasks.tune import tune
+from tasks.work import trainer_of
 from tests.benchmarks.datasets import shared
 from tests.benchmarks.search import Record
 
@@ -93,7 +94,7 @@ def cnn(way: str, seed: int) -> Record:
         study = open_study(job, prepared.snapshot.fingerprint, folder, datetime.now(UTC))
         began = time.perf_counter()
         if way == "bare":
-            with trainer_of(job, prepared) as trainer:
+            with trainer_of(job, prepared.snapshot, choose_device()) as trainer:
                 tune(study, job, trainer, folder / "checkpoints")
         else:
             _plain_cnns(prepared, seed)
@@ -131,12 +132,6 @@ def step(width: int, members: int) -> Record:
 
 def prepared_by(job: TuningJob, folder: Path) -> Prepared:
     return Prepared.load(prepare(job.data, job.objective.problem, folder / "snapshots"), choose_device())
-
-
-def trainer_of(job: TuningJob, prepared: Prepared) -> TrainerProcesses:
-    """As a night starts it."""
-    device = choose_device()
-    return TrainerProcesses(job, prepared.snapshot, device, worthwhile_processes(prepared.snapshot, device))
 
 
 def on_host(split: Split) -> tuple[torch.Tensor, torch.Tensor]:

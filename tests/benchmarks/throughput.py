@@ -1,8 +1,9 @@
 """The suite `throughput`: trials a minute of a whole night, beside the usual ways to search, on the same problem.
 
 The problem is the digits: an MLP, ten epochs; learning rate, batch size, optimizer, depth, width, dropout and weight
-decay are searched, and nothing is pruned. Each way runs alone on the machine, in turn, as often as asked for; what is
-compared is the median. The peers are written as their own documentation shows it, each in a process of its own.
+decay are searched. Nothing is pruned; then each way prunes by what it has itself, which of Hyperopt is nothing. Each
+way runs alone on the machine, in turn, as often as asked for; what is compared is the median. The peers are written as
+their own documentation shows it, each in a process of its own.
 """
 
 import logging
@@ -13,8 +14,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,7 @@ import torch
 import yaml
 from hyperopt import hp
 from optuna.trial import FrozenTrial
+from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search.optuna import OptunaSearch
 from rich.table import Table
 from torch import nn
@@ -37,6 +41,7 @@ from infra.device import choose_device
 from tasks.job import TuningJob, parse_job
 from tasks.study import open_study
 from tasks.tune import tune
+from tasks.work import trainer_of
 from tests.benchmarks.datasets import has_shared_data
 from tests.benchmarks.engine import (
     STEP_MEMBERS,
@@ -47,7 +52,6 @@ from tests.benchmarks.engine import (
     on_host,
     prepared_by,
     step,
-    trainer_of,
 )
 from tests.benchmarks.search import Measurement, Record
 from tests.servers import free_port
@@ -55,8 +59,9 @@ from tests.servers import free_port
 ALONE = True
 TARGET = 0.975
 BATCH_SIZES, OPTIMIZERS = (16, 32, 64, 128, 256), ("sgd", "momentum", "adam", "rmsprop")
+EPOCHS = 10
 SPACE = {
-    "epochs": 10,
+    "epochs": EPOCHS,
     "batch_size": list(BATCH_SIZES),
     "learning_rate": {"low": 3e-4, "high": 0.1, "log": True},
     "schedule": "constant",
@@ -68,10 +73,22 @@ SPACE = {
     "dropout": {"low": 0.0, "high": 0.5},
 }
 # So many that each way takes about half a minute; the slow ones would take an hour for a night's 200.
-TRIALS = {"night": 200, "bare": 200, "optuna": 60, "hyperopt": 60, "ray": 12, "ray best": 40}
+TRIALS = {
+    "night": 200, "bare": 200, "optuna": 60, "hyperopt": 60, "ray": 12, "ray best": 40,
+    "night, pruned": 200, "optuna, pruned": 60, "ray best, pruned": 40,
+}  # fmt: skip
+TARGET_SECONDS = 60
 CNN_WAYS = ("bare", "optuna")
 BEFORE = (0, 1_000, 5_000)
-RATIOS = {"vs_optuna": "optuna", "vs_ray": "ray", "vs_ray_best": "ray best", "vs_hyperopt": "hyperopt"}
+RATIOS = {
+    "vs_optuna": ("night", "optuna"),
+    "vs_ray": ("night", "ray"),
+    "vs_ray_best": ("night", "ray best"),
+    "vs_hyperopt": ("night", "hyperopt"),
+    "vs_optuna_pruned": ("night, pruned", "optuna, pruned"),
+    "vs_ray_best_pruned": ("night, pruned", "ray best, pruned"),
+    "vs_hyperopt_pruned": ("night, pruned", "hyperopt"),
+}
 
 
 def measurements(seeds: int) -> list[Measurement]:
@@ -96,12 +113,15 @@ def run(way: str, seed: int) -> Record:
         "hyperopt": _hyperopt,
         "ray": _ray,
         "ray best": _ray_best,
+        "night, pruned": partial(_night, pruner="median"),
+        "optuna, pruned": partial(_optuna, pruner=optuna.pruners.MedianPruner()),
+        "ray best, pruned": partial(_ray_best, scheduler=ASHAScheduler(max_t=EPOCHS)),
     }
     return {"measured": "rate", "way": way, "seed": seed, "trials": TRIALS[way], **ways[way](TRIALS[way], seed)}
 
 
 def until_target(way: str, seed: int) -> Record:
-    """Seconds until the first trial whose validation accuracy is the target's, or of 200 trials that miss it."""
+    """Seconds until the first trial whose validation accuracy is the target's, or until it is given up."""
     began = time.perf_counter()
     reached = (_ours_until if way == "ours" else _optuna_until)(seed)
     return {
@@ -113,7 +133,9 @@ def summary(records: list[Record]) -> dict[str, Any]:
     """The ratios of medians, above 1 where a night is faster; `overhead` is a night's time over the bare engine's."""
     rates = {way: _rate(records, way) for way in TRIALS if _runs(records, way)}
     found: dict[str, Any] = {
-        name: round(rates["night"] / rates[way], 2) for name, way in RATIOS.items() if {"night", way} <= rates.keys()
+        name: round(rates[ours] / rates[theirs], 2)
+        for name, (ours, theirs) in RATIOS.items()
+        if {ours, theirs} <= rates.keys()
     }
     if {"night", "bare"} <= rates.keys():
         found["overhead"] = round(rates["bare"] / rates["night"], 2)
@@ -178,13 +200,13 @@ def _target_seconds(records: list[Record], way: str) -> float | None:
     return statistics.median_high(seconds) if seconds else None
 
 
-def _content(trials: int, seed: int) -> dict[str, Any]:
+def _content(trials: int, seed: int, pruner: str = "none") -> dict[str, Any]:
     return {
         "name": "bench",
         "seed": seed,
         "data": {"source": "sklearn://digits"},
         "model": "mlp",
-        "search": {"sampler": "tpe", "pruner": "none", "space": SPACE, "baseline": False, "memory": False},
+        "search": {"sampler": "tpe", "pruner": pruner, "space": SPACE, "baseline": False, "memory": False},
         "budget": {"trials": trials, "minutes": 600},
     }
 
@@ -193,12 +215,12 @@ def _job(trials: int, seed: int) -> TuningJob:
     return parse_job(_content(trials, seed), Path("bench.yaml"))
 
 
-def _night(trials: int, seed: int) -> dict[str, float]:
+def _night(trials: int, seed: int, pruner: str = "none") -> dict[str, float]:
     """Prefect, MLflow, Optuna's storage and the artifact store, as `make run` sets them up."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "jobs").mkdir()
-        (folder / "jobs/bench.yaml").write_text(yaml.safe_dump(_content(trials, seed)))
+        (folder / "jobs/bench.yaml").write_text(yaml.safe_dump(_content(trials, seed, pruner)))
         ports = {f"NIGHTLY_{service}_PORT": str(free_port()) for service in ("PREFECT", "MLFLOW")}
         environment = {
             **os.environ, **ports, "NIGHTLY_HOME": str(folder / "home"), "NIGHTLY_JOBS": str(folder / "jobs"),
@@ -225,7 +247,7 @@ def _bare(trials: int, seed: int) -> dict[str, float]:
         prepared = prepared_by(job, folder)
         study = open_study(job, prepared.snapshot.fingerprint, folder, datetime.now(UTC))
         began = time.perf_counter()
-        with trainer_of(job, prepared) as trainer:
+        with trainer_of(job, prepared.snapshot, choose_device()) as trainer:
             tune(study, job, trainer, folder / "checkpoints")
         return {"seconds": time.perf_counter() - began}
 
@@ -234,21 +256,28 @@ class _TargetReached(Exception):
     pass
 
 
+class _GivenUp(Exception):
+    pass
+
+
 def _ours_until(seed: int) -> bool:
     def on_trial(trial: FrozenTrial) -> None:
         if trial.values and trial.values[0] >= TARGET:
             raise _TargetReached
+        if time.perf_counter() > deadline:
+            raise _GivenUp
 
+    deadline = time.perf_counter() + TARGET_SECONDS
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        job = _job(TRIALS["night"], seed)
+        job = _job(100_000, seed)
         prepared = prepared_by(job, folder)
         study = open_study(job, prepared.snapshot.fingerprint, folder, datetime.now(UTC))
-        try:
-            with trainer_of(job, prepared) as trainer:
+        with suppress(_GivenUp), trainer_of(job, prepared.snapshot, choose_device()) as trainer:
+            try:
                 tune(study, job, trainer, folder / "checkpoints", on_trial=on_trial)
-        except _TargetReached:
-            return True
+            except _TargetReached:
+                return True
     return False
 
 
@@ -261,9 +290,14 @@ def _rows() -> Rows:
     return *on_host(prepared.training), *on_host(prepared.validation)
 
 
-def train_plainly(chosen: dict[str, Any], rows: Rows, *, loaders: bool = True) -> float:
+def train_plainly(chosen: dict[str, Any], rows: Rows) -> float:
+    """The validation accuracy after the last epoch."""
+    return list(epochs_of(chosen, rows))[-1]
+
+
+def epochs_of(chosen: dict[str, Any], rows: Rows, *, loaders: bool = True) -> Iterator[float]:
     """A training as a tutorial writes it: a model, an optimizer, a loop over DataLoaders, or over slices of tensors
-    that are on the device; returns the validation accuracy after the last epoch."""
+    that are on the device; yields the validation accuracy after each epoch."""
     device = choose_device()
     features, target, unseen, wanted = rows if loaders else [tensor.to(device) for tensor in rows]
     layers: list[nn.Module] = [nn.Flatten()]
@@ -281,8 +315,7 @@ def train_plainly(chosen: dict[str, Any], rows: Rows, *, loaders: bool = True) -
     }[chosen["optimizer"]]()  # type: ignore[no-untyped-call]
     batches = DataLoader(TensorDataset(features, target), batch_size=chosen["batch_size"], shuffle=True)
     unseen_batches = DataLoader(TensorDataset(unseen, wanted), batch_size=256)
-    accuracy = 0.0
-    for _ in range(SPACE["epochs"]):  # type: ignore[call-overload]
+    for _ in range(EPOCHS):
         model.train()
         if loaders:
             some: Any = on_device(batches)
@@ -301,7 +334,7 @@ def train_plainly(chosen: dict[str, Any], rows: Rows, *, loaders: bool = True) -
                 accuracy = right / len(wanted)
             else:
                 accuracy = (model(unseen).argmax(1) == wanted).float().mean().item()
-    return accuracy
+        yield accuracy
 
 
 def _suggest(trial: optuna.Trial) -> dict[str, Any]:
@@ -316,16 +349,26 @@ def _suggest(trial: optuna.Trial) -> dict[str, Any]:
     }
 
 
-def _optuna_study(seed: int) -> optuna.Study:
+def _optuna_study(seed: int, pruner: optuna.pruners.BasePruner | None = None) -> optuna.Study:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     torch.manual_seed(seed)
-    return optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=seed))
+    return optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=seed), pruner=pruner)
 
 
-def _optuna(trials: int, seed: int) -> dict[str, float]:
-    rows, study = _rows(), _optuna_study(seed)
+def _optuna(trials: int, seed: int, pruner: optuna.pruners.BasePruner | None = None) -> dict[str, float]:
+    rows, study = _rows(), _optuna_study(seed, pruner)
+
+    def objective(trial: optuna.Trial) -> float:
+        accuracy = 0.0
+        for epoch, accuracy in enumerate(epochs_of(_suggest(trial), rows)):
+            if pruner is not None:
+                trial.report(accuracy, epoch)
+                if trial.should_prune():
+                    raise optuna.TrialPruned
+        return accuracy
+
     began = time.perf_counter()
-    study.optimize(lambda trial: train_plainly(_suggest(trial), rows), n_trials=trials)
+    study.optimize(objective, n_trials=trials)
     return {"seconds": time.perf_counter() - began}
 
 
@@ -336,7 +379,7 @@ def _optuna_until(seed: int) -> bool:
         if trial.values and trial.values[0] >= TARGET:
             study.stop()
 
-    study.optimize(lambda trial: train_plainly(_suggest(trial), rows), n_trials=TRIALS["night"], callbacks=[stop])
+    study.optimize(lambda trial: train_plainly(_suggest(trial), rows), timeout=TARGET_SECONDS, callbacks=[stop])
     return study.best_value >= TARGET
 
 
@@ -396,25 +439,26 @@ class _Reused(ray.tune.Trainable):  # type: ignore[misc]
 
     def setup(self, config: dict[str, Any], rows: Rows | None = None) -> None:
         assert rows is not None
-        self.chosen, self.rows = config, rows
+        self.rows = rows
+        self.reset_config(config)
 
     def step(self) -> dict[str, Any]:
-        return {"accuracy": train_plainly(self.chosen, self.rows, loaders=False), "done": True}
+        return {"accuracy": next(self.epochs), "done": self.iteration + 1 == EPOCHS}
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        self.chosen = new_config
+        self.epochs = epochs_of(new_config, self.rows, loaders=False)
         return True
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
-        """A trial is one step: there is nothing to go on from."""
+        """Nobody goes on from one."""
 
     def load_checkpoint(self, checkpoint: Any) -> None:
         """See `save_checkpoint`."""
 
 
-def _ray_best(trials: int, seed: int) -> dict[str, float]:
+def _ray_best(trials: int, seed: int, **options: Any) -> dict[str, float]:
     trainable = ray.tune.with_resources(ray.tune.with_parameters(_Reused, rows=_rows()), RAY_RESOURCES)
-    return _fit(trainable, trials, seed, reuse_actors=True)
+    return _fit(trainable, trials, seed, reuse_actors=True, **options)
 
 
 def _fit(trainable: Any, trials: int, seed: int, **options: Any) -> dict[str, float]:

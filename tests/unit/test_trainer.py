@@ -30,6 +30,7 @@ from tasks.study import FAILURE, finished_trials, is_interrupted, open_study
 from tasks.tracking import CURVE
 from tasks.trainer import Ended, Failed, LocalTrainer, Scored, TrainerDied, TrainerProcesses, worthwhile_processes
 from tasks.tune import tune
+from tasks.work import trainer_of
 from tests.conftest import CPU, fill, make_job, small_disk
 from tests.servers import wait_for
 from tests.unit.test_families import write_net
@@ -323,3 +324,15 @@ def test_a_checkpoint_that_finds_no_room_leaves_the_one_before(tmp_path: Path) -
         assert found is not None
         assert len(found.curve) == 1
         assert [file.name for file in disk.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize(
+    ("search", "trials", "processes"),
+    [({}, 60, 2), ({}, 15, 1), ({"sampler": "grid", "space": {"width": [16, 32], "depth": [1, 2]}}, 60, 1)],
+)
+def test_there_are_no_more_processes_than_a_wave_has_trials(
+    search: dict[str, object], trials: int, processes: int, prepared: Prepared
+) -> None:
+    job = make_job(search=search, budget={"trials": trials})
+    with trainer_of(job, prepared.snapshot, CPU) as started:
+        assert len(started.process_ids) == min(processes, torch.get_num_threads())
