@@ -148,6 +148,20 @@ def test_two_processes_keep_step_and_each_trains_its_part_as_exactly_as_here(
     assert len(ended) == 5
 
 
+def test_a_search_in_two_processes_goes_the_same_way_twice(prepared: Prepared, tmp_path: Path) -> None:
+    """Also by a pruner that looks at what other trials under way have reported."""
+    space = {"epochs": 4, "batch_size": [64, 256], "width": [16, 32], "depth": 1}
+    job = make_job(search={"pruner": "halving", "space": space}, budget={"trials": 32})
+    found = []
+    with TrainerProcesses(job, prepared.snapshot, CPU, 2) as processes:
+        for folder in (tmp_path / "first", tmp_path / "second"):
+            study = open_study(job, prepared.snapshot.fingerprint, folder, NOW)
+            tune(study, job, processes, folder)
+            found.append([(trial.params, trial.values, trial.state, trial.user_attrs[CURVE]) for trial in study.trials])
+    assert found[0] == found[1]
+    assert {state for _, _, state, _ in found[0]} == {TrialState.COMPLETE, TrialState.PRUNED}
+
+
 def test_of_two_processes_the_death_of_one_ends_both_and_the_next_training_starts_them_again(
     odd_job: TuningJob, prepared: Prepared
 ) -> None:
