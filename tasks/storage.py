@@ -13,8 +13,9 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache, partial
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import sqlalchemy
 from filelock import FileLock
@@ -165,17 +166,22 @@ class _Journal(JournalFileBackend):
 
     def _write(self, logs: list[dict[str, Any]]) -> None:
         lines = "".join(f"{json.dumps(log, separators=(',', ':'))}\n" for log in logs)
-        with self._journal.open("rb+") as file:
+        with self._journal.open("rb+", buffering=0) as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             _drop_cut_line(file)
-            file.seek(0, os.SEEK_END)
-            file.write(lines.encode())
-            file.flush()
-            if any(log["op_code"] not in LOST_WITH_ITS_TRIAL for log in logs):
-                os.fsync(file.fileno())
+            end = file.seek(0, os.SEEK_END)
+            rest = memoryview(lines.encode())
+            try:
+                while rest:
+                    rest = rest[file.write(rest) :]
+                if any(log["op_code"] not in LOST_WITH_ITS_TRIAL for log in logs):
+                    os.fsync(file.fileno())
+            except OSError:
+                file.truncate(end)  # or a second attempt would say it twice
+                raise
 
 
-def _drop_cut_line(journal: BinaryIO) -> None:
+def _drop_cut_line(journal: FileIO) -> None:
     size = journal.seek(0, os.SEEK_END)
     journal.seek(max(0, size - 1))
     if journal.read(1) not in (b"", b"\n"):

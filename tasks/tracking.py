@@ -10,7 +10,7 @@ import json
 import logging
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import copy_context
 from datetime import datetime
 from pathlib import Path
@@ -176,16 +176,14 @@ class TrialTracker:
 
 
 def _of_database(database: Path, run_id: str) -> MlflowClient | None:
-    """A client that writes to a server's SQLite file; None where there is none, or another server's, which does not
-    hold this run."""
-    if not database.exists():
-        return None
-    client = MlflowClient(f"sqlite:///{database}")
-    try:
-        client.get_run(run_id)
-    except MlflowException:
-        return None
-    return client
+    """A client that writes to a server's SQLite file; None where there is none, one of another version, or another
+    server's, which does not hold this run."""
+    if database.exists():
+        with suppress(MlflowException):
+            client = MlflowClient(f"sqlite:///{database}")
+            client.get_run(run_id)
+            return client
+    return None
 
 
 def track_trial(
