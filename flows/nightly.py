@@ -7,14 +7,17 @@ the night as FAILED with one sentence.
 import hashlib
 import json
 import logging
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from contextvars import copy_context
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 from uuid import UUID
 from zoneinfo import ZoneInfo
 
+import httpx
 import optuna
 import torch
 from mlflow import MlflowClient
@@ -91,6 +94,8 @@ from tasks.tune import Tuned, forecast, seconds_to_search, tune
 from tasks.work import trainer_of
 
 JUDGEMENTS = 3
+MOST_REPLACEMENTS = 3
+REPLACEMENT_SECONDS = 5
 # A night that begins so much later than it was due counts as missed, whatever it waited for.
 LATE = timedelta(hours=1)
 RANKS: dict[Priority, int] = {"high": 0, "normal": 1, "low": 2}
@@ -347,23 +352,55 @@ def _tune(
 @contextmanager
 def _more_workers(study: optuna.Study, job: TuningJob) -> Iterator[None]:
     """Runs of the worker flow for the other devices that the job may use. Those that a night before this one started
-    count too; those that nobody took are cancelled as the search ends, those whose process is gone are crashed."""
+    count too; one that crashes is replaced, three times a night; those that nobody took are cancelled as the search
+    ends, those whose process is gone are crashed."""
+    if job.budget.workers == 1:
+        yield
+        return
     with get_client(sync_client=True) as prefect:
         waiting = runs_tagged(prefect, study.study_name, StateType.SCHEDULED, StateType.PENDING)
-    wanted = job.budget.workers - 1 - len(waiting) - len(workers_of(study.user_attrs))
-    for _ in range(wanted):
-        parameters = {"job": job.name, "study": study.study_name}
-        run_deployment("tuning_worker/worker", parameters=parameters, timeout=0, tags=[study.study_name])
+        crashed = len(runs_tagged(prefect, study.study_name, StateType.CRASHED))
+    for _ in range(job.budget.workers - 1 - len(waiting) - len(workers_of(study.user_attrs))):
+        _start_worker(study, job)
+    ended = threading.Event()
+
+    def replace() -> None:
+        for known in range(crashed, crashed + MOST_REPLACEMENTS):
+            while not _has_crashed(study, known):
+                if ended.wait(REPLACEMENT_SECONDS):
+                    return
+            _logger.warning("a worker's run crashed; another is started in its place")
+            with suppress(httpx.HTTPError):
+                _start_worker(study, job)
+
+    # In this thread's context, so that Prefect knows whose runs they are.
+    replacing = threading.Thread(target=copy_context().run, args=(replace,), name="replace", daemon=True)
+    replacing.start()
     try:
         yield
     finally:
-        if job.budget.workers > 1:
-            with get_client(sync_client=True) as prefect:
-                for run in runs_tagged(prefect, study.study_name, StateType.SCHEDULED, StateType.PENDING):
-                    prefect.set_flow_run_state(run.id, Cancelled(message="The search is over."), force=True)
-                for run in runs_tagged(prefect, study.study_name, StateType.RUNNING):
-                    if str(run.id) in lost_flow_runs(study.user_attrs):
-                        prefect.set_flow_run_state(run.id, Crashed(message="Its process is gone."), force=True)
+        ended.set()
+        replacing.join()
+        with get_client(sync_client=True) as prefect:
+            for run in runs_tagged(prefect, study.study_name, StateType.SCHEDULED, StateType.PENDING):
+                prefect.set_flow_run_state(run.id, Cancelled(message="The search is over."), force=True)
+            for run in runs_tagged(prefect, study.study_name, StateType.RUNNING):
+                if str(run.id) in lost_flow_runs(study.user_attrs):
+                    prefect.set_flow_run_state(run.id, Crashed(message="Its process is gone."), force=True)
+
+
+def _start_worker(study: optuna.Study, job: TuningJob) -> None:
+    parameters = {"job": job.name, "study": study.study_name}
+    run_deployment("tuning_worker/worker", parameters=parameters, timeout=0, tags=[study.study_name])
+
+
+def _has_crashed(study: optuna.Study, known: int) -> bool:
+    """Whether more of the study's worker runs have crashed than are known of; not while Prefect is away."""
+    try:
+        with get_client(sync_client=True) as prefect:
+            return len(runs_tagged(prefect, study.study_name, StateType.CRASHED)) > known
+    except httpx.HTTPError:
+        return False
 
 
 def _confirm(

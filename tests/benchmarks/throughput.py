@@ -100,7 +100,7 @@ def measurements(seeds: int) -> list[Measurement]:
         *((run, (way, seed)) for seed in rounds for way in TRIALS),
         *((cnn, (way, seed)) for seed in rounds if has_shared_data() for way in CNN_WAYS),
         *((until_target, (way, seed)) for seed in range(seeds) for way in ("ours", "optuna")),
-        *((late_trials, (_content(1, 0), before)) for before in BEFORE),
+        *((late, (before,)) for before in BEFORE),
     ]
 
 
@@ -127,6 +127,11 @@ def until_target(way: str, seed: int) -> Record:
     return {
         "measured": "target", "way": way, "seed": seed, "reached": reached, "seconds": time.perf_counter() - began,
     }  # fmt: skip
+
+
+def late(before: int) -> Record:
+    """Seconds a trial of the bare engine after so many."""
+    return late_trials(_content(1, 0), before)
 
 
 def summary(records: list[Record]) -> dict[str, Any]:

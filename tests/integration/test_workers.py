@@ -1,10 +1,13 @@
 """A worker a device on one machine, and a night that uses two of them."""
 
 import json
+import os
+import signal
 from collections import Counter
 from pathlib import Path
 
-from tasks.study import WORKER
+from tasks.leases import workers_of
+from tasks.study import WORKER, finished_trials
 from tests.conftest import Stack
 from tests.nights import assert_the_ledgers_agree, latest_run, study_of
 from tests.servers import wait_for
@@ -75,6 +78,38 @@ def test_workers_of_one_machine_share_a_night(stack: Stack) -> None:
 
     assert "stopped worker-cpu-1, worker-cpu-2" in stack.nightly("workers", "stop").stdout
     assert "worker is up" in stack.nightly("up").stdout
+
+
+def test_a_worker_whose_process_dies_is_replaced_in_the_same_night(stack: Stack) -> None:
+    write_slow_job(Path(stack.environment["NIGHTLY_JOBS"]), "replaced", trials=40, workers=2, epochs=12)
+    stack.nightly("workers", "start", "--devices", "cpu:2")
+    stack.nightly("up")
+    stack.nightly("run", "replaced", "--no-follow")
+
+    def helpers(*states: str) -> list[dict[str, object]]:
+        kinds = {"state": {"type": {"any_": list(states)}}}
+        runs = stack.prefect("flow_runs/filter", deployments={"name": {"any_": ["worker"]}}, flow_runs=kinds)
+        return [run for run in runs if str(run["parameters"]["study"]).startswith("replaced-")]  # type: ignore[index]
+
+    def trains(run: dict[str, object]) -> bool:
+        records = workers_of(study_of(stack, "replaced").user_attrs).values()
+        return any(record["flow_run"] == run["id"] for record in records)
+
+    wait_for(lambda: [run for run in helpers("RUNNING") if trains(run)], 180, "a worker to help")
+    (first,) = helpers("RUNNING")
+    records = workers_of(study_of(stack, "replaced").user_attrs).values()
+    os.kill(next(record["pid"] for record in records if record["flow_run"] == first["id"]), signal.SIGKILL)
+    wait_for(
+        lambda: [run for run in helpers("RUNNING") if trains(run) and run["id"] != first["id"]],
+        120,
+        "another worker to help",
+    )
+    wait_for(lambda: latest_run(stack, "replaced")["state_type"] == "COMPLETED", 240, "the night to end")
+    assert len(finished_trials(study_of(stack, "replaced"))) == 40
+    assert_the_ledgers_agree(stack, "replaced")
+    assert sorted(str(run["state_type"]) for run in helpers("CRASHED", "COMPLETED")) == ["COMPLETED", "CRASHED"]
+    stack.nightly("workers", "stop")
+    stack.nightly("up")
 
 
 def test_devices_that_are_not_there_are_refused_in_one_sentence(stack: Stack) -> None:
