@@ -266,6 +266,7 @@ def write_jobs(folder: Path) -> None:
         ("unwatched", 400, yearly),
         ("long", 400, yearly),
         ("longer", 400, yearly),
+        ("powerless", 400, yearly),
         ("cancelled", 400, yearly),
         ("zombie", 400, yearly),
         ("holding", 400, yearly),

@@ -1,6 +1,7 @@
 """Several hosts on one machine: a network namespace each, joined by a bridge, with an address, a name and a process
 tree of their own. Made by root only, reached from nowhere else, and gone with the block that made them."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -64,7 +65,8 @@ class Host:
         """Every process at once, without a word."""
         for process in self.processes:
             for child in psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []:
-                child.kill()
+                with contextlib.suppress(psutil.NoSuchProcess):  # a trainer ends with whoever started it
+                    child.kill()
             process.send_signal(signal.SIGKILL)
             process.wait()
         self.processes.clear()

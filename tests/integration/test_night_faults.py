@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from tests.nights import (
     night_under_way,
     run_directly,
     runs_of,
+    service_of,
     study_of,
     unfinished,
 )
@@ -66,6 +68,23 @@ def test_a_night_that_went_down_with_its_stack_is_continued(stack: Stack) -> Non
     stack.nightly("run", "longer", "--trials", str(len(finished_trials(study)) + 2))
     assert study_of(stack, "longer").study_name == study.study_name
     assert_the_ledgers_agree(stack, "longer")
+
+
+def test_a_night_whose_machine_lost_its_power_is_continued_within_two_minutes(stack: Stack) -> None:
+    """As near as it gets: every process is killed at once, and all are started again."""
+    study = night_under_way(stack, "powerless", trials=8)
+    everything = [service_of(stack, name) for name in ("prefect", "mlflow", "worker")]
+    for process in [child for service in everything for child in service.children(recursive=True)] + everything:
+        process.kill()
+    kept = [trial.params for trial in finished_trials(study)]
+    began = time.monotonic()
+    stack.nightly("up")
+    stack.nightly("run", "powerless", "--trials", str(len(kept) + 10), "--no-follow")
+    wait_for(lambda: len(finished_trials(study)) > len(kept), 120 - (time.monotonic() - began), "the night to go on")
+    wait_for(lambda: latest_run(stack, "powerless")["state_type"] == "COMPLETED", 120, "the night to end")
+    assert [trial.params for trial in finished_trials(study)][: len(kept)] == kept
+    assert len(finished_trials(study)) == len(kept) + 10
+    assert_the_ledgers_agree(stack, "powerless")
 
 
 def test_a_cancelled_night_stops_and_promotes_nothing(stack: Stack) -> None:
