@@ -21,7 +21,6 @@ MEMORY_TOLERANCE_BYTES = 64 * 2**20
 
 _MEMORY_LIMITS = (resource.RLIMIT_AS, resource.RLIMIT_DATA)
 
-_PROCESS = psutil.Process()
 _logger = logging.getLogger(__name__)
 
 
@@ -43,11 +42,11 @@ def describe_device(device: torch.device) -> str:
 
 
 def device_use(device: torch.device) -> str:
-    """How busy the device is with this process: a GPU's memory, or the CPU's time since this was last asked."""
+    """How busy the device is, with whatever it does: a GPU's memory, or the CPU's time since this was last asked."""
     if device.type == "cuda":
-        used, total = torch.cuda.memory_reserved(device), torch.cuda.get_device_properties(device).total_memory
-        return f"{used / 1e9:.1f} of {total / 1e9:.0f} GB of {device}"
-    return f"CPU {_PROCESS.cpu_percent() / (os.cpu_count() or 1):.0f} %"
+        total = torch.cuda.get_device_properties(device).total_memory
+        return f"{used_bytes(device) / 1e9:.1f} of {total / 1e9:.0f} GB of {device}"
+    return f"CPU {psutil.cpu_percent():.0f} %"
 
 
 def memory_bytes(device: torch.device) -> int:
