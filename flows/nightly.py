@@ -166,10 +166,10 @@ def nightly_tuning(
 
 def _warn_if_studies_are_away(job: TuningJob, settings: Settings) -> None:
     """The night waits for them; somebody may have to do something about it."""
-    if settings.optuna_url is None:
+    if not isinstance(settings.studies, str):
         return
     try:
-        check_database(settings.optuna_url.get_secret_value())
+        check_database(settings.studies)
     except StudiesUnavailable as error:
         _logger.warning("%s; the night waits for it up to %d s", error, PATIENCE_SECONDS)
         _tell(settings, {"event": "waiting", "job": job.name, "reason": str(error)})

@@ -47,6 +47,7 @@ class Service:
     port: int | None = None
     port_variable: str = ""
     health_url: str = ""
+    database: Path | None = None  # a SQLite file that others use beside it
 
     @property
     def page(self) -> str | None:
@@ -96,6 +97,7 @@ def servers(settings: Settings) -> list[Service]:
         port=settings.mlflow_port,
         port_variable="NIGHTLY_MLFLOW_PORT",
         health_url=f"http://{LOOPBACK}:{settings.mlflow_port}/health",
+        database=settings.mlflow_database,
     )  # fmt: skip
     return [
         service
@@ -249,9 +251,9 @@ def log_file(settings: Settings, service: Service) -> Path:
 def _spawn(settings: Settings, service: Service) -> Running:
     for folder in ("logs", "run", "mlflow", "prefect"):
         (settings.home / folder).mkdir(exist_ok=True)
-    if service.name == "mlflow":
+    if service.database is not None:
         # Nobody waits for another to read or write, and a commit waits for the disk once. SQLite keeps it in the file.
-        with contextlib.closing(sqlite3.connect(settings.mlflow_database)) as database:
+        with contextlib.closing(sqlite3.connect(service.database)) as database:
             database.execute("PRAGMA journal_mode = WAL")
     with log_file(settings, service).open("ab") as log:
         spawned = subprocess.Popen(

@@ -186,7 +186,7 @@ def _drop_cut_line(journal: FileIO) -> None:
     journal.seek(max(0, size - 1))
     if journal.read(1) not in (b"", b"\n"):
         journal.seek(0)
-        journal.truncate(sum(len(line) for line in journal if line.endswith(b"\n")))
+        journal.truncate(journal.read().rfind(b"\n") + 1)
 
 
 class _Database(RDBStorage):

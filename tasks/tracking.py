@@ -148,7 +148,7 @@ class TrialTracker:
         self._client = client
         self._writer = _of_database(database, parent_run_id) or client
         self._parent_run_id = parent_run_id
-        self._experiment_id = client.get_run(parent_run_id).info.experiment_id
+        self._experiment_id = self._writer.get_run(parent_run_id).info.experiment_id
         self._away = False
         self.run_ids: dict[int, str] = {}
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mlflow")

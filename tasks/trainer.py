@@ -187,13 +187,16 @@ class TrainerProcesses:
         return dict(self._processes[0].ask("costs", (hyperparameters, tuple(needed))))
 
     def train(self, trainings: Sequence[Training], on_epoch: OnEpoch) -> Iterator[tuple[int, Ended]]:
+        if not trainings:
+            return
         parts = min(len(self._processes), len(trainings))
-        bounds = [len(trainings) * part // parts for part in range(parts + 1)] if parts else []
-        training = dict(zip(bounds[:-1], self._processes, strict=False))
+        bounds = [len(trainings) * part // parts for part in range(parts + 1)]
+        training: dict[int, _Process] = {}
         done = False
         try:
-            for (begin, end), process in zip(itertools.pairwise(bounds), training.values(), strict=True):
+            for process, (begin, end) in zip(self._processes, itertools.pairwise(bounds), strict=False):
                 process.begin(trainings[begin:end], parts)
+                training[begin] = process
             while training:
                 heard: dict[int, Mapping[int, Epoch]] = {}
                 for first, process in list(training.items()):

@@ -245,7 +245,7 @@ def background(command: list[str], log: Path, **environment: str) -> Iterator[su
 
 def answers(url: str) -> bool:
     try:
-        return httpx.get(url, timeout=5).is_success
+        return httpx.get(url, timeout=5).status_code == httpx.codes.OK
     except httpx.HTTPError:
         return False
 

@@ -15,7 +15,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -261,28 +260,21 @@ class _TargetReached(Exception):
     pass
 
 
-class _GivenUp(Exception):
-    pass
-
-
 def _ours_until(seed: int) -> bool:
     def on_trial(trial: FrozenTrial) -> None:
         if trial.values and trial.values[0] >= TARGET:
             raise _TargetReached
-        if time.perf_counter() > deadline:
-            raise _GivenUp
 
-    deadline = time.perf_counter() + TARGET_SECONDS
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         job = _job(100_000, seed)
         prepared = prepared_by(job, folder)
         study = open_study(job, prepared.snapshot.fingerprint, folder, datetime.now(UTC))
-        with suppress(_GivenUp), trainer_of(job, prepared.snapshot, choose_device()) as trainer:
-            try:
-                tune(study, job, trainer, folder / "checkpoints", on_trial=on_trial)
-            except _TargetReached:
-                return True
+        try:
+            with trainer_of(job, prepared.snapshot, choose_device()) as trainer:
+                tune(study, job, trainer, folder / "checkpoints", on_trial=on_trial, seconds_left=TARGET_SECONDS)
+        except _TargetReached:
+            return True
     return False
 
 

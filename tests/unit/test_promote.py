@@ -40,7 +40,7 @@ from tasks.trainer import LocalTrainer
 from tasks.tune import tune
 from tasks.versions import DamagedVersion, Manifest, publish_version
 from tests.conftest import CPU, make_job
-from tests.servers import background, free_port, wait_for
+from tests.servers import answers, background, free_port, wait_for
 from tests.unit.test_families import write_net
 
 NOW = datetime(2026, 11, 23, 2, 0, tzinfo=UTC)
@@ -197,16 +197,10 @@ def test_mlflow_serves_it(version: tuple[Manifest, Path], prepared: Prepared, tm
     url = f"http://127.0.0.1:{port}"
     features = prepared.snapshot.load(CPU)["test"][0][:3]
 
-    def answers() -> bool:
-        try:
-            return httpx.get(f"{url}/ping").status_code == 200
-        except httpx.HTTPError:
-            return False
-
     # MLflow starts its server as `uvicorn`, from the PATH.
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     with background(command, tmp_path / "log", MLFLOW_ALLOW_PICKLE_DESERIALIZATION="false", PATH=path):
-        wait_for(answers, 60, "MLflow's scoring server")
+        wait_for(lambda: answers(f"{url}/ping"), 60, "MLflow's scoring server")
         answer = httpx.post(f"{url}/invocations", json={"inputs": features.tolist()}).raise_for_status().json()
     assert [row["prediction"] in manifest.classes for row in answer["predictions"]] == [True] * 3
 

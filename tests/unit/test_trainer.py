@@ -235,8 +235,7 @@ import torch
 from tasks.job import TuningJob
 from tasks.trainer import TrainerProcesses
 content, snapshot, training = pickle.loads(Path({str(tmp_path / "content")!r}).read_bytes())
-process = TrainerProcesses(TuningJob.model_validate(content), snapshot, torch.device("cpu"))
-with process:
+with TrainerProcesses(TuningJob.model_validate(content), snapshot, torch.device("cpu")) as process:
     print(process.process_ids[0], flush=True)
     list(process.train([training], lambda _: ()))
 """
