@@ -289,7 +289,7 @@ def write_jobs(folder: Path) -> None:
             f"promotion: {{mode: {mode}, ask_minutes: {minutes}}}\n"
             f"schedule: {{cron: '{cron}', overlap: {'refuse' if name == 'refusing' else 'wait'}}}\n"
         )
-    (folder / "slow.py").write_text("import time\ndef rows():\n    time.sleep(60)\n")
+    (folder / "slow.py").write_text("import time\ndef rows():\n    time.sleep(600)\n")
     for name, source, confirm in (
         ("cancelled-prepare", "slow.py:rows", "{candidates: 1, seeds: 1}"),
         ("cancelled-confirm", "sklearn://digits", "{candidates: 2, seeds: 20}"),
