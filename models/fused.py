@@ -40,7 +40,7 @@ from models.solo import (
     new_model,
     unscale_of,
 )
-from models.stacked_layers import stacked_forward
+from models.stacked_layers import StackedChain, stacked_chain
 from models.stacked_optimizers import UPDATES, StackedOptimizer
 
 MEMORY_SHARE = 0.5
@@ -218,7 +218,7 @@ class _Group:
             with forked_random_state(setting.device):
                 models.append(new_model(setting, member.training))
         self._template = copy.deepcopy(models[0]).to(setting.device).train()
-        self._chain = stacked_forward(self._template)
+        self._chain = stacked_chain(self._template)
         self._layout = _Layout(self._template)
         self._dropouts = [name for name, module in self._template.named_modules() if isinstance(module, SeededDropout)]
         named = [_tensors(model) for model in models]
@@ -353,6 +353,8 @@ class _Group:
         self._others = others
         self._static = None
         self._parameters = {name: view.detach().requires_grad_() for name, view in self._layout.views(weights).items()}
+        self._gradient_rows = torch.empty_like(weights)
+        self._gradient_views = self._layout.views(self._gradient_rows)
         chosen = [member.chosen for member in self.members]
         self._smoothing = self._column([one.label_smoothing for one in chosen])
         self._l1 = self._column([one.l1 for one in chosen])
@@ -376,13 +378,16 @@ class _Group:
         (members, parameters); `keys` (layers, members) are dropout's."""
         for name, key in zip(self._dropouts, keys, strict=True):
             self._others[f"{name}.key"].copy_(key)
-        features, target = self._setting.training.all_features[rows], self._setting.training.target[rows]
-        with torch.autocast(self._setting.device.type, torch.bfloat16, enabled=self._mixed_precision):
-            outputs = self._forward(features)
-        losses = self._losses(outputs, target, self._smoothing)
-        found = torch.autograd.grad(losses.sum(), list(self._parameters.values()))
-        gradients = torch.cat([gradient.flatten(1) for gradient in found], dim=1)
-        losses = losses.detach()
+        features, target = _taken(self._setting.training.all_features, rows), self._setting.training.target[rows]
+        if self._by_row and self._chain is not None:
+            losses, gradients = self._gradients_by_hand(self._chain, features, target)
+        else:
+            with torch.autocast(self._setting.device.type, torch.bfloat16, enabled=self._mixed_precision):
+                outputs = self._forward(features)
+            losses = self._losses(outputs, target, self._smoothing)
+            found = torch.autograd.grad(losses.sum(), list(self._parameters.values()))
+            gradients = torch.cat([gradient.flatten(1) for gradient in found], dim=1)
+            losses = losses.detach()
         with torch.no_grad():
             if self._l1 is not None:
                 penalised = self._weights * self._layout.penalised
@@ -392,6 +397,16 @@ class _Group:
                 share = (self._clip / (gradients.norm(dim=1, keepdim=True) + 1e-6)).clamp(max=1.0)
                 gradients *= torch.where(self._clip > 0, share, 1.0)
         return losses, gradients
+
+    @torch.no_grad()
+    def _gradients_by_hand(self, chain: StackedChain, features: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """The losses (members,) without penalties, and their gradients (members, parameters), valid until the next
+        call."""
+        tensors = self._parameters | self._others
+        outputs, kept = chain.forward(tensors, features)
+        losses, gradient = self._losses_and_gradient(outputs, target)
+        chain.backward(tensors, kept, gradient, self._gradient_views)
+        return losses, self._gradient_rows
 
     def _forward(self, features: Tensor, *, shared: bool = False) -> Tensor:
         """Outputs (members, rows, ...) for each member's own rows, or for rows that they share."""
@@ -410,12 +425,32 @@ class _Group:
         """The mean loss a row (members,), as `solo` has it."""
         if self._variance is not None:
             return (outputs - target).square().mean(dim=1) / self._variance
-        logs = outputs.log_softmax(dim=-1)
-        losses = -logs.gather(-1, target.unsqueeze(-1)).squeeze(-1).mean(dim=1)
+        logs = _logs(outputs)
+        losses = -logs.gather(1, target.unsqueeze(1)).squeeze(1).mean(dim=1)
         if smoothing is None:
             return losses
         share = smoothing.squeeze(1)
         return (1 - share) * losses - share * logs.mean(dim=(1, 2))
+
+    def _losses_and_gradient(self, outputs: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """`_losses` (members,) of a training batch, and their gradient by the outputs."""
+        rows = target.shape[1]
+        if self._variance is not None:
+            distances = outputs - target
+            losses = distances.square().mean(dim=1) / self._variance
+            return losses, distances.mul_(2 / (rows * self._variance))
+        logs = _logs(outputs)
+        classes = target.unsqueeze(1)
+        losses = logs.gather(1, classes).squeeze(1).sum(dim=1).div_(-rows)
+        gradient = logs.exp()
+        hit = torch.tensor(-1.0, dtype=gradient.dtype)
+        if self._smoothing is not None:
+            share = self._smoothing.squeeze(1)
+            losses = (1 - share) * losses - share * logs.mean(dim=(1, 2))
+            gradient -= (self._smoothing / logs.shape[1]).unsqueeze(-1)
+            hit = self._smoothing.unsqueeze(-1) - 1
+        gradient.scatter_add_(1, classes, hit.expand(classes.shape))
+        return losses, gradient.div_(rows).transpose(1, 2)
 
     @torch.no_grad()
     def _evaluate(self, number: int, train_losses: list[float]) -> dict[int, Diverged]:
@@ -524,6 +559,18 @@ class _Layout:
         parts = torch.split(rows, [shape.numel() for shape in self.shapes.values()], dim=1)
         named = zip(self.shapes.items(), parts, strict=True)
         return {name: part.view(len(rows), *shape) for (name, shape), part in named}
+
+
+def _taken(features: Tensor, rows: Tensor) -> Tensor:
+    """features[rows], which a CPU copies value by value where a row has several dimensions."""
+    taken = features.flatten(1).index_select(0, rows.flatten())
+    return taken.view(*rows.shape, *features.shape[1:])
+
+
+def _logs(outputs: Tensor) -> Tensor:
+    """Log-probabilities (members, classes, rows) of outputs (members, rows, classes): along the few classes of a row a
+    CPU takes them one by one, along the rows as many at once as its registers hold."""
+    return outputs.transpose(1, 2).log_softmax(dim=1)
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

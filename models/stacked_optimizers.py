@@ -7,6 +7,7 @@ so all rows of an update share each kernel, and what differs from step to step l
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
 from typing import Literal
 
@@ -82,11 +83,12 @@ class StackedOptimizer:
 
     def step_by_row(self, gradients: Tensor, factors: Tensor, rates: Sequence[float], number: int) -> None:
         """The same on a CPU; `rates` are the learning rates, and `number` is the step's, from 1."""
+        by_row = gradients.unbind()
         for rows, part in self._parts:
             if part.update == "sgd":
-                _sgd_by_row(part, gradients[rows], rates[rows])
+                _sgd_by_row(part, by_row[rows], rates[rows])
             elif part.update == "adam":
-                _adam_by_row(part, gradients[rows], rates[rows], number)
+                _adam_by_row(part, by_row[rows], rates[rows], number)
             else:
                 _UPDATES[part.update](part, gradients[rows], factors[:, rows].unsqueeze(2))
 
@@ -100,6 +102,11 @@ class _Part:
     weights: Tensor
     state: Mapping[str, Tensor]
     columns: Mapping[str, Tensor | None]
+
+    @cached_property
+    def by_row(self) -> list[tuple[Tensor, ...]]:
+        """Of each training its weights and state, which an update changes in place."""
+        return list(zip(*(tensor.unbind() for tensor in (self.weights, *self.state.values())), strict=True))
 
     def __getitem__(self, name: str) -> Tensor:
         """A column that an update cannot do without."""
@@ -179,13 +186,12 @@ _UPDATES: Mapping[UpdateName, Callable[[_Part, Tensor, Tensor], None]] = {
 }
 
 
-def _sgd_by_row(part: _Part, gradients: Tensor, rates: Sequence[float]) -> None:
-    buffers = part.state["momentum_buffer"]
-    for row, (chosen, rate) in enumerate(zip(part.chosen, rates, strict=True)):
+def _sgd_by_row(part: _Part, gradients: Sequence[Tensor], rates: Sequence[float]) -> None:
+    for chosen, (weights, buffer), gradient, rate in zip(part.chosen, part.by_row, gradients, rates, strict=True):
         torch._fused_sgd_(
-            [part.weights[row]],
-            [gradients[row]],
-            [buffers[row]] if chosen.optimizer != "sgd" else [],
+            [weights],
+            [gradient],
+            [buffer] if chosen.optimizer != "sgd" else [],
             weight_decay=chosen.weight_decay,
             momentum=_momentum(chosen),
             lr=rate,
@@ -196,16 +202,15 @@ def _sgd_by_row(part: _Part, gradients: Tensor, rates: Sequence[float]) -> None:
         )
 
 
-def _adam_by_row(part: _Part, gradients: Tensor, rates: Sequence[float], number: int) -> None:
-    means, squares = part.state["exp_avg"], part.state["exp_avg_sq"]
+def _adam_by_row(part: _Part, gradients: Sequence[Tensor], rates: Sequence[float], number: int) -> None:
     step = torch.tensor(float(number))
-    for row, (chosen, rate) in enumerate(zip(part.chosen, rates, strict=True)):
+    for chosen, (weights, mean, square), gradient, rate in zip(part.chosen, part.by_row, gradients, rates, strict=True):
         kernel = torch._fused_adamw_ if chosen.optimizer == "adamw" else torch._fused_adam_
         kernel(
-            [part.weights[row]],
-            [gradients[row]],
-            [means[row]],
-            [squares[row]],
+            [weights],
+            [gradient],
+            [mean],
+            [square],
             [],
             [step],
             lr=rate,

@@ -11,11 +11,13 @@ from torch import nn
 
 import models.fused
 from models.batches import Split
+from models.dropout import SeededDropout
 from models.families import family_named
 from models.fused import WORTHWHILE_OPERATIONS, NotFusable, Stopped, fusion_signature, train_fused
 from models.hyperparameters import OptimizerName
 from models.optimizers import build_optimizer
 from models.solo import Diverged, Epoch, Resumable, Setting, Trained, Training, new_model, train
+from models.stacked_layers import stacked_chain
 from models.stacked_optimizers import UPDATES, StackedOptimizer
 from models.training import fusion_for, train_all
 from tasks.prepared import Prepared
@@ -162,6 +164,55 @@ def test_stacked_optimizers_step_as_pytorchs_own(by_row: bool) -> None:
             optimizer.param_groups[0]["lr"] = rate
             optimizer.step()
     torch.testing.assert_close(weights, torch.stack([row.detach() for row in alone]), rtol=1e-12, atol=1e-12)
+
+
+ACTIVATIONS = ("relu", "leaky_relu", "elu", "gelu", "silu", "tanh")
+
+
+@pytest.mark.usefixtures("in_float64")
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_with_every_activation_a_group_trains_as_alone(prepared: Prepared, activation: str) -> None:
+    setting = setting_of(prepared)
+    assert_as_alone(setting, trainings(setting, {"dropout": 0.3}, {}, activation=activation, depth=2, width=20), 1e-9)
+
+
+@pytest.mark.usefixtures("in_float64")
+def test_a_chains_gradients_are_autograds() -> None:
+    """Of layers without bias, frozen ones, some before the first that is trained, and those that work in place."""
+    layers = [
+        nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 7, bias=False), nn.ELU(inplace=True), SeededDropout(0.5),
+        nn.Linear(7, 4), nn.SiLU(inplace=True), nn.Linear(4, 3), nn.LeakyReLU(0.3, inplace=True),
+    ]  # fmt: skip
+    model = nn.Sequential(nn.Flatten(), nn.Sequential(*layers))
+    for frozen in (layers[0], layers[5]):
+        frozen.requires_grad_(False)
+    chain = stacked_chain(model)
+    assert chain is not None
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(tensor: torch.Tensor) -> torch.Tensor:
+        """Two of its shape; of dropout's threshold and the like it itself twice."""
+        several = torch.stack([tensor, tensor]).detach()
+        return torch.randn(several.shape, generator=generator) if isinstance(tensor, nn.Parameter) else several
+
+    tensors = {name: drawn(tensor) for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    features = torch.randn(2, 9, 2, 3, generator=generator)
+    gradient = torch.randn(2, 9, 3, generator=generator)
+    for name in trained:
+        tensors[name].requires_grad_()
+    outputs = chain(tensors, features)
+    expected = torch.autograd.grad(outputs, [tensors[name] for name in trained], gradient)
+    found = {name: torch.empty_like(tensors[name]) for name in trained}
+    with torch.no_grad():
+        again, kept = chain.forward(tensors, features)
+        chain.backward(tensors, kept, gradient.clone(), found)
+    torch.testing.assert_close(again, outputs.detach(), rtol=0, atol=0)
+    torch.testing.assert_close(list(found.values()), list(expected))
+
+
+def test_what_flattens_otherwise_is_no_chain() -> None:
+    assert stacked_chain(nn.Sequential(nn.Flatten(2), nn.Linear(6, 2))) is None
 
 
 def stop(*places: int) -> Any:
