@@ -4,9 +4,10 @@ A sampler is made anew for each trial, with a seed of its own, so whatever it mu
 """
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from heapq import nsmallest
 from types import SimpleNamespace
-from typing import Any, assert_never
+from typing import Any, assert_never, cast
 
 import numpy as np
 import optuna
@@ -22,6 +23,7 @@ from optuna.samplers import (
     RandomSampler,
     TPESampler,
 )
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from tasks.job import PrunerName, SamplerName
@@ -29,6 +31,8 @@ from tasks.job import PrunerName, SamplerName
 GRID_EXHAUSTED = "grid_exhausted"
 NUMBER = "number"
 STARTUP_TRIALS = 10
+# TPE's best, as many as Optuna's takes for good at most, and all that it reads.
+TPE_BEST_TRIALS, MOST_TPE_TRIALS = 25, 300
 PRUNER_STARTUP_TRIALS = 5
 PRUNER_WARMUP_EPOCHS = 3
 REDUCTION_FACTOR = 3
@@ -93,6 +97,74 @@ class GridSampler(BruteForceSampler):
             study.set_user_attr(GRID_EXHAUSTED, True)
 
 
+class _PartOfStudy:
+    """A study of whose trials a sampler sees some."""
+
+    def __init__(self, study: optuna.Study, part_of: Callable[[list[FrozenTrial]], list[FrozenTrial]]) -> None:
+        self._study, self._part_of = study, part_of
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._study, name)
+
+    def _get_trials(self, deepcopy: bool = True, states: Any = None, use_cache: bool = False) -> list[FrozenTrial]:
+        return self._part_of(self._study._get_trials(deepcopy=deepcopy, states=states, use_cache=use_cache))
+
+
+class BoundedTPESampler(TPESampler):
+    """TPE that reads a bounded number of trials, where Optuna's reads all at each proposal: of a single objective the
+    best, which it takes for good, all that run, and of the others so many, evenly from the first to the last. They
+    stand for a density, which that many tell as well."""
+
+    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        """From one trial of each set of hyperparameters: what others of the same set have changes nothing."""
+        return super().infer_relative_search_space(_part(study, _one_of_each_set), trial)
+
+    def sample_relative(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        return super().sample_relative(_thinned(study), trial, search_space)
+
+    def sample_independent(
+        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        return super().sample_independent(_thinned(study), trial, param_name, param_distribution)
+
+
+def _part(study: optuna.Study, part_of: Callable[[list[FrozenTrial]], list[FrozenTrial]]) -> optuna.Study:
+    return cast("optuna.Study", _PartOfStudy(study, part_of))
+
+
+def _one_of_each_set(trials: list[FrozenTrial]) -> list[FrozenTrial]:
+    first: dict[tuple[str, ...], FrozenTrial] = {}
+    for trial in trials:
+        first.setdefault(tuple(trial.params), trial)
+    return list(first.values())
+
+
+def _thinned(study: optuna.Study) -> optuna.Study:
+    """Of several objectives none is left out: which are best, only comparing each with each tells."""
+    if len(study.directions) > 1:
+        return study
+    sign = -1 if study.direction == StudyDirection.MAXIMIZE else 1
+
+    def part_of(trials: list[FrozenTrial]) -> list[FrozenTrial]:
+        if len(trials) <= MOST_TPE_TRIALS:
+            return trials
+        values = [
+            (sign * (trial.value or 0.0), place)
+            for place, trial in enumerate(trials)
+            if trial.state == TrialState.COMPLETE
+        ]
+        best = [place for _, place in nsmallest(TPE_BEST_TRIALS, values)]
+        kept = {place for place, trial in enumerate(trials) if trial.state == TrialState.RUNNING}.union(best)
+        others = [place for place in range(len(trials)) if place not in kept]
+        step = len(others) / (MOST_TPE_TRIALS - TPE_BEST_TRIALS)
+        kept.update(others[int(number * step)] for number in range(MOST_TPE_TRIALS - TPE_BEST_TRIALS))
+        return [trials[place] for place in sorted(kept)]
+
+    return _part(study, part_of)
+
+
 class HyperbandPruner(optuna.pruners.HyperbandPruner):
     """Gives a trial its bracket by its number in the night. Optuna gives it by the study's name and its own number, of
     which one holds the date and the other counts interruptions, so a night would not go as its seed says."""
@@ -137,7 +209,7 @@ def _sampler(name: SamplerName, seed: int, study_seed: int) -> BaseSampler:
         case "auto":
             return CentredSampler(_sampler("tpe", seed, study_seed), seed=seed, trials=STARTUP_TRIALS)
         case "tpe":
-            return TPESampler(seed=seed, n_startup_trials=STARTUP_TRIALS, multivariate=True, group=True)
+            return BoundedTPESampler(seed=seed, n_startup_trials=STARTUP_TRIALS, multivariate=True, group=True)
         case "gp":
             return GPSampler(
                 seed=seed,

@@ -119,12 +119,13 @@ def ask(study: optuna.Study, job: TuningJob, worker: str = "") -> optuna.Trial:
     for again as it was, and for others the history is the same and so is the seed. (A sampler made once a process
     would propose the study's first trials again.)
     """
-    claimed = {trial.user_attrs.get(NUMBER): trial for trial in _claimed(study)}
+    trials = tonights_trials(study)
+    claimed = {trial.user_attrs.get(NUMBER): trial for trial in _claimed_of(trials)}
     number = next(free for free in count() if free not in claimed)
     queue: list[dict[str, Any]] = study.user_attrs.get(QUEUE, [])
-    interrupted = _interrupted_with(study, number)
+    interrupted = next(filter(is_interrupted, _attempts_of(trials, number)), None)
     # Where an ask was cut off before, what it queued is for this very number.
-    if not study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+    if not any(trial.state == TrialState.WAITING for trial in trials):
         if number < len(queue):
             study.enqueue_trial(queue[number]["params"], user_attrs=queue[number]["attributes"])
         elif interrupted:
@@ -165,18 +166,19 @@ def widen_wave(trial: optuna.Trial, size: int) -> None:
 def is_wave_full(study: optuna.Study, job: TuningJob, trial: optuna.Trial) -> bool:
     """Whether the trial is the last of its wave, or the last that the budget has room for. One that was interrupted
     once less than is tolerated goes alone: if it is what kills the process, it takes no other with it."""
-    claimed = _claimed(study)
+    trials = tonights_trials(study)
+    claimed = _claimed_of(trials)
     first, size = trial.user_attrs[WAVE]
     left = set(range(first, first + size)).difference(other.user_attrs.get(NUMBER) for other in claimed)
-    if not left or is_budget_claimed(study, job):
+    if not left or len(claimed) >= job.budget.trials:
         return True
-    interruptions = Counter(other.user_attrs.get(NUMBER) for other in tonights_trials(study) if is_interrupted(other))
-    return max(interruptions[trial.user_attrs[NUMBER]], interruptions[min(left)]) >= MOST_INTERRUPTIONS - 1
+    interrupted = Counter(other.user_attrs.get(NUMBER) for other in trials if is_interrupted(other))
+    return max(interrupted[trial.user_attrs[NUMBER]], interrupted[min(left)]) >= MOST_INTERRUPTIONS - 1
 
 
 def is_budget_claimed(study: optuna.Study, job: TuningJob) -> bool:
     """Whether every trial that the budget has room for is finished, or under way with some worker."""
-    return len(_claimed(study)) >= job.budget.trials
+    return len(_claimed_of(tonights_trials(study))) >= job.budget.trials
 
 
 def finished_trials(study: optuna.Study) -> list[FrozenTrial]:
@@ -194,7 +196,7 @@ def number_of(trial: FrozenTrial) -> int:
 
 def attempts(study: optuna.Study, number: int) -> list[FrozenTrial]:
     """Every time that a trial of tonight was begun: all but the last were interrupted."""
-    return [trial for trial in tonights_trials(study) if trial.user_attrs.get(NUMBER) == number]
+    return _attempts_of(tonights_trials(study), number)
 
 
 def tonights_trials(study: optuna.Study, *states: TrialState) -> list[FrozenTrial]:
@@ -243,20 +245,25 @@ def _finished_of(trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
     finished = []
     interruptions: Counter[object] = Counter()
     for trial in trials:
-        number = trial.user_attrs.get(NUMBER)
-        if is_interrupted(trial):
+        if trial.state in (TrialState.COMPLETE, TrialState.PRUNED):
+            finished.append(trial)
+        elif is_interrupted(trial):
+            number = trial.user_attrs.get(NUMBER)
             interruptions[number] += 1
             if number is not None and interruptions[number] == MOST_INTERRUPTIONS:
                 finished.append(trial)
-        elif trial.state.is_finished():
+        elif trial.state == TrialState.FAIL:
             finished.append(trial)
     return finished
 
 
-def _claimed(study: optuna.Study) -> list[FrozenTrial]:
-    """Read at once: one that ended between two looks would be in neither, and be asked for again."""
-    trials = tonights_trials(study)
+def _claimed_of(trials: list[FrozenTrial]) -> list[FrozenTrial]:
+    """Of trials read at once: one that ended between two looks would be in neither, and be asked for again."""
     return [*_finished_of(trials), *(trial for trial in trials if trial.state == TrialState.RUNNING)]
+
+
+def _attempts_of(trials: list[FrozenTrial], number: int) -> list[FrozenTrial]:
+    return [trial for trial in trials if trial.user_attrs.get(NUMBER) == number]
 
 
 def _wave_of(number: int, interrupted: FrozenTrial | None, before: FrozenTrial | None) -> tuple[int, int]:
@@ -267,7 +274,3 @@ def _wave_of(number: int, interrupted: FrozenTrial | None, before: FrozenTrial |
             if first <= number < first + size:
                 return first, size
     return number, 1
-
-
-def _interrupted_with(study: optuna.Study, number: int) -> FrozenTrial | None:
-    return next((trial for trial in attempts(study, number) if is_interrupted(trial)), None)

@@ -6,13 +6,16 @@ from itertools import product
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 import optuna
 import pytest
-from optuna.trial import FrozenTrial, TrialState
+from optuna.distributions import BaseDistribution, FloatDistribution
+from optuna.samplers import TPESampler
+from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from tasks.job import PrunerName, SamplerName, TuningJob
 from tasks.leases import free_trials
-from tasks.samplers import GRID_EXHAUSTED, STARTUP_TRIALS, build_pruner
+from tasks.samplers import GRID_EXHAUSTED, MOST_TPE_TRIALS, STARTUP_TRIALS, BoundedTPESampler, build_pruner
 from tasks.study import FAILURE, ask, finished_trials, open_study
 from tests.conftest import make_job
 
@@ -89,6 +92,59 @@ def test_a_sampler_that_learns_beats_the_random_one(sampler: str, tmp_path: Path
         return statistics.median([pretend(study, job_with(name)).values[0] for _ in range(40)][-10:])
 
     assert median_of_last(sampler) > median_of_last("random")
+
+
+def grown_study(trials: int) -> optuna.Study:
+    """In memory, of made-up trials: every third has a momentum, every seventh is pruned."""
+    study = optuna.create_study(direction="maximize")
+    random = np.random.default_rng(0)
+    for number in range(trials):
+        chosen: dict[str, BaseDistribution] = {"rate": FloatDistribution(1e-4, 1e-1, log=True)}
+        params: dict[str, Any] = {"rate": 10 ** random.uniform(-4, -1)}
+        if number % 3 == 0:
+            chosen["momentum"], params["momentum"] = FloatDistribution(0, 1), random.uniform()
+        state = TrialState.PRUNED if number % 7 == 0 else TrialState.COMPLETE
+        values = None if state == TrialState.PRUNED else [-abs(np.log10(params["rate"]) + 2)]
+        study.add_trial(create_trial(state=state, values=values, params=params, distributions=chosen))
+    return study
+
+
+def proposed(study: optuna.Study, kind: type[TPESampler], seed: int) -> dict[str, Any]:
+    study.sampler = kind(seed=seed, n_startup_trials=STARTUP_TRIALS, multivariate=True, group=True)
+    trial = study.ask()
+    trial.suggest_float("rate", 1e-4, 1e-1, log=True)
+    trial.suggest_float("momentum", 0, 1)
+    return trial.params
+
+
+@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+def test_until_there_are_many_trials_tpe_is_optunas() -> None:
+    for trials in (5, 40, MOST_TPE_TRIALS - 10):
+        ours, theirs = grown_study(trials), grown_study(trials)
+        for seed in range(5):  # each leaves a trial that runs
+            assert proposed(ours, BoundedTPESampler, seed) == proposed(theirs, TPESampler, seed)
+
+
+@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+def test_of_many_trials_tpe_reads_the_best_those_that_run_and_some_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    study = grown_study(3 * MOST_TPE_TRIALS)
+    running = study.ask()
+    best = sorted(study.get_trials(states=[TrialState.COMPLETE]), key=lambda trial: -(trial.value or 0))
+    read: list[list[FrozenTrial]] = []
+    sample = TPESampler._sample
+
+    def see(sampler: TPESampler, part: optuna.Study, *rest: Any) -> Any:
+        read.append(part._get_trials(deepcopy=False))
+        return sample(sampler, part, *rest)
+
+    monkeypatch.setattr(TPESampler, "_sample", see)
+    rates = [proposed(study, BoundedTPESampler, seed)["rate"] for seed in range(9)]
+    assert 3e-3 < statistics.median(rates) < 3e-2  # the best is 0.01
+    for trials in read:
+        numbers = {trial.number for trial in trials}
+        assert {trial.number for trial in best[:25]} | {running.number} <= numbers
+        assert MOST_TPE_TRIALS - 25 <= len(numbers) <= MOST_TPE_TRIALS + 10
+        assert max(np.diff(sorted(numbers))) <= 6
 
 
 def test_a_grid_takes_each_point_once_and_ends(tmp_path: Path) -> None:
