@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache, partial
 from io import FileIO
@@ -154,9 +154,17 @@ class _Journal(JournalFileBackend):
         self._journal = journal
         super().__init__(str(journal))
 
+    def read_logs(self, log_number_from: int) -> Generator[dict[str, Any], None, None]:
+        """What others wrote, and this process, since it read last: mostly nothing, for which no file is opened."""
+        if self._journal.stat().st_size != self._log_number_offset.get(log_number_from):
+            yield from super().read_logs(log_number_from)
+
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         """Waits for room where the disk is full: no trial is lost by it."""
-        _patiently(self._append, logs)
+        try:
+            self._append(logs)
+        except StorageInternalError:
+            _patiently(self._append, logs)
 
     def _append(self, logs: list[dict[str, Any]]) -> None:
         try:
@@ -166,10 +174,9 @@ class _Journal(JournalFileBackend):
 
     def _write(self, logs: list[dict[str, Any]]) -> None:
         lines = "".join(f"{json.dumps(log, separators=(',', ':'))}\n" for log in logs)
-        with self._journal.open("rb+", buffering=0) as file:
+        with FileIO(str(self._journal), "r+") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
-            _drop_cut_line(file)
-            end = file.seek(0, os.SEEK_END)
+            end = _drop_cut_line(file)
             rest = memoryview(lines.encode())
             try:
                 while rest:
@@ -181,12 +188,14 @@ class _Journal(JournalFileBackend):
                 raise
 
 
-def _drop_cut_line(journal: FileIO) -> None:
-    size = journal.seek(0, os.SEEK_END)
-    journal.seek(max(0, size - 1))
-    if journal.read(1) not in (b"", b"\n"):
+def _drop_cut_line(journal: FileIO) -> int:
+    """Go to the end of the last whole line; returns where that is."""
+    end = journal.seek(0, os.SEEK_END)
+    if end and os.pread(journal.fileno(), 1, end - 1) != b"\n":
         journal.seek(0)
-        journal.truncate(journal.read().rfind(b"\n") + 1)
+        end = journal.seek(journal.read().rfind(b"\n") + 1)
+        journal.truncate()
+    return end
 
 
 class _Database(RDBStorage):
