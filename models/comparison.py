@@ -11,7 +11,7 @@ from statistics import NormalDist
 
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import binom
+from scipy.special import bdtrc
 from torch import Tensor
 
 from models.evaluate import METRICS, MetricName, predictions_of
@@ -127,7 +127,7 @@ def interval(
 def mcnemar(won: int, lost: int) -> float:
     """The probability that a coin shows heads `won` times or more in `won + lost` throws: the exact one-sided p-value
     of "ours is no better" from the rows on which exactly one of two models is right. 1 where there are none."""
-    return float(binom.sf(won - 1, won + lost, 0.5))
+    return float(bdtrc(won - 1, won + lost, 0.5))
 
 
 def rows_needed(gain: float, deviation: float, confidence: float) -> int:

@@ -17,7 +17,6 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import chi2_contingency
 
 from models.shapes import DataShape, Problem
 from models.table import EPOCH, Column
@@ -269,7 +268,11 @@ def _check_splits(counts: _Array, rows: Rows, data: DataConfig) -> None:
 def _unbalanced(counts: _Array, rows: Rows, data: DataConfig) -> list[Finding]:
     """Classes whose share in a split is another than in all rows, by more than chance (a chi-squared test of the table
     of splits and classes)."""
-    if not rows.classes or chi2_contingency(counts).pvalue > UNBALANCED_CHANCE:
+    if not rows.classes:
+        return []
+    from scipy.stats import chi2_contingency  # half a second, as in sources.py
+
+    if chi2_contingency(counts).pvalue > UNBALANCED_CHANCE:
         return []
     shares, overall = counts / counts.sum(axis=1, keepdims=True), counts.sum(axis=0) / counts.sum()
     away = np.abs(shares - overall)

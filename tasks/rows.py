@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from sklearn.tree import DecisionTreeClassifier, DecisionTreeRegressor
 
 from infra.errors import ExpectedError
 from models.shapes import Problem
@@ -416,6 +415,8 @@ def _leaks(
     half = len(matrix) // 2
     if half < 50 or (problem == "classification" and np.bincount(target).max() > LEAK_SCORE * len(target)):
         return []
+    from sklearn.tree import DecisionTreeClassifier, DecisionTreeRegressor  # as in sources.py
+
     findings = []
     for place, column in enumerate(columns):
         values = matrix[:, place : place + 1]

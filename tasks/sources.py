@@ -7,6 +7,7 @@ MLflow brings along anyway. Knows nothing of what is in a column, and of splits.
 
 import csv
 import gzip
+import importlib.metadata
 import importlib.util
 import json
 import math
@@ -23,10 +24,8 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
-import sklearn
 import sqlalchemy
 from PIL import Image
-from sklearn import datasets
 
 from infra.downloads import download, is_in_s3, object_tags
 from models.shapes import Problem
@@ -34,13 +33,7 @@ from tasks.columns import EXAMPLES
 from tasks.job import DataConfig
 from tasks.rows import DataError, Frames, Rows, array_rows, table_rows
 
-SKLEARN_SETS: dict[str, Callable[[], Any]] = {
-    "digits": datasets.load_digits,
-    "iris": datasets.load_iris,
-    "wine": datasets.load_wine,
-    "breast_cancer": datasets.load_breast_cancer,
-    "diabetes": datasets.load_diabetes,
-}
+SKLEARN_SETS = ("digits", "iris", "wine", "breast_cancer", "diabetes")
 CSV_SUFFIXES = (".csv", ".csv.gz", ".tsv", ".tsv.gz", ".data", ".txt")
 IDX_SUFFIXES = ("ubyte", "ubyte.gz", ".idx", ".idx.gz")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")
@@ -89,7 +82,7 @@ def source_stamp(data: DataConfig) -> str | None:
     """A text that changes whenever the source does: names, sizes and times of its files, or what S3 says of its
     objects; None where only reading it tells, as of a function or a query. Raises StoreError, OSError."""
     if data.source.startswith("sklearn://"):
-        return f"{data.source} {sklearn.__version__}"
+        return f"{data.source} {importlib.metadata.version('scikit-learn')}"
     if ".py:" in data.source or data.query is not None:
         return None
     return json.dumps([_stamp(place) for place in (data.source, data.labels) if place is not None])
@@ -161,7 +154,9 @@ def _built_in(source: str) -> tuple[Any, Any]:
     name = source.removeprefix("sklearn://")
     if name not in SKLEARN_SETS:
         raise DataError(f"data.source: no scikit-learn set {name!r} is known; known are {', '.join(SKLEARN_SETS)}")
-    bunch = SKLEARN_SETS[name]()
+    from sklearn import datasets  # a second of its own, which no command and no other night should wait for
+
+    bunch = getattr(datasets, f"load_{name}")()
     return (bunch.images[:, None] if "images" in bunch else bunch.data), bunch.target
 
 

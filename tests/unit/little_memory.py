@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pyarrow as pa
+import scipy.stats  # noqa: F401 loaded at its first use, and a library as well
+import sklearn.tree  # noqa: F401
 import torch
 
 from models import batches
