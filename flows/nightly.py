@@ -8,7 +8,7 @@ import hashlib
 import json
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import copy_context
 from datetime import UTC, datetime, timedelta
@@ -90,8 +90,9 @@ from tasks.tracking import (
     track_confirmed,
     track_missing_trials,
 )
+from tasks.trainer import TrainerProcess, TrainerProcesses, started_ahead
 from tasks.tune import Tuned, forecast, seconds_to_search, tune
-from tasks.work import trainer_of
+from tasks.work import processes_for, trainer_of
 
 JUDGEMENTS = 3
 MOST_REPLACEMENTS = 3
@@ -155,8 +156,13 @@ def nightly_tuning(
         if reason := _missed(tuning_job):
             return Completed(name="Skipped", message=skip_step(tuning_job, reason))
         _warn_if_studies_are_away(tuning_job, settings)
-        with only_night_of(tuning_job.name, settings.home):
-            return _night(tuning_job, settings, may_skip=preset == "nightly" and trials is None and minutes is None)
+        device = choose_device()
+        with (
+            only_night_of(tuning_job.name, settings.home),
+            started_ahead(processes_for(tuning_job, device)) as started,
+        ):
+            may_skip = preset == "nightly" and trials is None and minutes is None
+            return _night(tuning_job, settings, device, started, may_skip=may_skip)
     except (ExpectedError, *STORAGE_IS_AWAY) as failure:
         error = failure if isinstance(failure, ExpectedError) else StudiesUnavailable.after(failure)
         _logger.error("%s", error)  # noqa: TRY400 the sentence says it all; a traceback would bury it
@@ -175,10 +181,11 @@ def _warn_if_studies_are_away(job: TuningJob, settings: Settings) -> None:
         _tell(settings, {"event": "waiting", "job": job.name, "reason": str(error)})
 
 
-def _night(job: TuningJob, settings: Settings, *, may_skip: bool) -> Any:
+def _night(
+    job: TuningJob, settings: Settings, device: torch.device, started: Sequence[TrainerProcess], *, may_skip: bool
+) -> Any:
     flow_run_id = runtime.flow_run.id
     client = MlflowClient(settings.mlflow_url)
-    device = choose_device()
     store = open_store(settings.store_url)
     studies = settings.studies
 
@@ -212,7 +219,7 @@ def _night(job: TuningJob, settings: Settings, *, may_skip: bool) -> Any:
     _logger.info("this night in MLflow: %s", mlflow_page)
     with night_ends_with_its_run(client, run_id), system_metrics(run_id):
         with hold_device(device, settings.home, RANKS[job.schedule.priority]):
-            tuned = tune_step(study, job, snapshot, device, settings, client, run_id)
+            tuned = tune_step(study, job, trainer_of(job, snapshot, device, started), settings, client, run_id)
             searched = _now()
             prepared = Prepared.load(snapshot, device)
             baseline = tuned.baseline if champion is None else None
@@ -311,8 +318,7 @@ def _missed(job: TuningJob) -> str | None:
 def _tune(
     study: optuna.Study,
     job: TuningJob,
-    snapshot: Snapshot,
-    device: torch.device,
+    trainer: TrainerProcesses,
     settings: Settings,
     client: MlflowClient,
     run_id: str,
@@ -328,9 +334,9 @@ def _tune(
         progress.update()
 
     with (
-        Progress(study, job, device, trial_page) as progress,
+        Progress(study, job, trainer.device, trial_page) as progress,
         tracker,
-        trainer_of(job, snapshot, device) as trainer,
+        trainer,
         _more_workers(study, job),
     ):
         tuned = tune(

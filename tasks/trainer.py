@@ -18,7 +18,7 @@ import threading
 import time
 import traceback
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
@@ -136,10 +136,23 @@ def failed(error: Exception) -> Failed:
     return Failed(f"{type(error).__name__}: {error}", "".join(traceback.format_exception(error)))
 
 
-def worthwhile_processes(snapshot: Snapshot, device: torch.device) -> int:
-    """How many processes use the device best."""
-    features = snapshot.features("train", device)
-    if device.type != "cpu" or features.raw_bytes > MOST_ROWS_BYTES:
+@contextmanager
+def started_ahead(processes: int) -> Iterator[list["TrainerProcess"]]:
+    """Processes that import what a training needs while the night finds out what it is to train on. They end with the
+    block, if they have not before."""
+    started = [TrainerProcess() for _ in range(processes)]
+    try:
+        for process in started:
+            process.start()
+        yield started
+    finally:
+        for process in started:
+            process.close()
+
+
+def worthwhile_processes(device: torch.device, rows_bytes: int) -> int:
+    """How many processes use the device best for training on rows of such a size."""
+    if device.type != "cpu" or rows_bytes > MOST_ROWS_BYTES:
         return 1
     return min(CPU_PROCESSES, torch.get_num_threads())
 
@@ -148,22 +161,33 @@ class TrainerProcesses:
     """Trains in processes of their own, which are started where there are none, and end with this one or with `close`.
 
     What is to be trained is divided among them, and they keep step: nobody begins an epoch before all have ended the
-    last, so that what is reported, and what a pruner makes of it, never depends on which of them is faster.
+    last, so that what is reported, and what a pruner makes of it, never depends on which of them is faster. Those that
+    were `started` ahead are used first, and ended where there are more than wanted.
     """
 
-    def __init__(self, job: TuningJob, snapshot: Snapshot, device: torch.device, processes: int = 1) -> None:
+    def __init__(
+        self,
+        job: TuningJob,
+        snapshot: Snapshot,
+        device: torch.device,
+        processes: int = 1,
+        started: Sequence["TrainerProcess"] = (),
+    ) -> None:
         self.device = device
         self._used_before = used_bytes(device)
         content = job.model_dump(mode="json", exclude={"schedule"})
-        # The first one's lines stand for all: it says of a model what the others would.
-        self._processes = [
-            _Process(pickle.dumps((content, snapshot, str(device), logging.WARNING if place else logging.INFO)))
-            for place in range(processes)
-        ]
+        for process in started[processes:]:
+            process.close()
+        self._processes = [*started[:processes], *(TrainerProcess() for _ in range(processes - len(started)))]
+        for place, process in enumerate(self._processes):
+            # The first one's lines stand for all: it says of a model what the others would.
+            level = logging.WARNING if place else logging.INFO
+            process.load(pickle.dumps((content, snapshot, str(device), level)))
 
     def __enter__(self) -> "TrainerProcesses":
         for process in self._processes:
-            process.start()
+            if process.process_id is None:
+                process.start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -191,7 +215,7 @@ class TrainerProcesses:
             return
         parts = min(len(self._processes), len(trainings))
         bounds = [len(trainings) * part // parts for part in range(parts + 1)]
-        training: dict[int, _Process] = {}
+        training: dict[int, TrainerProcess] = {}
         done = False
         try:
             for process, (begin, end) in zip(self._processes, itertools.pairwise(bounds), strict=False):
@@ -219,11 +243,12 @@ class TrainerProcesses:
                 self.close()
 
 
-class _Process:
-    """One of them, and what is said to it and heard of it."""
+class TrainerProcess:
+    """One of them, and what is said to it and heard of it. What it trains on is told it once that is known: what it
+    must import takes it longer to start than all the rest."""
 
-    def __init__(self, content: bytes) -> None:
-        self._content = content
+    def __init__(self) -> None:
+        self._content: bytes | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._is_ready = False
         self._longest = 0.0
@@ -241,6 +266,13 @@ class _Process:
             self._process.wait()
             self._connection.close()
             self._process = None
+
+    def load(self, content: bytes) -> None:
+        """Tell it the job, the snapshot, the device and the level of its log lines, pickled."""
+        self._content = content
+        if self._process is not None:
+            with suppress(OSError):  # it died, which shows in what is asked of it next
+                self._connection.send_bytes(content)
 
     def ask(self, kind: str, content: object) -> Any:
         """Raises what is wrong with the model, and TrainerDied, as the others do."""
@@ -322,7 +354,8 @@ class _Process:
             )
         self._is_ready = False
         self._connection = Connection(ours.detach())
-        self._connection.send_bytes(self._content)
+        if self._content is not None:
+            self._connection.send_bytes(self._content)
 
 
 def serve(file_descriptor: int) -> None:

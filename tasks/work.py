@@ -12,7 +12,7 @@ to know of finished trials passes a callback.
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +56,7 @@ from tasks.trainer import (
     Scored,
     Trainer,
     TrainerDied,
+    TrainerProcess,
     TrainerProcesses,
     failed,
     worthwhile_processes,
@@ -351,10 +352,18 @@ def run_wave(
     return Wave(ended=tuple(outcomes))
 
 
-def trainer_of(job: TuningJob, snapshot: Snapshot, device: torch.device) -> TrainerProcesses:
-    """As many processes as use the device best, but no more than a wave has trials."""
+def trainer_of(
+    job: TuningJob, snapshot: Snapshot, device: torch.device, started: Sequence[TrainerProcess] = ()
+) -> TrainerProcesses:
+    """As many processes as use the device best; those that were `started_ahead` are among them."""
+    processes = processes_for(job, device, snapshot.features("train", device).raw_bytes)
+    return TrainerProcesses(job, snapshot, device, processes, started)
+
+
+def processes_for(job: TuningJob, device: torch.device, rows_bytes: int = 0) -> int:
+    """How many use the device best for training on rows of such a size: no more than a wave has trials."""
     most = _wave_size(job, device) if has_waves(job) else 1
-    return TrainerProcesses(job, snapshot, device, min(most, worthwhile_processes(snapshot, device)))
+    return min(most, worthwhile_processes(device, rows_bytes))
 
 
 def _wave_size(job: TuningJob, device: torch.device) -> int:

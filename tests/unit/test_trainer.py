@@ -28,7 +28,16 @@ from tasks.job import TuningJob
 from tasks.prepared import Prepared
 from tasks.study import FAILURE, finished_trials, is_interrupted, open_study
 from tasks.tracking import CURVE
-from tasks.trainer import Ended, Failed, LocalTrainer, Scored, TrainerDied, TrainerProcesses, worthwhile_processes
+from tasks.trainer import (
+    Ended,
+    Failed,
+    LocalTrainer,
+    Scored,
+    TrainerDied,
+    TrainerProcesses,
+    started_ahead,
+    worthwhile_processes,
+)
 from tasks.tune import tune
 from tasks.work import trainer_of
 from tests.conftest import CPU, fill, make_job, small_disk
@@ -178,10 +187,25 @@ def test_of_two_processes_the_death_of_one_ends_both_and_the_next_training_start
             assert [type(ended[place]) for place in range(many)] == [Scored] * many
 
 
-def test_many_rows_are_not_held_twice(prepared: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert worthwhile_processes(prepared.snapshot, CPU) == min(2, torch.get_num_threads())
-    monkeypatch.setattr(trainer, "MOST_ROWS_BYTES", 1000)
-    assert worthwhile_processes(prepared.snapshot, CPU) == 1
+def test_many_rows_are_not_held_twice() -> None:
+    assert worthwhile_processes(CPU, 2**28) == min(2, torch.get_num_threads())
+    assert worthwhile_processes(CPU, 2**28 + 1) == 1
+
+
+def test_a_process_that_was_started_ahead_is_used_and_one_too_many_is_ended(prepared: Prepared) -> None:
+    job = make_job()
+    with started_ahead(2) as started:
+        ahead = [one.process_id for one in started]
+        with TrainerProcesses(job, prepared.snapshot, CPU, 1, started) as processes:
+            assert processes.process_ids == ahead[:1]
+            training = Training(hyperparameters=job.family.hyperparameters.from_values({"epochs": 1}), seed=0)
+            ((_, ended),) = processes.train([training], lambda _: ())
+            assert isinstance(ended, Scored)
+            assert processes.process_ids == ahead[:1]
+            assert not psutil.pid_exists(ahead[1] or 0)
+    with started_ahead(1) as started:
+        ahead = [one.process_id for one in started]
+    assert not psutil.pid_exists(ahead[0] or 0)
 
 
 def test_what_a_model_raises_costs_its_training_and_names_itself(
