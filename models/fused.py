@@ -30,7 +30,6 @@ from models.solo import (
     Setting,
     Trained,
     Training,
-    deterministic,
     forked_random_state,
     full_precision,
     gains_from_mixed_precision,
@@ -38,6 +37,7 @@ from models.solo import (
     judged_epoch,
     kept_epoch,
     new_model,
+    training_modes,
     unscale_of,
 )
 from models.stacked_layers import StackedChain, stacked_chain
@@ -277,29 +277,27 @@ class _Group:
         rates = self._rates(number, steps)
         seeds = [member.training.seed for member in self.members]
         keys = dropout_keys(seeds, len(self._dropouts), done, steps)
-        factors = self._optimizer.factors(rates, done + 1)
-        with deterministic():
+        with training_modes():
             if self._by_row:
-                total = self._steps_by_row(rows, keys, factors, rates, done)
+                total = self._steps_by_row(rows, keys, rates, done)
             else:
-                total = self._steps_at_once(rows, keys, factors)
+                total = self._steps_at_once(rows, keys, self._optimizer.factors(rates, done + 1))
             return self._evaluate(number, (total / len(self._setting.training)).tolist())
 
-    def _steps_by_row(self, rows: Tensor, keys: Tensor, factors: Tensor, rates: Tensor, done: int) -> Tensor:
+    def _steps_by_row(self, rows: Tensor, keys: Tensor, rates: Tensor, done: int) -> Tensor:
         """An epoch of each member by the numbers of its rows (members, rows), and what the steps need: dropout's keys
-        (steps, layers, members), the optimizer's factors and the learning rates (steps, members). Returns the sum of
-        the losses (members,)."""
+        (steps, layers, members) and the learning rates (steps, members). Returns the sum of the losses (members,)."""
         total = torch.zeros(len(self.members))
         learning_rates = rates.tolist()
         for step, some in enumerate(torch.split(rows, self._batch_size, dim=1)):
             losses, gradients = self._gradients(some, keys[step])
-            self._optimizer.step_by_row(gradients, factors[step], learning_rates[step], done + step + 1)
+            self._optimizer.step_by_row(gradients, learning_rates[step], done + step + 1)
             total += losses * some.shape[1]
         return total
 
     def _steps_at_once(self, rows: Tensor, keys: Tensor, factors: Tensor) -> Tensor:
-        """The same, of nothing that the host must know: so that what is launched at one step is launched at each, but
-        for a smaller last one."""
+        """The same with the optimizer's factors, and of nothing that the host must know: so that what is launched at
+        one step is launched at each, but for a smaller last one."""
         whole = rows.shape[1] // self._batch_size
         first, rest = rows[:, : whole * self._batch_size], rows[:, whole * self._batch_size :]
         inputs = (first.reshape(len(first), whole, self._batch_size).transpose(0, 1), keys, factors)

@@ -1,10 +1,11 @@
 """The optimizers of several trainings as one: a row of weights each, and a column for each of their hyperparameters.
 
 Every update is written as PyTorch's own, which a training alone uses (models/optimizers.py). On a CPU, memory is what
-limits them, so where PyTorch has a kernel that passes over a row once, it is called row by row. On a GPU launching is,
-so all rows of an update share each kernel, and what differs from step to step lies on the device beforehand.
+limits them, so kernels of PyTorch's that pass over a row once are called row by row. On a GPU launching is, so all rows
+of an update share each kernel, and what differs from step to step lies on the device beforehand.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -81,16 +82,11 @@ class StackedOptimizer:
         for rows, part in self._parts:
             _UPDATES[part.update](part, gradients[rows], factors[:, rows].unsqueeze(2))
 
-    def step_by_row(self, gradients: Tensor, factors: Tensor, rates: Sequence[float], number: int) -> None:
+    def step_by_row(self, gradients: Tensor, rates: Sequence[float], number: int) -> None:
         """The same on a CPU; `rates` are the learning rates, and `number` is the step's, from 1."""
         by_row = gradients.unbind()
         for rows, part in self._parts:
-            if part.update == "sgd":
-                _sgd_by_row(part, by_row[rows], rates[rows])
-            elif part.update == "adam":
-                _adam_by_row(part, by_row[rows], rates[rows], number)
-            else:
-                _UPDATES[part.update](part, gradients[rows], factors[:, rows].unsqueeze(2))
+            _UPDATES_BY_ROW[part.update](part, by_row[rows], rates[rows], number)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +98,11 @@ class _Part:
     weights: Tensor
     state: Mapping[str, Tensor]
     columns: Mapping[str, Tensor | None]
+
+    @cached_property
+    def overwritten(self) -> list[Tensor]:
+        """Room for each training that its kernel writes to and nobody reads: one's own, so that no NaN gets about."""
+        return list(torch.zeros_like(self.weights).unbind())
 
     @cached_property
     def by_row(self) -> list[tuple[Tensor, ...]]:
@@ -186,7 +187,7 @@ _UPDATES: Mapping[UpdateName, Callable[[_Part, Tensor, Tensor], None]] = {
 }
 
 
-def _sgd_by_row(part: _Part, gradients: Sequence[Tensor], rates: Sequence[float]) -> None:
+def _sgd_by_row(part: _Part, gradients: Sequence[Tensor], rates: Sequence[float], _: int) -> None:
     for chosen, (weights, buffer), gradient, rate in zip(part.chosen, part.by_row, gradients, rates, strict=True):
         torch._fused_sgd_(
             [weights],
@@ -221,3 +222,51 @@ def _adam_by_row(part: _Part, gradients: Sequence[Tensor], rates: Sequence[float
             amsgrad=False,
             maximize=False,
         )
+
+
+def _rmsprop_by_row(part: _Part, gradients: Sequence[Tensor], rates: Sequence[float], _: int) -> None:
+    """PyTorch has no such kernel for RMSprop, but it is Adam whose first moment is the gradient itself and whose
+    second needs no correction, because it is infinitely many steps old."""
+    step = torch.tensor(math.inf)
+    for chosen, (weights, square), mean, gradient, rate in zip(
+        part.chosen, part.by_row, part.overwritten, gradients, rates, strict=True
+    ):
+        torch._fused_adam_(
+            [weights],
+            [gradient],
+            [mean],
+            [square],
+            [],
+            [step],
+            lr=rate,
+            beta1=0.0,
+            beta2=chosen.rmsprop_alpha,
+            weight_decay=chosen.weight_decay,
+            eps=chosen.eps,
+            amsgrad=False,
+            maximize=False,
+        )
+
+
+def _adagrad_by_row(part: _Part, gradients: Sequence[Tensor], rates: Sequence[float], number: int) -> None:
+    step = torch.tensor(float(number))
+    for chosen, (weights, squares), gradient, rate in zip(part.chosen, part.by_row, gradients, rates, strict=True):
+        torch._fused_adagrad_(
+            [weights],
+            [gradient],
+            [squares],
+            [step],
+            lr=rate,
+            lr_decay=0.0,
+            weight_decay=chosen.weight_decay,
+            eps=chosen.eps,
+            maximize=False,
+        )
+
+
+_UPDATES_BY_ROW: Mapping[UpdateName, Callable[[_Part, Sequence[Tensor], Sequence[float], int], None]] = {
+    "sgd": _sgd_by_row,
+    "adam": _adam_by_row,
+    "rmsprop": _rmsprop_by_row,
+    "adagrad": _adagrad_by_row,
+}

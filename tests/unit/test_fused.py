@@ -154,11 +154,10 @@ def test_stacked_optimizers_step_as_pytorchs_own(by_row: bool) -> None:
     for number in range(1, 11):
         gradients = torch.randn(len(chosen), 12, generator=generator)
         rates = torch.rand(len(chosen), generator=generator) / 10
-        factors = stacked.factors(rates.unsqueeze(0), number)[0]
         if by_row:
-            stacked.step_by_row(gradients, factors, rates.tolist(), number)
+            stacked.step_by_row(gradients, rates.tolist(), number)
         else:
-            stacked.step(gradients, factors)
+            stacked.step(gradients, stacked.factors(rates.unsqueeze(0), number)[0])
         for row, optimizer, gradient, rate in zip(alone, optimizers, gradients, rates.tolist(), strict=True):
             row.grad = gradient.clone()
             optimizer.param_groups[0]["lr"] = rate
