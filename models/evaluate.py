@@ -19,7 +19,9 @@ from models.batches import DiskRows
 from models.shapes import Problem
 
 MetricName = Literal["accuracy", "balanced_accuracy", "f1_macro", "roc_auc", "log_loss", "rmse", "mae", "r2"]
-EVALUATION_BATCH = 8192
+# Rows that are evaluated at once. What a CNN's layers give for more of them no longer fits a CPU's cache: 2,000 rows of
+# 28x28 pixels take twice as long at once as by 256.
+EVALUATION_BATCH = {"cpu": 256, "cuda": 8192}
 SHARPNESS_RADIUS = 1e-3
 SHARPNESS_STEPS = 10
 
@@ -128,8 +130,8 @@ def predict_outputs(model: nn.Module, features: Tensor | DiskRows) -> Tensor:
     was_training = model.training
     model.eval()
     try:
-        begins = range(0, len(features), EVALUATION_BATCH)
-        return torch.cat([model(features[begin : begin + EVALUATION_BATCH]) for begin in begins])
+        rows = EVALUATION_BATCH[features.device.type]
+        return torch.cat([model(features[begin : begin + rows]) for begin in range(0, len(features), rows)])
     finally:
         model.train(was_training)
 

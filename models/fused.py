@@ -21,7 +21,7 @@ from torch.func import functional_call, vmap
 
 from models.checkpoints import Checkpoint, random_states
 from models.dropout import SeededDropout, dropout_keys
-from models.evaluate import EVALUATION_BATCH, metrics_of, predict_outputs, score
+from models.evaluate import metrics_of, predict_outputs, score
 from models.optimizers import learning_rate_at
 from models.replay import Replay
 from models.solo import (
@@ -44,6 +44,8 @@ from models.stacked_layers import StackedChain, stacked_chain
 from models.stacked_optimizers import UPDATES, StackedOptimizer
 
 MEMORY_SHARE = 0.5
+# Of all members together, at once: small models, whose launches count.
+EVALUATED_ROWS = 32_768
 # Operations of one training's forward step above which arithmetic, not launching, is what a step costs. Measured on 2
 # cores, 16 trainings as one against one by one: 8e4 operations 6.9 times as fast, 1e6 2.7, 2e7 1.4 to 2, 8e7 1.1, 3e8
 # 0.9 (an MLP) and 0.7 (a CNN, whose vmapped convolutions are grouped ones). On an H200, 25 as one: MLPs 3e5 35, 4e7 10,
@@ -454,7 +456,7 @@ class _Group:
     def _evaluate(self, number: int, train_losses: list[float]) -> dict[int, Diverged]:
         validation = self._setting.validation
         self._template.eval()
-        rows = max(1, 4 * EVALUATION_BATCH // len(self.members))
+        rows = max(1, EVALUATED_ROWS // len(self.members))
         outputs = torch.cat(
             [self._forward(some, shared=True) for some in torch.split(validation.all_features, rows)], dim=1
         )
