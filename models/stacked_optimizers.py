@@ -206,22 +206,7 @@ def _sgd_by_row(part: _Part, gradients: Sequence[Tensor], rates: Sequence[float]
 def _adam_by_row(part: _Part, gradients: Sequence[Tensor], rates: Sequence[float], number: int) -> None:
     step = torch.tensor(float(number))
     for chosen, (weights, mean, square), gradient, rate in zip(part.chosen, part.by_row, gradients, rates, strict=True):
-        kernel = torch._fused_adamw_ if chosen.optimizer == "adamw" else torch._fused_adam_
-        kernel(
-            [weights],
-            [gradient],
-            [mean],
-            [square],
-            [],
-            [step],
-            lr=rate,
-            beta1=chosen.beta1,
-            beta2=chosen.beta2,
-            weight_decay=chosen.weight_decay,
-            eps=chosen.eps,
-            amsgrad=False,
-            maximize=False,
-        )
+        _adam_row(chosen, weights, mean, square, gradient, step, rate, beta1=chosen.beta1, beta2=chosen.beta2)
 
 
 def _rmsprop_by_row(part: _Part, gradients: Sequence[Tensor], rates: Sequence[float], _: int) -> None:
@@ -231,21 +216,37 @@ def _rmsprop_by_row(part: _Part, gradients: Sequence[Tensor], rates: Sequence[fl
     for chosen, (weights, square), mean, gradient, rate in zip(
         part.chosen, part.by_row, part.overwritten, gradients, rates, strict=True
     ):
-        torch._fused_adam_(
-            [weights],
-            [gradient],
-            [mean],
-            [square],
-            [],
-            [step],
-            lr=rate,
-            beta1=0.0,
-            beta2=chosen.rmsprop_alpha,
-            weight_decay=chosen.weight_decay,
-            eps=chosen.eps,
-            amsgrad=False,
-            maximize=False,
-        )
+        _adam_row(chosen, weights, mean, square, gradient, step, rate, beta1=0.0, beta2=chosen.rmsprop_alpha)
+
+
+def _adam_row(
+    chosen: Hyperparameters,
+    weights: Tensor,
+    mean: Tensor,
+    square: Tensor,
+    gradient: Tensor,
+    step: Tensor,
+    rate: float,
+    *,
+    beta1: float,
+    beta2: float,
+) -> None:
+    kernel = torch._fused_adamw_ if chosen.optimizer == "adamw" else torch._fused_adam_
+    kernel(
+        [weights],
+        [gradient],
+        [mean],
+        [square],
+        [],
+        [step],
+        lr=rate,
+        beta1=beta1,
+        beta2=beta2,
+        weight_decay=chosen.weight_decay,
+        eps=chosen.eps,
+        amsgrad=False,
+        maximize=False,
+    )
 
 
 def _adagrad_by_row(part: _Part, gradients: Sequence[Tensor], rates: Sequence[float], number: int) -> None:
