@@ -353,8 +353,10 @@ class _Group:
         self._others = others
         self._static = None
         self._parameters = {name: view.detach().requires_grad_() for name, view in self._layout.views(weights).items()}
-        self._gradient_rows = torch.empty_like(weights)
-        self._gradient_views = self._layout.views(self._gradient_rows)
+        self._led_by_hand: tuple[StackedChain, Tensor, dict[str, Tensor]] | None = None
+        if self._by_row and self._chain is not None:
+            gradients = torch.empty_like(weights)
+            self._led_by_hand = self._chain, gradients, self._layout.views(gradients)
         chosen = [member.chosen for member in self.members]
         self._smoothing = self._column([one.label_smoothing for one in chosen])
         self._l1 = self._column([one.l1 for one in chosen])
@@ -379,8 +381,8 @@ class _Group:
         for name, key in zip(self._dropouts, keys, strict=True):
             self._others[f"{name}.key"].copy_(key)
         features, target = _taken(self._setting.training.all_features, rows), self._setting.training.target[rows]
-        if self._by_row and self._chain is not None:
-            losses, gradients = self._gradients_by_hand(self._chain, features, target)
+        if self._led_by_hand is not None:
+            losses, gradients = self._gradients_by_hand(*self._led_by_hand, features, target)
         else:
             with torch.autocast(self._setting.device.type, torch.bfloat16, enabled=self._mixed_precision):
                 outputs = self._forward(features)
@@ -399,14 +401,16 @@ class _Group:
         return losses, gradients
 
     @torch.no_grad()
-    def _gradients_by_hand(self, chain: StackedChain, features: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """The losses (members,) without penalties, and their gradients (members, parameters), valid until the next
-        call."""
+    def _gradients_by_hand(
+        self, chain: StackedChain, gradients: Tensor, views: dict[str, Tensor], features: Tensor, target: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The losses (members,) without penalties, and their gradients (members, parameters), which overwrite the last
+        ones; `views` are each parameter's own part of them."""
         tensors = self._parameters | self._others
         outputs, kept = chain.forward(tensors, features)
         losses, gradient = self._losses_and_gradient(outputs, target)
-        chain.backward(tensors, kept, gradient, self._gradient_views)
-        return losses, self._gradient_rows
+        chain.backward(tensors, kept, gradient, views)
+        return losses, gradients
 
     def _forward(self, features: Tensor, *, shared: bool = False) -> Tensor:
         """Outputs (members, rows, ...) for each member's own rows, or for rows that they share."""
@@ -425,12 +429,7 @@ class _Group:
         """The mean loss a row (members,), as `solo` has it."""
         if self._variance is not None:
             return (outputs - target).square().mean(dim=1) / self._variance
-        logs = _logs(outputs)
-        losses = -logs.gather(1, target.unsqueeze(1)).squeeze(1).mean(dim=1)
-        if smoothing is None:
-            return losses
-        share = smoothing.squeeze(1)
-        return (1 - share) * losses - share * logs.mean(dim=(1, 2))
+        return _cross_entropy(_logs(outputs), target, smoothing)
 
     def _losses_and_gradient(self, outputs: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """`_losses` (members,) of a training batch, and their gradient by the outputs."""
@@ -440,15 +439,13 @@ class _Group:
             losses = distances.square().mean(dim=1) / self._variance
             return losses, distances.mul_(2 / (rows * self._variance))
         logs = _logs(outputs)
-        classes = target.unsqueeze(1)
-        losses = logs.gather(1, classes).squeeze(1).sum(dim=1).div_(-rows)
+        losses = _cross_entropy(logs, target, self._smoothing)
         gradient = logs.exp()
         hit = torch.tensor(-1.0, dtype=gradient.dtype)
         if self._smoothing is not None:
-            share = self._smoothing.squeeze(1)
-            losses = (1 - share) * losses - share * logs.mean(dim=(1, 2))
             gradient -= (self._smoothing / logs.shape[1]).unsqueeze(-1)
             hit = self._smoothing.unsqueeze(-1) - 1
+        classes = target.unsqueeze(1)
         gradient.scatter_add_(1, classes, hit.expand(classes.shape))
         return losses, gradient.div_(rows).transpose(1, 2)
 
@@ -571,6 +568,15 @@ def _logs(outputs: Tensor) -> Tensor:
     """Log-probabilities (members, classes, rows) of outputs (members, rows, classes): along the few classes of a row a
     CPU takes them one by one, along the rows as many at once as its registers hold."""
     return outputs.transpose(1, 2).log_softmax(dim=1)
+
+
+def _cross_entropy(logs: Tensor, target: Tensor, smoothing: Tensor | None) -> Tensor:
+    """The mean of each member's rows (members,), from `_logs`, target (members, rows) and smoothing (members, 1)."""
+    losses = logs.gather(1, target.unsqueeze(1)).squeeze(1).sum(dim=1) / -target.shape[1]
+    if smoothing is None:
+        return losses
+    share = smoothing.squeeze(1)
+    return (1 - share) * losses - share * logs.mean(dim=(1, 2))
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -151,9 +151,7 @@ def _thinned(study: optuna.Study) -> optuna.Study:
         if len(trials) <= MOST_TPE_TRIALS:
             return trials
         values = [
-            (sign * (trial.value or 0.0), place)
-            for place, trial in enumerate(trials)
-            if trial.state == TrialState.COMPLETE
+            (sign * trial.values[0], place) for place, trial in enumerate(trials) if trial.state == TrialState.COMPLETE
         ]
         best = [place for _, place in nsmallest(TPE_BEST_TRIALS, values)]
         kept = {place for place, trial in enumerate(trials) if trial.state == TrialState.RUNNING}.union(best)
