@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-_INT32 = 2**31
+_INT16 = 2**15
 # Tensors, because a number is made one, of 64 bits, at each use.
 _FIRST, _SHIFT, _SECOND = (torch.tensor(number, dtype=torch.int32) for number in (0x2C1B3C6D, 12, 0x297A2D39))
 
@@ -19,8 +19,9 @@ class SeededDropout(nn.Module):
     """Zeroes each value with a probability of `rate` while training and scales the rest by 1 / (1 - rate).
 
     What distinguishes one training from another lies in buffers of shape (), so that several can be stacked:
-    `threshold` and `scale` of the rate, and the step's `key`. A value's fate is a 32-bit hash of its position and the
-    key: two rounds of multiply and xor-shift (Wellons, Prospecting for Hash Functions, nullprogram.com 2018).
+    `threshold` and `scale` of the rate, and the step's `key`. The fate of two values that lie side by side is the lower
+    and the upper half of a 32-bit hash of their place and the key: two rounds of multiply and xor-shift (Wellons,
+    Prospecting for Hash Functions, nullprogram.com 2018).
     """
 
     threshold: Tensor
@@ -29,33 +30,34 @@ class SeededDropout(nn.Module):
 
     def __init__(self, rate: float) -> None:
         super().__init__()
-        threshold = min(round(rate * 2 * _INT32) - _INT32, _INT32 - 1)
+        threshold = min(round(rate * 2 * _INT16) - _INT16, _INT16 - 1)
         scale = 1 / (1 - rate) if rate < 1 else 0.0
-        self.register_buffer("threshold", torch.tensor(threshold, dtype=torch.int32), persistent=False)
+        self.register_buffer("threshold", torch.tensor(threshold, dtype=torch.int16), persistent=False)
         self.register_buffer("scale", torch.tensor(scale), persistent=False)
         self.register_buffer("key", torch.zeros((), dtype=torch.int32), persistent=False)
 
     def forward(self, features: Tensor) -> Tensor:
         if not self.training:
             return features
-        kept = _hashes(self.key, features.shape) >= self.threshold  # in place, as below, vmap would be slow
-        return features * (kept * self.scale)
+        kept = _hashes(self.key, features.numel()) >= self.threshold  # in place, as below, vmap would be slow
+        return features * (kept * self.scale).view(features.shape)
 
 
 def dropout_mask(key: Tensor, threshold: Tensor, scale: Tensor, shape: torch.Size) -> Tensor:
-    """What a SeededDropout multiplies features (..., *shape) by: 0, or the scale. Its buffers broadcast over what comes
-    before `shape`."""
+    """What several SeededDropouts multiply features (several, *shape) by: 0, or the scale. From their buffers: key
+    (several,), threshold and scale (several, 1)."""
     # Not torch.where, which takes a CPU five times as long where the scale is broadcast, nor a comparison that gives
     # booleans, which takes it twice as long to multiply with.
-    return _hashes(key, shape).ge_(threshold) * scale
+    return (_hashes(key, shape.numel()).ge_(threshold) * scale).view(len(key), *shape)
 
 
-def _hashes(key: Tensor, shape: torch.Size) -> Tensor:
-    hashed = _positions(shape.numel(), key.device).view(shape) ^ key
+def _hashes(key: Tensor, values: int) -> Tensor:
+    """int16 (..., values) of keys (...)."""
+    hashed = _positions((values + 1) // 2, key.device) ^ key.unsqueeze(-1)
     hashed *= _FIRST
     hashed ^= hashed >> _SHIFT
     hashed *= _SECOND
-    return hashed
+    return hashed.view(torch.int16)[..., :values]
 
 
 def seed_dropout(model: nn.Module) -> list[SeededDropout]:

@@ -40,12 +40,14 @@ from models.solo import (
     training_modes,
     unscale_of,
 )
-from models.stacked_layers import StackedChain, stacked_chain
+from models.stacked_layers import ChainByHand, stacked_chain
 from models.stacked_optimizers import UPDATES, StackedOptimizer
 
 MEMORY_SHARE = 0.5
 # Of all members together, at once: small models, whose launches count.
 EVALUATED_ROWS = 32_768
+# Of the batches of a CPU's steps, so many values are copied at once.
+GATHERED_VALUES = 2**18
 # Operations of one training's forward step above which arithmetic, not launching, is what a step costs. Measured on 2
 # cores, 16 trainings as one against one by one: 8e4 operations 6.9 times as fast, 1e6 2.7, 2e7 1.4 to 2, 8e7 1.1, 3e8
 # 0.9 (an MLP) and 0.7 (a CNN, whose vmapped convolutions are grouped ones). On an H200, 25 as one: MLPs 3e5 35, 4e7 10,
@@ -130,6 +132,12 @@ def fusion_of(setting: Setting, model: nn.Module, training: Training) -> Fusion:
     return Fusion(members=members, reason="two of them do not fit into the free memory" if members == 1 else "")
 
 
+def gains_alone(device: torch.device, model: nn.Module) -> bool:
+    """Whether a training takes less time as a group of one than alone: on a GPU its step is replayed as a graph, on a
+    CPU a chain of layers is led by hand."""
+    return device.type == "cuda" or stacked_chain(model) is not None
+
+
 def train_fused(
     setting: Setting, trainings: Mapping[int, Training], on_epoch: OnEpoch
 ) -> Iterator[tuple[int, Outcome]]:
@@ -176,7 +184,9 @@ def _outcomes(setting: Setting, members: Mapping[int, Training], on_epoch: OnEpo
         stopped = on_epoch({member.key: member.epochs[-1] for member in group.members})
         yield from ((key, Stopped()) for key in stopped)
         group.leave(stopped)
-        group.checkpoint()
+        unwritten = group.checkpoint()
+        yield from unwritten.items()
+        group.leave(unwritten)
 
 
 @contextmanager
@@ -196,6 +206,7 @@ class _Member:
 
     key: int
     training: Training
+    model: nn.Module
     order: torch.Generator
     epochs: list[Epoch] = field(default_factory=list)
     best: dict[str, Tensor] = field(default_factory=dict)
@@ -211,19 +222,17 @@ class _Group:
     def __init__(self, setting: Setting, trainings: Mapping[int, Training]) -> None:
         self._setting = setting
         by_update = sorted(trainings.items(), key=lambda item: UPDATES[item[1].hyperparameters.optimizer])
-        self.members = [
-            _Member(key=key, training=training, order=torch.Generator().manual_seed(training.seed))
-            for key, training in by_update
-        ]
-        models = []
-        for member in self.members:
+        self.members = []
+        for key, training in by_update:
             with forked_random_state(setting.device):
-                models.append(new_model(setting, member.training))
-        self._template = copy.deepcopy(models[0]).to(setting.device).train()
+                model = new_model(setting, training)
+            order = torch.Generator().manual_seed(training.seed)
+            self.members.append(_Member(key=key, training=training, model=model, order=order))
+        self._template = copy.deepcopy(self.members[0].model).to(setting.device).train()
         self._chain = stacked_chain(self._template)
         self._layout = _Layout(self._template)
         self._dropouts = [name for name, module in self._template.named_modules() if isinstance(module, SeededDropout)]
-        named = [_tensors(model) for model in models]
+        named = [_tensors(member.model) for member in self.members]
         # Stacked before they are brought to the device: each copy to it waits for it.
         weights = torch.stack([self._layout.flat(tensors) for tensors in named]).to(setting.device)
         others = {
@@ -290,12 +299,25 @@ class _Group:
         """An epoch of each member by the numbers of its rows (members, rows), and what the steps need: dropout's keys
         (steps, layers, members) and the learning rates (steps, members). Returns the sum of the losses (members,)."""
         total = torch.zeros(len(self.members))
-        learning_rates = rates.tolist()
-        for step, some in enumerate(torch.split(rows, self._batch_size, dim=1)):
-            losses, gradients = self._gradients(some, keys[step])
-            self._optimizer.step_by_row(gradients, learning_rates[step], done + step + 1)
-            total += losses * some.shape[1]
+        steps = zip(self._batches(rows), keys.unbind(), rates.tolist(), strict=True)
+        for step, ((features, target), some_keys, learning_rates) in enumerate(steps, done + 1):
+            losses, gradients = self._gradients(features, target, some_keys)
+            self._optimizer.step_by_row(gradients, learning_rates, step)
+            total.add_(losses, alpha=target.shape[1])
         return total
+
+    def _batches(self, rows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Features (members, batch, ...) and target (members, batch) of each step, from rows (members, rows), gathered
+        for several steps at once."""
+        training, batch = self._setting.training, self._batch_size
+        each = len(rows) * batch * training.all_features[0].numel()
+        for some in torch.split(rows, batch * max(1, GATHERED_VALUES // each), dim=1):
+            whole = some.shape[1] // batch * batch
+            for part, size in ((some[:, :whole], batch), (some[:, whole:], some.shape[1] - whole)):
+                if size:
+                    numbers = part.reshape(len(part), -1, size).transpose(0, 1).contiguous()
+                    features = _taken(training.all_features, numbers)
+                    yield from zip(features.unbind(), training.target[numbers].unbind(), strict=True)
 
     def _steps_at_once(self, rows: Tensor, keys: Tensor, factors: Tensor) -> Tensor:
         """The same with the optimizer's factors, and of nothing that the host must know: so that what is launched at
@@ -312,7 +334,8 @@ class _Group:
 
     def _step(self, rows: Tensor, keys: Tensor, factors: Tensor) -> Tensor:
         """One step; returns the sum of its losses (members,)."""
-        losses, gradients = self._gradients(rows, keys)
+        training = self._setting.training
+        losses, gradients = self._gradients(_taken(training.all_features, rows), training.target[rows], keys)
         with torch.no_grad():
             self._optimizer.step(gradients, factors)
         return losses * rows.shape[1]
@@ -320,7 +343,7 @@ class _Group:
     def result(self, member: _Member) -> Trained:
         row = self.members.index(member)
         tensors = member.best or self._tensors_of(row)
-        model = copy.deepcopy(self._template)
+        model = member.model.to(self._setting.device)
         with torch.no_grad():
             for name, tensor in _tensors(model).items():
                 tensor.copy_(tensors[name])
@@ -332,33 +355,46 @@ class _Group:
             validation=score(outputs, self._setting.validation.target, metrics_of(self._setting.shape.problem)),
         )
 
-    def checkpoint(self) -> None:
+    def checkpoint(self) -> dict[int, OSError]:
+        """Of each member whose last one is old enough; returns those that the disk, which may be full, did not take."""
+        unwritten = {}
         for row, member in enumerate(self.members):
             resumable = member.training.resumable
             if resumable is None or resumable.clock() - member.written_at < resumable.interval_seconds:
                 continue
             persistent = self._template.state_dict().keys()
-            Checkpoint(
+            checkpoint = Checkpoint(
                 key=resumable.key,
                 curve=[asdict(epoch) for epoch in member.epochs],
                 weights={name: tensor for name, tensor in self._tensors_of(row).items() if name in persistent},
                 best={name: tensor for name, tensor in member.best.items() if name in persistent},
                 optimizer=self._optimizer_state(row),
                 generators=random_states(member.order, self._setting.device),
-            ).write(resumable.path)
+            )
+            try:
+                checkpoint.write(resumable.path)
+            except OSError as error:
+                unwritten[member.key] = error
             member.written_at = resumable.clock()
+        return unwritten
 
     def _arrange(self, weights: Tensor, others: dict[str, Tensor]) -> None:
         self._weights = weights
         self._others = others
         self._static = None
         self._parameters = {name: view.detach().requires_grad_() for name, view in self._layout.views(weights).items()}
-        self._led_by_hand: tuple[StackedChain, Tensor, dict[str, Tensor]] | None = None
+        if self._dropouts:
+            self._keys = torch.stack([others[f"{name}.key"] for name in self._dropouts])
+            others.update(zip((f"{name}.key" for name in self._dropouts), self._keys.unbind(), strict=True))
+        self._led_by_hand: tuple[ChainByHand, Tensor] | None = None
         if self._by_row and self._chain is not None:
             gradients = torch.empty_like(weights)
-            self._led_by_hand = self._chain, gradients, self._layout.views(gradients)
+            tensors = self._layout.views(weights) | others
+            self._led_by_hand = self._chain.by_hand(tensors, self._layout.views(gradients)), gradients
         chosen = [member.chosen for member in self.members]
         self._smoothing = self._column([one.label_smoothing for one in chosen])
+        # What the class of a row takes from its probability, which is the gradient of cross-entropy.
+        self._hit = weights.new_full((1, 1, 1), -1) if self._smoothing is None else self._smoothing.unsqueeze(2) - 1
         self._l1 = self._column([one.l1 for one in chosen])
         self._clip = self._column([one.gradient_clip_norm for one in chosen])
 
@@ -375,12 +411,11 @@ class _Group:
             rates.append([learning_rate_at(member.chosen, share, losses, steps) for share in progress])
         return torch.tensor(rates, dtype=torch.float64).T
 
-    def _gradients(self, rows: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss (members,) of each member on its own batch (members, batch), as it is minimised, and its gradients
-        (members, parameters); `keys` (layers, members) are dropout's."""
-        for name, key in zip(self._dropouts, keys, strict=True):
-            self._others[f"{name}.key"].copy_(key)
-        features, target = _taken(self._setting.training.all_features, rows), self._setting.training.target[rows]
+    def _gradients(self, features: Tensor, target: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss (members,) of each member on its own batch, features (members, batch, ...) and target (members,
+        batch), as it is minimised, and its gradients (members, parameters); `keys` (layers, members) are dropout's."""
+        if self._dropouts:
+            self._keys.copy_(keys)
         if self._led_by_hand is not None:
             losses, gradients = self._gradients_by_hand(*self._led_by_hand, features, target)
         else:
@@ -402,14 +437,13 @@ class _Group:
 
     @torch.no_grad()
     def _gradients_by_hand(
-        self, chain: StackedChain, gradients: Tensor, views: dict[str, Tensor], features: Tensor, target: Tensor
+        self, chain: ChainByHand, gradients: Tensor, features: Tensor, target: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The losses (members,) without penalties, and their gradients (members, parameters), which overwrite the last
-        ones; `views` are each parameter's own part of them."""
-        tensors = self._parameters | self._others
-        outputs, kept = chain.forward(tensors, features)
+        """The losses (members,) without penalties, and the gradients (members, parameters), which the chain writes over
+        the last ones."""
+        outputs, kept = chain.forward(features)
         losses, gradient = self._losses_and_gradient(outputs, target)
-        chain.backward(tensors, kept, gradient, views)
+        chain.backward(kept, gradient)
         return losses, gradients
 
     def _forward(self, features: Tensor, *, shared: bool = False) -> Tensor:
@@ -440,13 +474,11 @@ class _Group:
             return losses, distances.mul_(2 / (rows * self._variance))
         logs = _logs(outputs)
         losses = _cross_entropy(logs, target, self._smoothing)
-        gradient = logs.exp()
-        hit = torch.tensor(-1.0, dtype=gradient.dtype)
+        gradient = logs.exp_()
         if self._smoothing is not None:
             gradient -= (self._smoothing / logs.shape[1]).unsqueeze(-1)
-            hit = self._smoothing.unsqueeze(-1) - 1
         classes = target.unsqueeze(1)
-        gradient.scatter_add_(1, classes, hit.expand(classes.shape))
+        gradient.scatter_add_(1, classes, self._hit.expand(classes.shape))
         return losses, gradient.div_(rows).transpose(1, 2)
 
     @torch.no_grad()
@@ -572,7 +604,7 @@ def _logs(outputs: Tensor) -> Tensor:
 
 def _cross_entropy(logs: Tensor, target: Tensor, smoothing: Tensor | None) -> Tensor:
     """The mean of each member's rows (members,), from `_logs`, target (members, rows) and smoothing (members, 1)."""
-    losses = logs.gather(1, target.unsqueeze(1)).squeeze(1).sum(dim=1) / -target.shape[1]
+    losses = logs.gather(1, target.unsqueeze(1)).sum(dim=2).squeeze(1).div_(-target.shape[1])
     if smoothing is None:
         return losses
     share = smoothing.squeeze(1)

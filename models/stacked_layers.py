@@ -4,7 +4,8 @@ vmap takes a tenth of a millisecond a layer to find out what to do, and multipli
 small models that fusing is for, that is as long as the work. Whatever is not such a chain goes through vmap.
 
 On a CPU a chain is also led backward by hand: autograd lays out a weight's gradient transposed, which costs a copy, and
-puts it where it has room, which costs another before an optimizer finds all of them in one row.
+puts it where it has room, which costs another before an optimizer finds all of them in one row. What nobody reads any
+more is overwritten: a cache holds little more than the weights.
 """
 
 from collections.abc import Callable, Mapping
@@ -29,22 +30,42 @@ class StackedChain:
 
     def __call__(self, tensors: Tensors, features: Tensor) -> Tensor:
         for layer in self._layers:
-            features, _ = layer.forward(tensors, features)
+            features, _ = layer.bound(tensors, {}).forward(features)
         return features
 
-    def forward(self, tensors: Tensors, features: Tensor) -> tuple[Tensor, list[Any]]:
-        """Outputs, and what `backward` must know of the way there."""
+    def by_hand(self, tensors: Tensors, into: Tensors) -> "ChainByHand":
+        """The same over these very tensors, to be led backward to those named in `into`."""
+        return ChainByHand(self._layers, tensors, into)
+
+
+class ChainByHand:
+    """Layers over tensors that stay where they are; so do the tensors that their gradients are written to."""
+
+    def __init__(self, layers: "list[_Layer]", tensors: Tensors, into: Tensors) -> None:
+        last = min(place for place, layer in enumerate(layers) if layer.has_any(into))
+        self._forward = []
+        self._backward: list[tuple[Backward, bool]] = []
+        is_kept = False
+        for place, layer in enumerate(layers):
+            bound = layer.bound(tensors, into, may_overwrite=not is_kept)
+            is_kept = layer.keeps_outputs or (layer.hands_on and is_kept)
+            self._forward.append(bound.forward)
+            self._backward.append((bound.backward, place > last))
+        del self._backward[:last]
+        self._backward.reverse()
+
+    def forward(self, features: Tensor) -> tuple[Tensor, list[Any]]:
+        """Outputs, and what `backward` must know of the way there; the features may be overwritten."""
         kept = []
-        for layer in self._layers:
-            features, own = layer.forward(tensors, features)
+        for forward in self._forward:
+            features, own = forward(features)
             kept.append(own)
         return features, kept
 
-    def backward(self, tensors: Tensors, kept: list[Any], gradient: Tensor, into: Tensors) -> None:
-        """From the outputs' gradient, which is overwritten, to those of the tensors named in `into`, written there."""
-        last = min(place for place, layer in enumerate(self._layers) if layer.has_any(into))
-        for place in range(len(self._layers) - 1, last - 1, -1):
-            gradient = self._layers[place].backward(tensors, kept[place], gradient, into, place > last)
+    def backward(self, kept: list[Any], gradient: Tensor) -> None:
+        """From the outputs' gradient, which is overwritten, to the tensors'."""
+        for (backward, is_asked_for), own in zip(self._backward, reversed(kept), strict=False):
+            gradient = backward(own, gradient, is_asked_for)
 
 
 def stacked_chain(model: nn.Module) -> StackedChain | None:
@@ -56,7 +77,7 @@ def stacked_chain(model: nn.Module) -> StackedChain | None:
 def _chain(model: nn.Module, prefix: str) -> "list[_Layer] | None":
     if type(model) in _RULES and not (isinstance(model, nn.Flatten) and (model.start_dim, model.end_dim) != (1, -1)):
         own = (*model.named_parameters(), *model.named_buffers())
-        return [_Layer(model, {name: prefix + name for name, _ in own}, *_RULES[type(model)])]
+        return [_Layer(model, {name: prefix + name for name, _ in own})]
     if type(model) not in (nn.Sequential, MLP):
         return None
     layers = []
@@ -68,104 +89,137 @@ def _chain(model: nn.Module, prefix: str) -> "list[_Layer] | None":
     return layers
 
 
-Forward = Callable[[Any, dict[str, Tensor], Tensor], tuple[Tensor, Any]]
-# From the layer, its tensors, what its forward kept, the outputs' gradient, where to write its tensors' gradients, and
-# whether the features' is asked for; a gradient that nobody asks for may be anything.
-Backward = Callable[[Any, dict[str, Tensor], Any, Tensor, dict[str, Tensor], bool], Tensor]
+# From the features to the outputs, and whatever the way back needs.
+Forward = Callable[[Tensor], tuple[Tensor, Any]]
+# From that, the outputs' gradient, which may be overwritten, and whether the features' is asked for, to the latter; one
+# that nobody asks for may be anything.
+Backward = Callable[[Any, Tensor, bool], Tensor]
+
+
+@dataclass(frozen=True)
+class _Bound:
+    """How a layer goes forward and backward over tensors that are known."""
+
+    forward: Forward
+    backward: Backward
 
 
 @dataclass(frozen=True)
 class _Layer:
-    """One layer, its tensors' names in the whole model by their own, and how it goes forward and backward."""
+    """One layer, and its tensors' names in the whole model by their own."""
 
     module: nn.Module
     names: Mapping[str, str]
-    forward_rule: Forward
-    backward_rule: Backward
+
+    @property
+    def keeps_outputs(self) -> bool:
+        """For its way back, as they are. A ReLU asks only whether they are positive, which no layer that overwrites its
+        features changes."""
+        return isinstance(self.module, nn.Tanh)
+
+    @property
+    def hands_on(self) -> bool:
+        """Its features, as its outputs."""
+        return isinstance(self.module, nn.Flatten | SeededDropout)
 
     def has_any(self, tensors: Tensors) -> bool:
         return not tensors.keys().isdisjoint(self.names.values())
 
-    def forward(self, tensors: Tensors, features: Tensor) -> tuple[Tensor, Any]:
-        return self.forward_rule(self.module, self._own(tensors), features)
-
-    def backward(self, tensors: Tensors, kept: Any, gradient: Tensor, into: Tensors, is_asked_for: bool) -> Tensor:
-        return self.backward_rule(self.module, self._own(tensors), kept, gradient, self._own(into), is_asked_for)
+    def bound(self, tensors: Tensors, into: Tensors, *, may_overwrite: bool = False) -> _Bound:
+        rule = _RULES[type(self.module)]
+        return rule(self.module, self._own(tensors), self._own(into), may_overwrite)
 
     def _own(self, tensors: Tensors) -> dict[str, Tensor]:
         return {name: tensors[full] for name, full in self.names.items() if full in tensors}
 
 
-def _flatten(_: Any, __: Any, features: Tensor) -> tuple[Tensor, torch.Size]:
-    return features.flatten(2), features.shape
+def _flatten(*_: Any) -> _Bound:
+    return _Bound(
+        lambda features: (features.flatten(2), features.shape), lambda shape, gradient, _: gradient.view(shape)
+    )
 
 
-def _unflatten(_: Any, __: Any, shape: torch.Size, gradient: Tensor, *___: Any) -> Tensor:
-    return gradient.view(shape)
+def _linear(_: Any, own: dict[str, Tensor], into: dict[str, Tensor], __: bool) -> _Bound:
+    weight = own["weight"]
+    transposed = weight.transpose(1, 2)
+    bias = own["bias"].unsqueeze(1) if "bias" in own else None
+
+    def forward(features: Tensor) -> tuple[Tensor, Tensor]:
+        if bias is None:
+            return torch.bmm(features, transposed), features
+        return torch.baddbmm(bias, features, transposed), features
+
+    def backward(features: Tensor, gradient: Tensor, is_asked_for: bool) -> Tensor:
+        if "weight" in into:
+            torch.bmm(gradient.transpose(1, 2), features, out=into["weight"])
+        if "bias" in into:
+            torch.sum(gradient, dim=1, out=into["bias"])
+        return torch.bmm(gradient, weight) if is_asked_for else gradient
+
+    return _Bound(forward, backward)
 
 
-def _linear(_: Any, own: dict[str, Tensor], features: Tensor) -> tuple[Tensor, Tensor]:
-    weight = own["weight"].transpose(1, 2)
-    if "bias" not in own:
-        return torch.bmm(features, weight), features
-    return torch.baddbmm(own["bias"].unsqueeze(1), features, weight), features
+def _dropout(layer: Any, own: dict[str, Tensor], _: Any, may_overwrite: bool) -> _Bound:
+    key, threshold, scale = own["key"], own["threshold"].unsqueeze(1), own["scale"].unsqueeze(1)
+
+    def forward(features: Tensor) -> tuple[Tensor, Tensor | None]:
+        if not layer.training:
+            return features, None
+        mask = dropout_mask(key, threshold, scale, features.shape[1:])
+        return features.mul_(mask) if may_overwrite else features * mask, mask
+
+    def backward(mask: Tensor | None, gradient: Tensor, _: bool) -> Tensor:
+        return gradient if mask is None else gradient.mul_(mask)
+
+    return _Bound(forward, backward)
 
 
-def _linear_backward(
-    _: Any, own: dict[str, Tensor], features: Tensor, gradient: Tensor, into: dict[str, Tensor], is_asked_for: bool
-) -> Tensor:
-    if "weight" in into:
-        torch.bmm(gradient.transpose(1, 2), features, out=into["weight"])
-    if "bias" in into:
-        torch.sum(gradient, dim=1, out=into["bias"])
-    return torch.bmm(gradient, own["weight"]) if is_asked_for else gradient
+def _unscale(_: Any, own: dict[str, Tensor], *__: Any) -> _Bound:
+    scale, mean = own["scale"].unsqueeze(1), own["mean"].unsqueeze(1)
+    return _Bound(
+        lambda features: (features.squeeze(-1) * scale + mean, None),
+        lambda _, gradient, __: (gradient * scale).unsqueeze(-1),
+    )
 
 
-def _dropout(layer: SeededDropout, own: dict[str, Tensor], features: Tensor) -> tuple[Tensor, Tensor | None]:
-    if not layer.training:
-        return features, None
-    each = [-1, *[1] * (features.ndim - 1)]
-    key, threshold, scale = (own[name].view(each) for name in ("key", "threshold", "scale"))
-    mask = dropout_mask(key, threshold, scale, features.shape[1:])
-    return features * mask, mask
+def _relu(_: Any, __: Any, ___: Any, may_overwrite: bool) -> _Bound:
+    def forward(features: Tensor) -> tuple[Tensor, Tensor]:
+        outputs = features.relu_() if may_overwrite else features.relu()
+        return outputs, outputs
+
+    def backward(outputs: Tensor, gradient: Tensor, _: bool) -> Tensor:
+        _aten.threshold_backward.grad_input(gradient, outputs, 0, grad_input=gradient)
+        return gradient
+
+    return _Bound(forward, backward)
 
 
-def _dropout_backward(_: Any, __: Any, mask: Tensor, gradient: Tensor, *___: Any) -> Tensor:
-    return gradient.mul_(mask)
-
-
-def _unscale(_: Any, own: dict[str, Tensor], features: Tensor) -> tuple[Tensor, None]:
-    return features.squeeze(-1) * own["scale"].unsqueeze(1) + own["mean"].unsqueeze(1), None
-
-
-def _unscale_backward(_: Any, own: dict[str, Tensor], __: None, gradient: Tensor, *___: Any) -> Tensor:
-    return (gradient * own["scale"].unsqueeze(1)).unsqueeze(-1)
+Rule = Callable[[Any, dict[str, Tensor], dict[str, Tensor], bool], _Bound]
 
 
 def _activation(
     forward: Callable[[Any, Tensor], Tensor], backward: Callable[[Any, Tensor, Tensor], Tensor], *, keeps: str
-) -> tuple[Forward, Backward]:
+) -> Rule:
     """Of a function and its derivative (layer, gradient, features or outputs) in each value on its own. Never in place,
     whatever the layer says: what it would overwrite may be kept."""
 
-    def forward_rule(layer: Any, _: dict[str, Tensor], features: Tensor) -> tuple[Tensor, Tensor]:
-        outputs = forward(layer, features)
-        return outputs, outputs if keeps == "outputs" else features
+    def rule(layer: Any, *_: Any) -> _Bound:
+        def lead(features: Tensor) -> tuple[Tensor, Tensor]:
+            outputs = forward(layer, features)
+            return outputs, outputs if keeps == "outputs" else features
 
-    def backward_rule(layer: Any, _: Any, kept: Tensor, gradient: Tensor, *__: Any) -> Tensor:
-        return backward(layer, gradient, kept)
+        return _Bound(lead, lambda kept, gradient, _: backward(layer, gradient, kept))
 
-    return forward_rule, backward_rule
+    return rule
 
 
-_RULES: Mapping[type[nn.Module], tuple[Forward, Backward]] = {
-    nn.Flatten: (_flatten, _unflatten),
-    nn.Linear: (_linear, _linear_backward),
-    SeededDropout: (_dropout, _dropout_backward),
-    Unscale: (_unscale, _unscale_backward),
-    nn.ReLU: _activation(
-        lambda _, x: x.relu(), lambda _, gradient, y: _aten.threshold_backward(gradient, y, 0), keeps="outputs"
-    ),
+# From a layer, its tensors, those that their gradients are written to, and whether it may overwrite its features.
+_RULES: Mapping[type[nn.Module], Rule] = {
+    nn.Flatten: _flatten,
+    nn.Linear: _linear,
+    SeededDropout: _dropout,
+    Unscale: _unscale,
+    nn.ReLU: _relu,
     nn.Tanh: _activation(
         lambda _, x: x.tanh(), lambda _, gradient, y: _aten.tanh_backward(gradient, y), keeps="outputs"
     ),

@@ -14,6 +14,7 @@ from models.fused import (
     Stopped,
     fusion_of,
     fusion_signature,
+    gains_alone,
     train_fused,
 )
 from models.solo import Epoch, Setting, Training, forked_random_state, new_model, train
@@ -30,15 +31,16 @@ def train_all(
     user's model raised. `on_epoch` gets the epochs, by place, that several trainings finished at the same time, and
     returns which of them to stop. Raises what `on_epoch` raises.
     """
-    groups: dict[object, list[int]] = {}
+    groups: dict[tuple[object, bool], list[int]] = {}
     for place, training in enumerate(trainings):
         try:
-            groups.setdefault(fusion_signature(_begin(setting, training), training), []).append(place)
+            model = _begin(setting, training)
+            group = fusion_signature(model, training), gains_alone(setting.device, model)
+            groups.setdefault(group, []).append(place)
         except Exception as error:  # noqa: BLE001 a user's model may raise anything; it costs that training only
             yield place, error
-    for places in groups.values():
-        # On a GPU a fused step is replayed as a graph, which is worth it for one as well.
-        may_be_fused = len(places) > 1 or setting.device.type == "cuda"
+    for (_, even_one_gains), places in groups.items():
+        may_be_fused = len(places) > 1 or even_one_gains
         members = fusion_for(setting, trainings[places[0]]).members if may_be_fused else 1
         for begin in range(0, len(places), members):
             some = {place: trainings[place] for place in places[begin : begin + members]}

@@ -177,13 +177,16 @@ def test_with_every_activation_a_group_trains_as_alone(prepared: Prepared, activ
 
 @pytest.mark.usefixtures("in_float64")
 def test_a_chains_gradients_are_autograds() -> None:
-    """Of layers without bias, frozen ones, some before the first that is trained, and those that work in place."""
+    """Of layers without bias, frozen ones, some before the first that is trained, those that work in place, and those
+    that overwrite what a layer before them has, or may not."""
     layers = [
         nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 7, bias=False), nn.ELU(inplace=True), SeededDropout(0.5),
-        nn.Linear(7, 4), nn.SiLU(inplace=True), nn.Linear(4, 3), nn.LeakyReLU(0.3, inplace=True),
+        nn.Linear(7, 6), nn.Tanh(), SeededDropout(0.3), nn.ReLU(), nn.Linear(6, 5), nn.ReLU(), SeededDropout(0.4),
+        nn.ReLU(), nn.GELU(), nn.Linear(5, 4), nn.SiLU(inplace=True), nn.Linear(4, 3),
+        nn.LeakyReLU(0.3, inplace=True),
     ]  # fmt: skip
-    model = nn.Sequential(nn.Flatten(), nn.Sequential(*layers))
-    for frozen in (layers[0], layers[5]):
+    model = nn.Sequential(nn.Flatten(), SeededDropout(0.2), nn.Sequential(*layers))
+    for frozen in (layers[0], layers[14]):
         frozen.requires_grad_(False)
     chain = stacked_chain(model)
     assert chain is not None
@@ -204,8 +207,9 @@ def test_a_chains_gradients_are_autograds() -> None:
     expected = torch.autograd.grad(outputs, [tensors[name] for name in trained], gradient)
     found = {name: torch.empty_like(tensors[name]) for name in trained}
     with torch.no_grad():
-        again, kept = chain.forward(tensors, features)
-        chain.backward(tensors, kept, gradient.clone(), found)
+        by_hand = chain.by_hand(tensors, found)
+        again, kept = by_hand.forward(features.clone())
+        by_hand.backward(kept, gradient.clone())
     torch.testing.assert_close(again, outputs.detach(), rtol=0, atol=0)
     torch.testing.assert_close(list(found.values()), list(expected))
 
@@ -233,6 +237,25 @@ def test_a_member_that_is_stopped_or_diverges_leaves_the_others_as_they_were(pre
     expected = fused(setting, undisturbed)
     for place in (0, 3):
         assert_equal(outcomes[place], expected[place])  # type: ignore[arg-type]
+
+
+def test_a_member_whose_checkpoint_finds_no_room_leaves_the_others_as_they_were(
+    prepared: Prepared, tmp_path: Path
+) -> None:
+    """Bit for bit. What stands for a full disk is a file where the folder would be."""
+    setting = setting_of(prepared)
+    some = trainings(setting, {}, {"dropout": 0.3}, {"optimizer": "rmsprop"})
+    (tmp_path / "full").write_text("")
+    paths = [tmp_path / "0.safetensors", tmp_path / "full/1.safetensors", tmp_path / "2.safetensors"]
+    kept = {
+        place: replace(one, resumable=Resumable(path=path, key="k", interval_seconds=0))
+        for place, (one, path) in enumerate(zip(some, paths, strict=True))
+    }
+    outcomes = dict(train_fused(setting, kept, lambda _: ()))
+    assert isinstance(outcomes[1], FileExistsError)
+    expected = fused(setting, [some[0], some[2]])
+    assert_equal(outcomes[0], expected[0])  # type: ignore[arg-type]
+    assert_equal(outcomes[2], expected[1])  # type: ignore[arg-type]
 
 
 class Killed(BaseException):

@@ -11,14 +11,14 @@ import pytest
 import torch
 from optuna.trial import TrialState
 
-import models.solo
+import models.fused
 import models.training
 import tasks.trainer
 import tasks.work
 from models.evaluate import parameter_count
 from models.fused import OnEpoch, Outcome
 from models.hyperparameters import Hyperparameters
-from models.solo import Epoch, Setting, Training, train
+from models.solo import Diverged, Epoch, Setting, Training, train
 from tasks.confirm import Challenger, confirm
 from tasks.job import TuningJob
 from tasks.prepared import Prepared
@@ -294,7 +294,7 @@ def test_a_night_without_a_complete_trial_says_why(prepared: Prepared, tmp_path:
 def test_a_broken_model_costs_its_trial_and_not_the_night(
     prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job = make_job()
+    job = make_job(model=write_net(tmp_path, NET), search={})
     honest, calls = train, itertools.count()
 
     def broken_once(*args: object, **options: object) -> object:
@@ -434,16 +434,17 @@ def test_a_killed_trial_goes_on_from_its_checkpoint(
 
     study = open_for(job, prepared, tmp_path)
     trained: list[int] = []
-    train_epoch = models.solo._Run.train_epoch
+    train_epoch = models.fused._Group.train_epoch
+    kills = iter([KeyboardInterrupt])
 
-    def kill_after_four(run: models.solo._Run) -> Epoch:
-        epoch = train_epoch(run)
-        trained.append(epoch.number)
-        if len(trained) == 4:
-            raise KeyboardInterrupt
-        return epoch
+    def kill_after_four(group: models.fused._Group) -> dict[int, Diverged]:
+        if group.epochs_done == 4 and (kill := next(kills, None)):
+            raise kill
+        diverged = train_epoch(group)
+        trained.append(group.epochs_done)
+        return diverged
 
-    monkeypatch.setattr(models.solo._Run, "train_epoch", kill_after_four)
+    monkeypatch.setattr(models.fused._Group, "train_epoch", kill_after_four)
     with pytest.raises(KeyboardInterrupt):
         tune(study, job, LocalTrainer(job, prepared), tmp_path)
     resumed = open_for(job, prepared, tmp_path)
