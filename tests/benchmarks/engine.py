@@ -34,7 +34,7 @@ from tests.benchmarks.datasets import shared
 from tests.benchmarks.search import Record
 
 LATE_TRIALS = 100
-CNN_TRIALS = 12
+CNN_TRIALS = 32
 STEP_WIDTHS = (32, 128, 512)
 STEP_MEMBERS = (1, 8)
 _BATCH, _EPOCHS = 64, 5
@@ -75,7 +75,7 @@ def late_trials(content: dict[str, Any], before: int) -> Record:
 
 
 def cnn(way: str, seed: int) -> Record:
-    """Seconds for twelve CNNs of MNIST's 10,000: the bare engine's, or a plain Optuna loop's with a DataLoader."""
+    """Seconds for CNNs of MNIST's 10,000: the bare engine's, or a plain Optuna loop's with a DataLoader."""
     content = {
         "name": "bench",
         "seed": seed,

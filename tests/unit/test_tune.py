@@ -134,6 +134,16 @@ def test_a_wave_shares_a_structure_and_nothing_else(prepared: Prepared, tmp_path
     assert len({trial.params["learning_rate"] for trial in study.trials}) == 26
 
 
+def test_waves_grow_with_what_the_search_knows(prepared: Prepared, tmp_path: Path) -> None:
+    """On a CPU; on a GPU they are as large as the budget lets them be from the first."""
+    space = {"epochs": 1, "batch_size": 256, "depth": 1, "width": {"low": 8, "high": 64}}
+    job = make_job(search={"space": space, "sampler": "random", "pruner": "none"}, budget={"trials": 64})
+    study, trainer = open_for(job, prepared, tmp_path), LocalTrainer(job, prepared)
+    tune(study, job, trainer, tmp_path)
+    waves = [size for _, size in dict.fromkeys(tuple(trial.user_attrs[WAVE]) for trial in study.trials)]
+    assert waves == ([4, 4, 4, 6, 8, 8, 8, 8, 8, 8] if trainer.device.type == "cpu" else [8] * 8)
+
+
 @pytest.mark.parametrize("sampler", ["grid", "qmc", "cmaes"])
 def test_a_sampler_whose_points_are_given_is_asked_one_by_one(prepared: Prepared, tmp_path: Path, sampler: str) -> None:
     space = {"epochs": 1, "batch_size": 256, "optimizer": ["sgd", "adam"], "learning_rate": [0.01, 0.1]}
