@@ -121,6 +121,11 @@ def load_optimizer(optimizer: optim.Optimizer, tensors: Mapping[str, Tensor]) ->
         number, _, name = key.partition(".")
         state.setdefault(int(number), {})[name] = tensor
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    # In the order that the parameter has in memory: fused kernels take both as they lie there.
+    for parameter, values in optimizer.state.items():
+        for name, value in values.items():
+            if value.shape == parameter.shape:
+                values[name] = torch.empty_like(parameter, requires_grad=False).copy_(value)
 
 
 def random_states(order: torch.Generator, device: torch.device) -> dict[str, Tensor]:

@@ -48,11 +48,12 @@ MEMORY_SHARE = 0.5
 EVALUATED_ROWS = 32_768
 # Of the batches of a CPU's steps, so many values are copied at once.
 GATHERED_VALUES = 2**18
-# Operations of one training's forward step above which arithmetic, not launching, is what a step costs. Measured on 2
-# cores, 16 trainings as one against one by one: 8e4 operations 6.9 times as fast, 1e6 2.7, 2e7 1.4 to 2, 8e7 1.1, 3e8
-# 0.9 (an MLP) and 0.7 (a CNN, whose vmapped convolutions are grouped ones). On an H200, 25 as one: MLPs 3e5 35, 4e7 10,
+# Operations of one training's forward step above which arithmetic, not launching, is what a step costs. Measured on one
+# core: 16 MLPs as one against one by one 8e4 operations 4.4 times as fast, 1e6 2.5, 1e7 1.4, 7e7 0.9; 8 CNNs, whose
+# vmapped convolutions are grouped ones, 5e5 2.0, 3e6 1.2, 9e6 0.8, 4e7 0.5. On an H200, 25 as one: MLPs 3e5 35, 4e7 10,
 # 1e9 1.8, 4e9 1.7; CNNs 1e7 18, 4e7 16, 5e8 4.4, 1.5e10 1.3.
-WORTHWHILE_OPERATIONS = {"cpu": 1e8, "cuda": 1e10}
+WORTHWHILE_OPERATIONS = {"cpu": 5e7, "cuda": 1e10}
+WORTHWHILE_WITH_CONVOLUTIONS = {"cpu": 5e6, "cuda": 1e10}
 
 _logger = logging.getLogger(__name__)
 
@@ -118,7 +119,9 @@ def fusion_of(setting: Setting, model: nn.Module, training: Training) -> Fusion:
             model(first.all_features)
     except Exception as error:  # noqa: BLE001 a user's forward may raise anything
         return Fusion(members=1, reason=_in_a_line(error))
-    worthwhile = WORTHWHILE_OPERATIONS[setting.device.type]
+    has_convolutions = any(isinstance(module, nn.Conv2d) for module in model.modules())
+    limits = WORTHWHILE_WITH_CONVOLUTIONS if has_convolutions else WORTHWHILE_OPERATIONS
+    worthwhile = limits[setting.device.type]
     if operations > worthwhile:
         reason = (
             f"a step of one takes {operations:.1e} operations forward, and above {worthwhile:.0e} it keeps the device "

@@ -13,7 +13,7 @@ import models.fused
 from models.batches import Split
 from models.dropout import SeededDropout
 from models.families import family_named
-from models.fused import WORTHWHILE_OPERATIONS, NotFusable, Stopped, fusion_signature, train_fused
+from models.fused import NotFusable, Stopped, fusion_signature, train_fused
 from models.hyperparameters import OptimizerName
 from models.optimizers import build_optimizer
 from models.solo import Diverged, Epoch, Resumable, Setting, Trained, Training, new_model, train
@@ -428,14 +428,16 @@ def test_a_users_model_is_fused_and_exact(prepared: Prepared, nets: Path) -> Non
     assert_as_alone(setting, some, 1e-4)
 
 
+@pytest.mark.parametrize(("model", "size", "least", "most"), [("mlp", "width", 64, 2048), ("cnn", "channels", 4, 32)])
 def test_a_large_model_is_trained_alone_because_the_device_is_busy_with_one(
-    prepared: Prepared, monkeypatch: pytest.MonkeyPatch
+    prepared: Prepared, monkeypatch: pytest.MonkeyPatch, model: str, size: str, least: int, most: int
 ) -> None:
     """How large that is depends on the device; here it is a CPU's limit on each."""
-    setting = setting_of(prepared)
-    limits = dict.fromkeys(WORTHWHILE_OPERATIONS, WORTHWHILE_OPERATIONS["cpu"])
-    monkeypatch.setattr(models.fused, "WORTHWHILE_OPERATIONS", limits)
-    small, large = (trainings(setting, {"width": width, "depth": 2})[0] for width in (64, 2048))
+    setting = setting_of(prepared, model)
+    for name in ("WORTHWHILE_OPERATIONS", "WORTHWHILE_WITH_CONVOLUTIONS"):
+        limits = getattr(models.fused, name)
+        monkeypatch.setattr(models.fused, name, dict.fromkeys(limits, limits["cpu"]))
+    small, large = (trainings(setting, {size: value, "depth": 2})[0] for value in (least, most))
     assert fusion_for(setting, small).members > 100
     assert "keeps the device busy on its own" in fusion_for(setting, large).reason
 

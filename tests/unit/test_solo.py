@@ -1,6 +1,7 @@
 """Training: reproducible from its seed, resumed as if it had never stopped, finite or refused."""
 
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -46,6 +47,48 @@ def test_the_same_seed_gives_the_same_model_and_another_seed_does_not(prepared: 
     assert first.epochs != other.epochs
 
 
+CONVOLUTIONS = """
+import torch
+from torch import nn
+
+LAST = []
+
+
+class Net(nn.Module):
+    @staticmethod
+    def suggest(trial):
+        return {}
+
+    def __init__(self, hyperparameters, shape):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3)
+        self.last = nn.Linear(64, shape.outputs)
+
+    def forward(self, features):
+        LAST.append(self.second.weight.is_contiguous(memory_format=torch.channels_last))
+        outputs = self.second(self.first(features).relu())
+        return self.last(outputs.FLATTENED)
+"""
+
+
+@pytest.mark.parametrize(("flattened", "lasts"), [("flatten(1)", True), ("view(len(outputs), -1)", False)])
+def test_convolutions_are_trained_channels_last_where_the_model_lets_them(
+    prepared: Prepared, tmp_path: Path, flattened: str, lasts: bool
+) -> None:
+    """On a CPU; what comes out lies in memory as ever, and is the same but for rounding."""
+    own = write_net(tmp_path, CONVOLUTIONS.replace("FLATTENED", flattened))
+    trained = train_on(prepared, own)
+    net = next(module for module in trained.model.modules() if type(module).__name__ == "Net")
+    assert sys.modules[type(net).__module__].LAST[-1] == (lasts and prepared.training.target.device == CPU)
+    assert all(parameter.is_contiguous() for parameter in trained.model.parameters())
+    (tmp_path / "as it is").mkdir()
+    as_it_is = write_net(tmp_path / "as it is", CONVOLUTIONS.replace("FLATTENED", "view(len(outputs), -1)"))
+    losses, expected = (
+        [epoch.validation_loss for epoch in one.epochs] for one in (trained, train_on(prepared, as_it_is))
+    )
+    assert losses == pytest.approx(expected, rel=1e-4)
+
+
 def test_training_leaves_the_global_random_state_alone(prepared: Prepared) -> None:
     before = torch.random.get_rng_state()
     train_on(prepared)
@@ -56,8 +99,20 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("optimizer", ["momentum", "adamw", "rmsprop", "adagrad"])
-def test_a_resumed_training_ends_as_one_that_never_stopped(prepared: Prepared, tmp_path: Path, optimizer: str) -> None:
+@pytest.mark.parametrize(
+    ("model", "optimizer"),
+    [
+        ("mlp", "momentum"),
+        ("mlp", "adamw"),
+        ("mlp", "rmsprop"),
+        ("mlp", "adagrad"),
+        ("cnn", "adam"),
+        ("cnn", "nesterov"),
+    ],
+)
+def test_a_resumed_training_ends_as_one_that_never_stopped(
+    prepared: Prepared, tmp_path: Path, model: str, optimizer: str
+) -> None:
     """Killed after epochs 3 and 6, with dropout, plateaus and early stopping's best weights to remember."""
     chosen = RICH | {"optimizer": optimizer}
     resumable = Resumable(path=tmp_path / "deep" / "trial.safetensors", key="one", interval_seconds=0)
@@ -70,13 +125,13 @@ def test_a_resumed_training_ends_as_one_that_never_stopped(prepared: Prepared, t
                 raise Killed
 
         with pytest.raises(Killed):
-            train_on(prepared, resumable=resumable, report=report, **chosen)  # type: ignore[arg-type]
+            train_on(prepared, model, resumable=resumable, report=report, **chosen)  # type: ignore[arg-type]
 
     kill_at(3)
     kill_at(6)
-    resumed = train_on(prepared, resumable=resumable, **chosen)  # type: ignore[arg-type]
+    resumed = train_on(prepared, model, resumable=resumable, **chosen)  # type: ignore[arg-type]
     assert reported == [1, 2, 3, 1, 2, 3, 4, 5, 6]
-    assert_equal(resumed, train_on(prepared, **chosen))  # type: ignore[arg-type]
+    assert_equal(resumed, train_on(prepared, model, **chosen))  # type: ignore[arg-type]
 
 
 DAMAGES: dict[str, Callable[[bytes], bytes]] = {
