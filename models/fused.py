@@ -119,7 +119,8 @@ def fusion_of(setting: Setting, model: nn.Module, training: Training) -> Fusion:
             model(first.all_features)
     except Exception as error:  # noqa: BLE001 a user's forward may raise anything
         return Fusion(members=1, reason=_in_a_line(error))
-    has_convolutions = any(isinstance(module, nn.Conv2d) for module in model.modules())
+    convolutions = nn.Conv1d | nn.Conv2d | nn.Conv3d
+    has_convolutions = any(isinstance(module, convolutions) for module in model.modules())
     limits = WORTHWHILE_WITH_CONVOLUTIONS if has_convolutions else WORTHWHILE_OPERATIONS
     worthwhile = limits[setting.device.type]
     if operations > worthwhile:
