@@ -313,15 +313,15 @@ class _Group:
     def _batches(self, rows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Features (members, batch, ...) and target (members, batch) of each step, from rows (members, rows), gathered
         for several steps at once."""
-        training, batch = self._setting.training, self._batch_size
-        each = len(rows) * batch * training.all_features[0].numel()
+        batch = self._batch_size
+        each = len(rows) * batch * self._setting.training.all_features[0].numel()
         for some in torch.split(rows, batch * max(1, GATHERED_VALUES // each), dim=1):
-            whole = some.shape[1] // batch * batch
-            for part, size in ((some[:, :whole], batch), (some[:, whole:], some.shape[1] - whole)):
-                if size:
-                    numbers = part.reshape(len(part), -1, size).transpose(0, 1).contiguous()
-                    features = _taken(training.all_features, numbers)
-                    yield from zip(features.unbind(), training.target[numbers].unbind(), strict=True)
+            yield from zip(*(torch.split(one, batch, dim=1) for one in self._gathered(some)), strict=True)
+
+    def _gathered(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Features (members, rows, ...) and target (members, rows), by the rows' numbers (members, rows)."""
+        training = self._setting.training
+        return _taken(training.all_features, rows), training.target[rows]
 
     def _steps_at_once(self, rows: Tensor, keys: Tensor, factors: Tensor) -> Tensor:
         """The same with the optimizer's factors, and of nothing that the host must know: so that what is launched at
@@ -338,8 +338,7 @@ class _Group:
 
     def _step(self, rows: Tensor, keys: Tensor, factors: Tensor) -> Tensor:
         """One step; returns the sum of its losses (members,)."""
-        training = self._setting.training
-        losses, gradients = self._gradients(_taken(training.all_features, rows), training.target[rows], keys)
+        losses, gradients = self._gradients(*self._gathered(rows), keys)
         with torch.no_grad():
             self._optimizer.step(gradients, factors)
         return losses * rows.shape[1]

@@ -42,30 +42,26 @@ class ChainByHand:
     """Layers over tensors that stay where they are; so do the tensors that their gradients are written to."""
 
     def __init__(self, layers: "list[_Layer]", tensors: Tensors, into: Tensors) -> None:
-        last = min(place for place, layer in enumerate(layers) if layer.has_any(into))
-        self._forward = []
-        self._backward: list[tuple[Backward, bool]] = []
+        self._last = min(place for place, layer in enumerate(layers) if layer.has_any(into))
+        self._layers: list[_Bound] = []
         is_kept = False
-        for place, layer in enumerate(layers):
+        for layer in layers:
             bound = layer.bound(tensors, into, may_overwrite=not is_kept)
-            is_kept = layer.keeps_outputs or (layer.hands_on and is_kept)
-            self._forward.append(bound.forward)
-            self._backward.append((bound.backward, place > last))
-        del self._backward[:last]
-        self._backward.reverse()
+            is_kept = bound.keeps_outputs or (bound.hands_on and is_kept)
+            self._layers.append(bound)
 
     def forward(self, features: Tensor) -> tuple[Tensor, list[Any]]:
         """Outputs, and what `backward` must know of the way there; the features may be overwritten."""
         kept = []
-        for forward in self._forward:
-            features, own = forward(features)
+        for layer in self._layers:
+            features, own = layer.forward(features)
             kept.append(own)
         return features, kept
 
     def backward(self, kept: list[Any], gradient: Tensor) -> None:
         """From the outputs' gradient, which is overwritten, to the tensors'."""
-        for (backward, is_asked_for), own in zip(self._backward, reversed(kept), strict=False):
-            gradient = backward(own, gradient, is_asked_for)
+        for place in range(len(self._layers) - 1, self._last - 1, -1):
+            gradient = self._layers[place].backward(kept[place], gradient, place > self._last)
 
 
 def stacked_chain(model: nn.Module) -> StackedChain | None:
@@ -98,10 +94,13 @@ Backward = Callable[[Any, Tensor, bool], Tensor]
 
 @dataclass(frozen=True)
 class _Bound:
-    """How a layer goes forward and backward over tensors that are known."""
+    """How a layer goes forward and backward over tensors that are known; whether its way back needs its outputs as they
+    are; whether it hands on its features, as its outputs."""
 
     forward: Forward
     backward: Backward
+    keeps_outputs: bool = False
+    hands_on: bool = False
 
 
 @dataclass(frozen=True)
@@ -110,17 +109,6 @@ class _Layer:
 
     module: nn.Module
     names: Mapping[str, str]
-
-    @property
-    def keeps_outputs(self) -> bool:
-        """For its way back, as they are. A ReLU asks only whether they are positive, which no layer that overwrites its
-        features changes."""
-        return isinstance(self.module, nn.Tanh)
-
-    @property
-    def hands_on(self) -> bool:
-        """Its features, as its outputs."""
-        return isinstance(self.module, nn.Flatten | SeededDropout)
 
     def has_any(self, tensors: Tensors) -> bool:
         return not tensors.keys().isdisjoint(self.names.values())
@@ -135,7 +123,9 @@ class _Layer:
 
 def _flatten(*_: Any) -> _Bound:
     return _Bound(
-        lambda features: (features.flatten(2), features.shape), lambda shape, gradient, _: gradient.view(shape)
+        lambda features: (features.flatten(2), features.shape),
+        lambda shape, gradient, _: gradient.view(shape),
+        hands_on=True,
     )
 
 
@@ -171,7 +161,7 @@ def _dropout(layer: Any, own: dict[str, Tensor], _: Any, may_overwrite: bool) ->
     def backward(mask: Tensor | None, gradient: Tensor, _: bool) -> Tensor:
         return gradient if mask is None else gradient.mul_(mask)
 
-    return _Bound(forward, backward)
+    return _Bound(forward, backward, hands_on=True)
 
 
 def _unscale(_: Any, own: dict[str, Tensor], *__: Any) -> _Bound:
@@ -183,6 +173,8 @@ def _unscale(_: Any, own: dict[str, Tensor], *__: Any) -> _Bound:
 
 
 def _relu(_: Any, __: Any, ___: Any, may_overwrite: bool) -> _Bound:
+    """The way back asks only whether outputs are positive, which no layer that overwrites its features changes."""
+
     def forward(features: Tensor) -> tuple[Tensor, Tensor]:
         outputs = features.relu_() if may_overwrite else features.relu()
         return outputs, outputs
@@ -198,7 +190,10 @@ Rule = Callable[[Any, dict[str, Tensor], dict[str, Tensor], bool], _Bound]
 
 
 def _activation(
-    forward: Callable[[Any, Tensor], Tensor], backward: Callable[[Any, Tensor, Tensor], Tensor], *, keeps: str
+    forward: Callable[[Any, Tensor], Tensor],
+    backward: Callable[[Any, Tensor, Tensor], Tensor],
+    *,
+    keeps_outputs: bool = False,
 ) -> Rule:
     """Of a function and its derivative (layer, gradient, features or outputs) in each value on its own. Never in place,
     whatever the layer says: what it would overwrite may be kept."""
@@ -206,9 +201,9 @@ def _activation(
     def rule(layer: Any, *_: Any) -> _Bound:
         def lead(features: Tensor) -> tuple[Tensor, Tensor]:
             outputs = forward(layer, features)
-            return outputs, outputs if keeps == "outputs" else features
+            return outputs, outputs if keeps_outputs else features
 
-        return _Bound(lead, lambda kept, gradient, _: backward(layer, gradient, kept))
+        return _Bound(lead, lambda kept, gradient, _: backward(layer, gradient, kept), keeps_outputs=keeps_outputs)
 
     return rule
 
@@ -221,24 +216,19 @@ _RULES: Mapping[type[nn.Module], Rule] = {
     Unscale: _unscale,
     nn.ReLU: _relu,
     nn.Tanh: _activation(
-        lambda _, x: x.tanh(), lambda _, gradient, y: _aten.tanh_backward(gradient, y), keeps="outputs"
+        lambda _, x: x.tanh(), lambda _, gradient, y: _aten.tanh_backward(gradient, y), keeps_outputs=True
     ),
     nn.LeakyReLU: _activation(
         lambda layer, x: _aten.leaky_relu(x, layer.negative_slope),
         lambda layer, gradient, x: _aten.leaky_relu_backward(gradient, x, layer.negative_slope, False),
-        keeps="features",
     ),
     nn.ELU: _activation(
         lambda layer, x: _aten.elu(x, layer.alpha),
         lambda layer, gradient, x: _aten.elu_backward(gradient, layer.alpha, 1, 1, False, x),
-        keeps="features",
     ),
     nn.GELU: _activation(
         lambda layer, x: _aten.gelu(x, approximate=layer.approximate),
         lambda layer, gradient, x: _aten.gelu_backward(gradient, x, approximate=layer.approximate),
-        keeps="features",
     ),
-    nn.SiLU: _activation(
-        lambda _, x: _aten.silu(x), lambda _, gradient, x: _aten.silu_backward(gradient, x), keeps="features"
-    ),
+    nn.SiLU: _activation(lambda _, x: _aten.silu(x), lambda _, gradient, x: _aten.silu_backward(gradient, x)),
 }
