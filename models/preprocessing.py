@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from models.batches import DiskRows
-from models.table import Column
+from models.column import Column
 
 Rows = Tensor | DiskRows
 

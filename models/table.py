@@ -1,35 +1,25 @@
 """A table's rows as a matrix of numbers: one column each, whatever is in it, nothing fitted and nothing scaled.
 
-The same code runs where rows are prepared and where a model is served: a version ships a copy of this file. So it
-imports nothing of ours and no torch, and all that it knows is in the columns that it is given. What is fitted on
+The same code runs where rows are prepared and where a model is served: a version ships a copy of this file, without the
+rest of ours. So it imports nothing of ours and no torch, and all that it knows is in the columns that it is given. What is fitted on
 training rows (means, which categories are rare) is preprocessing.py's.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-Role = Literal["numeric", "boolean", "categorical", "datetime"]
+if TYPE_CHECKING:
+    from models.column import Column
 
-MISSING = ("", "?", "NA", "N/A", "NaN", "nan", "null", "NULL", "None", "NaT", "<NA>")
 TRUE_WORDS, FALSE_WORDS = ("true", "yes", "t", "y"), ("false", "no", "f", "n")
 EPOCH = pd.Timestamp("2000-01-01", tz="UTC")
 UNSEEN = -1.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Column:
-    """A feature of a table. `categories` are those that a code stands for, in the order of their codes; `missing` are
-    the texts that mean that there is no value."""
-
-    name: str
-    role: Role
-    categories: tuple[str, ...] = ()
-    missing: tuple[str, ...] = MISSING
 
 
 def encode(frame: pd.DataFrame, columns: Sequence[Column]) -> npt.NDArray[np.float32]:
@@ -66,7 +56,7 @@ def recode(
     return recoded
 
 
-def without_missing(values: "pd.Series[Any]", missing: Sequence[str]) -> "pd.Series[Any]":
+def without_missing(values: pd.Series[Any], missing: Sequence[str]) -> pd.Series[Any]:
     """Texts without blanks around them, NaN for those that mean that there is no value; numbers and dates as they
     are."""
     if isinstance(values.dtype, pd.StringDtype):
@@ -78,7 +68,7 @@ def without_missing(values: "pd.Series[Any]", missing: Sequence[str]) -> "pd.Ser
     return stripped.mask(stripped.isin(missing))
 
 
-def text_of(values: "pd.Series[Any]") -> "pd.Series[Any]":
+def text_of(values: pd.Series[Any]) -> pd.Series[Any]:
     """Values as the texts that name their categories: without blanks around them, and a whole number without `.0`, as
     it is read where a column has gaps and where it has none."""
     if pd.api.types.is_bool_dtype(values):
@@ -87,7 +77,7 @@ def text_of(values: "pd.Series[Any]") -> "pd.Series[Any]":
     return texts.str.removesuffix(".0") if pd.api.types.is_float_dtype(values) else texts
 
 
-def distinct(values: "pd.Series[Any]", missing: Sequence[str]) -> tuple[npt.NDArray[np.int64], "pd.Series[Any]"]:
+def distinct(values: pd.Series[Any], missing: Sequence[str]) -> tuple[npt.NDArray[np.int64], pd.Series[Any]]:
     """Each row's place among the distinct values, -1 where it has none, and those."""
     if isinstance(values.dtype, pd.CategoricalDtype):
         values = values.cat.remove_unused_categories()
@@ -97,7 +87,7 @@ def distinct(values: "pd.Series[Any]", missing: Sequence[str]) -> tuple[npt.NDAr
     return codes, pd.Series(found)
 
 
-def _read(values: "pd.Series[Any]", column: Column) -> npt.NDArray[np.float64]:
+def _read(values: pd.Series[Any], column: Column) -> npt.NDArray[np.float64]:
     """Each distinct value is read once, where they are known: a text costs a hundred times what a number does."""
     read = _READERS[column.role]
     if isinstance(values.dtype, pd.CategoricalDtype):
@@ -111,39 +101,39 @@ def _read(values: "pd.Series[Any]", column: Column) -> npt.NDArray[np.float64]:
     return read(without_missing(values, column.missing), column)
 
 
-def _numbers(values: "pd.Series[Any]", column: Column) -> npt.NDArray[np.float64]:
+def _numbers(values: pd.Series[Any], column: Column) -> npt.NDArray[np.float64]:
     is_number = pd.api.types.is_numeric_dtype(values)
     numbers = _floats(values if is_number else pd.to_numeric(values, errors="coerce"))
     _refuse(values, np.isinf(numbers) if is_number else ~np.isfinite(numbers), column, "a finite number")
     return numbers
 
 
-def _truths(values: "pd.Series[Any]", column: Column) -> npt.NDArray[np.float64]:
+def _truths(values: pd.Series[Any], column: Column) -> npt.NDArray[np.float64]:
     words = {"1": 1.0, "0": 0.0} | dict.fromkeys(TRUE_WORDS, 1.0) | dict.fromkeys(FALSE_WORDS, 0.0)
     truths = text_of(values).str.casefold().map(words).astype("float64")
     _refuse(values, truths.isna().to_numpy(), column, "true or false")
     return _floats(truths)
 
 
-def _codes(values: "pd.Series[Any]", column: Column) -> npt.NDArray[np.float64]:
+def _codes(values: pd.Series[Any], column: Column) -> npt.NDArray[np.float64]:
     texts = text_of(values)
     codes: npt.NDArray[np.float64] = pd.Index(column.categories, dtype="string").get_indexer(texts).astype(np.float64)
     codes[texts.isna().to_numpy()] = np.nan
     return codes
 
 
-def _days(values: "pd.Series[Any]", column: Column) -> npt.NDArray[np.float64]:
+def _days(values: pd.Series[Any], column: Column) -> npt.NDArray[np.float64]:
     moments = pd.to_datetime(values, errors="coerce", format="ISO8601", utc=True)
     _refuse(values, moments.isna().to_numpy(), column, "a date such as 2026-11-23 or 2026-11-23T02:00:00Z")
     return _floats((moments - EPOCH) / pd.Timedelta(days=1))
 
 
-def _floats(values: "pd.Series[Any]") -> npt.NDArray[np.float64]:
+def _floats(values: pd.Series[Any]) -> npt.NDArray[np.float64]:
     floats: npt.NDArray[np.float64] = values.to_numpy(dtype=np.float64, na_value=np.nan)
     return floats
 
 
-def _refuse(values: "pd.Series[Any]", unread: Any, column: Column, rule: str) -> None:
+def _refuse(values: pd.Series[Any], unread: Any, column: Column, rule: str) -> None:
     if not unread.any():
         return
     bad = np.flatnonzero(unread & values.notna().to_numpy())

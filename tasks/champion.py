@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from infra.settings import Settings
 from infra.store import Store, StoreError, open_store
 from models.batches import DiskRows
+from models.column import Column
 from models.evaluate import predict_outputs
 from models.families import ModelError, build_model, family_named
 from models.preprocessing import Preprocessing, preprocessing_of
-from models.table import Column, encode
+from models.table import encode
 from tasks.promotions import Promotion, latest_promotion, taken_back
 from tasks.versions import (
     PREPROCESSING,

@@ -6,63 +6,23 @@ at a time, so that a table may be larger than the memory. Knows nothing of files
 
 import math
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from models.table import FALSE_WORDS, TRUE_WORDS, Column, Role, distinct, text_of
-from tasks.job import CheckName, DataConfig, Severity
+from models.column import Column, Role
+from models.table import FALSE_WORDS, TRUE_WORDS, distinct, text_of
+from tasks.findings import EXAMPLES, Described, Finding, finding
+from tasks.job import DataConfig
 
 MOST_CATEGORIES = 1000
-EXAMPLES = 5
 MOSTLY = 0.5
 LEAST_IDENTIFIERS = 20
 # As many values that are all different are an identifier's, whatever comes after them.
 SURELY_UNIQUE = 1_000_000
-SEVERITIES: Mapping[CheckName, Severity] = {
-    "empty_column": "warn",
-    "constant_column": "warn",
-    "identifier_column": "warn",
-    "too_many_categories": "warn",
-    "mixed_values": "error",
-    "labels_alike": "error",
-    "missing_target": "error",
-    "small_class": "warn",
-    "leaking_column": "error",
-    "unbalanced_split": "warn",
-    "changed_column": "error",
-    "rows_lost": "error",
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Finding:
-    """What a check found: the rule that is broken, where, a few examples, and the remedy, in one sentence."""
-
-    check: CheckName
-    severity: Severity
-    sentence: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Described:
-    """A line of the data card about a column: what it is used as (a feature's role, identifier, ignored, target, split
-    by or time), how many values are missing, and what is in it."""
-
-    name: str
-    role: Role | Any
-    missing: int
-    values: str
-
-
-def finding(check: CheckName, data: DataConfig, sentence: str) -> list[Finding]:
-    """The finding with the severity that the job gives it, else the usual one; none where the job ignores such."""
-    severity = data.checks.get(check, SEVERITIES[check])
-    return [] if severity == "ignore" else [Finding(check=check, severity=severity, sentence=sentence)]
 
 
 class Survey:

@@ -20,10 +20,10 @@ import yaml
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from infra.errors import ExpectedError
+from models.column import MISSING, Role
 from models.evaluate import METRICS, Metric, MetricName
 from models.families import Family, family_named
 from models.space import Domain, Range
-from models.table import MISSING, Role
 
 OWN_JOBS = Path(__file__).parent.parent / "flows" / "jobs"
 NAME_PATTERN = r"[a-z0-9][a-z0-9._-]{0,63}"

@@ -3,7 +3,7 @@ and needs neither torch nor a pickle; MLflow runs it where the model is loaded o
 """
 
 import importlib.util
-import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -25,9 +25,8 @@ class OnnxModel(PythonModel):
             assert spec is not None
             assert spec.loader is not None
             self._table = importlib.util.module_from_spec(spec)
-            sys.modules[spec.name] = self._table  # where a dataclass looks for its own module
             spec.loader.exec_module(self._table)
-            self._columns = [self._table.Column(**column) for column in columns]
+            self._columns = [SimpleNamespace(**column) for column in columns]
 
     # Without type hints: MLflow takes those for a schema of its own, beside the signature that the model has.
     def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]  # noqa: ARG002

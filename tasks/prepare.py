@@ -18,9 +18,10 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from models.column import Column
 from models.shapes import DataShape, Problem
-from models.table import EPOCH, Column
-from tasks.columns import EXAMPLES, Finding, finding
+from models.table import EPOCH
+from tasks.findings import EXAMPLES, Finding, finding
 from tasks.job import DataConfig
 from tasks.rows import Chunk, DataError, Rows
 from tasks.snapshots import (

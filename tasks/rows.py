@@ -17,9 +17,11 @@ import numpy.typing as npt
 import pandas as pd
 
 from infra.errors import ExpectedError
+from models.column import Column
 from models.shapes import Problem
-from models.table import Column, distinct, encode, text_of
-from tasks.columns import EXAMPLES, Described, Finding, Survey, finding, labels_alike, tidy
+from models.table import distinct, encode, text_of
+from tasks.columns import Survey, labels_alike, tidy
+from tasks.findings import EXAMPLES, Described, Finding, finding
 from tasks.job import DataConfig
 
 LEAK_ROWS = 20_000

@@ -21,7 +21,8 @@ from mlflow.types import ColSpec, DataType, Schema, TensorSpec
 from mlflow.types.schema import AnyType
 from torch import Tensor, nn
 
-from models.table import EPOCH, Column
+from models.column import Column
+from models.table import EPOCH
 
 SERVABLE = "mlflow"
 TABLE_CODE = Path(__file__).parents[1] / "models" / "table.py"

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from infra.store import AlreadyExists, NotFound, Store, StoreError, UploadProgress
 from models.batches import DiskRows
+from models.column import Column
 from models.shapes import DataShape
-from models.table import Column
-from tasks.columns import Described, Finding
+from tasks.findings import Described, Finding
 
 SplitName = Literal["train", "validation", "test"]
 SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")

@@ -29,7 +29,7 @@ from PIL import Image
 
 from infra.downloads import download, is_in_s3, object_tags
 from models.shapes import Problem
-from tasks.columns import EXAMPLES
+from tasks.findings import EXAMPLES
 from tasks.job import DataConfig
 from tasks.rows import DataError, Frames, Rows, array_rows, table_rows
 

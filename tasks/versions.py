@@ -80,7 +80,7 @@ class Lineage(_Record):
 
 
 class TableColumn(_Record):
-    """A feature of the table that a version reads: `models.table.Column`, without pandas."""
+    """A feature of the table that a version reads: `models.column.Column`."""
 
     name: str
     role: Literal["numeric", "boolean", "categorical", "datetime"]

@@ -19,9 +19,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
+from models.column import Column
 from models.preprocessing import FREQUENT_ROWS, TablePreprocessing, preprocessing_of
 from models.shapes import Problem
-from models.table import Column, encode, recode
+from models.table import encode, recode
 from tasks import prepare as prepare_module
 from tasks import sources
 from tasks.job import DataConfig
