@@ -8,7 +8,7 @@ import hashlib
 import json
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import copy_context
 from datetime import UTC, datetime, timedelta
@@ -58,6 +58,7 @@ from tasks.leases import check_still_ours, lost_flow_runs, workers_of
 from tasks.memory import recall
 from tasks.prepare import prepare
 from tasks.prepared import Prepared
+from tasks.processes import ProcessGroup, TrainerProcesses, started_ahead
 from tasks.progress import Progress
 from tasks.promote import promote
 from tasks.promotions import Promotion, StaleJudgement
@@ -90,7 +91,6 @@ from tasks.tracking import (
     track_confirmed,
     track_missing_trials,
 )
-from tasks.trainer import TrainerProcess, TrainerProcesses, started_ahead
 from tasks.tune import Tuned, forecast, seconds_to_search, tune
 from tasks.work import processes_for, trainer_of
 
@@ -181,9 +181,7 @@ def _warn_if_studies_are_away(job: TuningJob, settings: Settings) -> None:
         _tell(settings, {"event": "waiting", "job": job.name, "reason": str(error)})
 
 
-def _night(
-    job: TuningJob, settings: Settings, device: torch.device, started: Sequence[TrainerProcess], *, may_skip: bool
-) -> Any:
+def _night(job: TuningJob, settings: Settings, device: torch.device, started: ProcessGroup, *, may_skip: bool) -> Any:
     flow_run_id = runtime.flow_run.id
     client = MlflowClient(settings.mlflow_url)
     store = open_store(settings.store_url)

@@ -1,8 +1,8 @@
 """A table's rows as a matrix of numbers: one column each, whatever is in it, nothing fitted and nothing scaled.
 
 The same code runs where rows are prepared and where a model is served: a version ships a copy of this file, without the
-rest of ours. So it imports nothing of ours and no torch, and all that it knows is in the columns that it is given. What is fitted on
-training rows (means, which categories are rare) is preprocessing.py's.
+rest of ours. So it imports nothing of ours and no torch, and all that it knows is in the columns that it is given. What
+is fitted on training rows (means, which categories are rare) is preprocessing.py's.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ to know of finished trials passes a callback.
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +30,7 @@ from models.hyperparameters import Hyperparameters
 from models.solo import Diverged, Epoch, Resumable, Training
 from tasks.job import TuningJob
 from tasks.leases import Claims, Lease, NightSign, free_trials
+from tasks.processes import ProcessGroup, TrainerProcesses, worthwhile_processes
 from tasks.samplers import GRID_EXHAUSTED, NUMBER
 from tasks.snapshots import Snapshot
 from tasks.storage import STORAGE_IS_AWAY, ClaimLost
@@ -51,21 +52,11 @@ from tasks.study import (
     widen_wave,
 )
 from tasks.tracking import CURVE, DEVICE, DIAGNOSIS, SECONDS, TRACEBACK, VALIDATION, curve_of
-from tasks.trainer import (
-    Ended,
-    Failed,
-    Scored,
-    Trainer,
-    TrainerDied,
-    TrainerProcess,
-    TrainerProcesses,
-    failed,
-    worthwhile_processes,
-)
+from tasks.trainer import Ended, Failed, Scored, Trainer, TrainerDied, failed
 from tasks.trial_checkpoints import TrialCheckpoints
 
 CHECKPOINT_SECONDS = 10
-# A CPU, which has two processes for them (trainer.py), makes 1.4 times as many trials a minute in waves of 16 as in
+# A CPU, which has two processes for them (processes.py), makes 1.4 times as many trials a minute in waves of 16 as in
 # waves of 8. But a search that begins with 16 of one structure hardly sees another; so a CPU's first waves are small,
 # and they grow with what the search knows. Of the digits MLPs of `make bench ONLY=throughput` the best of 200 trials is
 # then right in 97.70 % of the validation rows (mean of ten seeds), with waves of 8 or of 16 throughout in 97.56. A GPU
@@ -357,7 +348,7 @@ def run_wave(
 
 
 def trainer_of(
-    job: TuningJob, snapshot: Snapshot, device: torch.device, started: Sequence[TrainerProcess] = ()
+    job: TuningJob, snapshot: Snapshot, device: torch.device, started: ProcessGroup | None = None
 ) -> TrainerProcesses:
     """As many processes as use the device best; those that were `started_ahead` are among them."""
     processes = processes_for(job, device, snapshot.features("train", device).raw_bytes)

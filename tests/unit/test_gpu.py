@@ -13,8 +13,8 @@ from models.families import family_named
 from models.solo import Setting, Trained, Training
 from models.training import train_all
 from tasks.prepared import Prepared
+from tasks.processes import TrainerProcesses
 from tasks.snapshots import Snapshot
-from tasks.trainer import TrainerProcesses
 from tests.conftest import make_job
 
 GPU = torch.device("cuda", 0)

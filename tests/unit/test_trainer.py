@@ -19,25 +19,17 @@ import pytest
 import torch
 from optuna.trial import FrozenTrial, TrialState
 
+import tasks.processes
 import tasks.work
 from models.checkpoints import Checkpoint
 from models.fused import OnEpoch, Stopped
 from models.solo import Diverged, Epoch, Training
-from tasks import trainer
 from tasks.job import TuningJob
 from tasks.prepared import Prepared
+from tasks.processes import TrainerProcesses, started_ahead, worthwhile_processes
 from tasks.study import FAILURE, finished_trials, is_interrupted, open_study
 from tasks.tracking import CURVE
-from tasks.trainer import (
-    Ended,
-    Failed,
-    LocalTrainer,
-    Scored,
-    TrainerDied,
-    TrainerProcesses,
-    started_ahead,
-    worthwhile_processes,
-)
+from tasks.trainer import Ended, Failed, LocalTrainer, Scored, TrainerDied
 from tasks.tune import tune
 from tasks.work import trainer_of
 from tests.conftest import CPU, fill, make_job, small_disk
@@ -91,6 +83,18 @@ def process(odd_job: TuningJob, prepared: Prepared) -> Iterator[TrainerProcesses
             patch.setenv(name, "secret")
         with TrainerProcesses(odd_job, prepared.snapshot, CPU) as started:
             yield started
+
+
+def wait_until_dead(processes: Collection[int]) -> None:
+    """A fork is reaped by whoever reaps orphans on this machine, when it comes to that."""
+
+    def is_dead(process: int) -> bool:
+        try:
+            return psutil.Process(process).status() == psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return True
+
+    wait_for(lambda: all(map(is_dead, processes)), 10, "the trainers to end")
 
 
 def test_it_trains_as_exactly_as_here(prepared: Prepared, caplog: pytest.LogCaptureFixture) -> None:
@@ -181,7 +185,7 @@ def test_of_two_processes_the_death_of_one_ends_both_and_the_next_training_start
         with pytest.raises(TrainerDied, match="signal 6"):
             list(processes.train([learns, aborts], lambda _: ()))
         assert processes.process_ids == []
-        assert not any(psutil.pid_exists(pid) for pid in started)
+        wait_until_dead(started)
         for many in (3, 1, 0):
             ended = dict(processes.train([learns] * many, lambda _: ()))
             assert [type(ended[place]) for place in range(many)] == [Scored] * many
@@ -192,20 +196,35 @@ def test_many_rows_are_not_held_twice() -> None:
     assert worthwhile_processes(CPU, 2**28 + 1) == 1
 
 
-def test_a_process_that_was_started_ahead_is_used_and_one_too_many_is_ended(prepared: Prepared) -> None:
+def test_processes_that_were_started_ahead_are_used_and_no_more_begin_than_are_wanted(prepared: Prepared) -> None:
     job = make_job()
-    with started_ahead(2) as started:
-        ahead = [one.process_id for one in started]
-        with TrainerProcesses(job, prepared.snapshot, CPU, 1, started) as processes:
-            assert processes.process_ids == ahead[:1]
-            training = Training(hyperparameters=job.family.hyperparameters.from_values({"epochs": 1}), seed=0)
-            ((_, ended),) = processes.train([training], lambda _: ())
-            assert isinstance(ended, Scored)
-            assert processes.process_ids == ahead[:1]
-            assert not psutil.pid_exists(ahead[1] or 0)
-    with started_ahead(1) as started:
-        ahead = [one.process_id for one in started]
-    assert not psutil.pid_exists(ahead[0] or 0)
+    training = Training(hyperparameters=job.family.hyperparameters.from_values({"epochs": 1}), seed=0)
+    for wanted in (1, 2):
+        with started_ahead(2) as started:
+            assert started.is_started
+            with TrainerProcesses(job, prepared.snapshot, CPU, wanted, started) as processes:
+                begun = processes.process_ids
+                ended = dict(processes.train([training] * wanted, lambda _: ()))
+                assert [type(one) for one in ended.values()] == [Scored] * wanted
+                assert processes.process_ids == begun
+                first = psutil.Process(begun[0])
+                assert [first, *first.children(recursive=True)] == [psutil.Process(pid) for pid in begun]
+        wait_until_dead(begun)
+
+
+def test_processes_that_were_started_ahead_and_never_used_end(prepared: Prepared) -> None:
+    before = set(psutil.Process().children())
+    with started_ahead(2):
+        (first,) = set(psutil.Process().children()) - before
+    assert not first.is_running()
+
+
+def test_no_thread_runs_when_processes_fork() -> None:
+    """A fork has none of them, but all the locks that they held."""
+    code = "import os, tasks.processes; print(os.listdir('/proc/self/task'))"
+    environment = os.environ | {"OPENBLAS_NUM_THREADS": "1"}
+    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert found.stdout.count("'") == 2
 
 
 def test_what_a_model_raises_costs_its_training_and_names_itself(
@@ -227,7 +246,7 @@ def test_what_a_model_raises_costs_its_training_and_names_itself(
 def test_a_training_that_hangs_or_crashes_is_killed_and_the_next_one_trains(
     process: TrainerProcesses, odd_job: TuningJob, kind: str, says: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trainer, "FIRST_EPOCH_SECONDS", 5)
+    monkeypatch.setattr(tasks.processes, "FIRST_EPOCH_SECONDS", 5)
     with pytest.raises(TrainerDied, match=says):
         list(process.train([training_of(odd_job, kind)], lambda _: ()))
     ended = dict(process.train([training_of(odd_job, "learns")], lambda _: ()))
@@ -257,7 +276,7 @@ import pickle, sys
 from pathlib import Path
 import torch
 from tasks.job import TuningJob
-from tasks.trainer import TrainerProcesses
+from tasks.processes import TrainerProcesses
 content, snapshot, training = pickle.loads(Path({str(tmp_path / "content")!r}).read_bytes())
 with TrainerProcesses(TuningJob.model_validate(content), snapshot, torch.device("cpu")) as process:
     print(process.process_ids[0], flush=True)
@@ -271,7 +290,7 @@ with TrainerProcesses(TuningJob.model_validate(content), snapshot, torch.device(
         time.sleep(1)
         assert child.is_running()
         parent.send_signal(signal.SIGKILL)
-    wait_for(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE, 10, "the trainer to end")
+    wait_until_dead([child.pid])
 
 
 def test_each_of_twenty_trials_whose_process_is_killed_at_a_random_moment_loses_an_epoch_at_most(
