@@ -327,6 +327,11 @@ def _tune(
         run = tracker.run_ids.get(trial.number)
         return None if run is None else settings.mlflow_page(study.user_attrs[MLFLOW_EXPERIMENT], run)
 
+    @contextmanager
+    def claims() -> Iterator[None]:
+        with tracker.paused(), one_claims(settings.studies, job.name, study.study_name):
+            yield
+
     def on_trial(trial: FrozenTrial) -> None:
         tracker.track(study, trial)
         progress.update()
@@ -342,14 +347,14 @@ def _tune(
             job,
             trainer,
             settings.home / "checkpoints",
-            claims=lambda: one_claims(settings.studies, job.name, study.study_name),
+            claims=claims,
             flow_run_id=runtime.flow_run.id,
             seconds_left=seconds_to_search(job, settings.studies, _now()),
             on_trial=on_trial,
             store=open_store(settings.store_url) if settings.are_studies_shared else None,
         )
     with mlflow_may_be_away("trials"):
-        track_missing_trials(client, run_id, study)
+        track_missing_trials(client, run_id, study, tracker.run_ids)
     return tuned
 
 

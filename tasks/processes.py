@@ -45,6 +45,9 @@ HUNG_AFTER_EPOCHS = 20
 # MLPs take 0.5 to 0.7 of the time in two processes. Each holds the rows, so not where these are many.
 CPU_PROCESSES = 2
 MOST_ROWS_BYTES = 2**28
+# On a CPU whatever the training waits for goes first: what asks for its trials, and the servers that these are told to.
+# A night of 200 digits MLPs on two cores takes 0.95 of the time.
+NICENESS = 10
 
 
 @contextmanager
@@ -306,6 +309,8 @@ def serve(file_descriptors: list[int]) -> None:
         wanted, content, snapshot, device = pickle.loads(ends[0].recv_bytes())  # noqa: S301 from whoever started this process
     except EOFError:
         return
+    if device == "cpu":
+        os.nice(NICENESS)
     place = _fork(wanted)
     connection = ends[place]
     for end in ends[:place] + ends[place + 1 :]:

@@ -1,26 +1,34 @@
 """Where trials are written: into the server's own database where it lies here, and into no other's."""
 
+import time
 from pathlib import Path
 
 import optuna
 import pytest
 from mlflow import MlflowClient
+from optuna.trial import TrialState
 
 from tasks.samplers import NUMBER
 from tasks.study import JOB, OBJECTIVE
-from tasks.tracking import CURVE, TrialTracker, nested_runs
+from tasks.tracking import CURVE, TrialTracker, nested_runs, track_missing_trials
+
+
+def begun(folder: Path) -> tuple[MlflowClient, str, optuna.Study]:
+    """A server, a night's run there, and the night's study."""
+    server = MlflowClient(f"sqlite:///{folder / 'server.db'}")
+    night = server.create_run(server.create_experiment("job")).info.run_id
+    study = optuna.create_study()
+    study.set_user_attr(JOB, "job")
+    study.set_user_attr(OBJECTIVE, ["accuracy", "none"])
+    return server, night, study
 
 
 @pytest.mark.parametrize("holds_the_night", [True, False])
 def test_a_database_is_written_to_if_it_holds_the_night(tmp_path: Path, holds_the_night: bool) -> None:
+    server, night, study = begun(tmp_path)
     files = [tmp_path / "server.db", tmp_path / "other.db"]
-    server, other = (MlflowClient(f"sqlite:///{file}") for file in files)
-    for client in (server, other):
-        client.create_experiment("job")
-    night = server.create_run("1").info.run_id
-    study = optuna.create_study()
-    study.set_user_attr(JOB, "job")
-    study.set_user_attr(OBJECTIVE, ["accuracy", "none"])
+    other = MlflowClient(f"sqlite:///{files[1]}")
+    other.create_experiment("job")
     trial = study.ask({"learning_rate": optuna.distributions.FloatDistribution(0.1, 1)})
     trial.set_user_attr(NUMBER, 0)
     trial.set_user_attr(CURVE, [[1, 0.5, 0.4, 0.9], [2, 0.3, 0.3, 0.95]])
@@ -35,9 +43,33 @@ def test_a_database_is_written_to_if_it_holds_the_night(tmp_path: Path, holds_th
     assert other.search_runs(["1"]) == []
 
 
+def test_while_it_is_paused_no_trial_is_begun_to_be_written(tmp_path: Path) -> None:
+    server, night, study = begun(tmp_path)
+    with TrialTracker(server, night, tmp_path / "none.db") as tracker, tracker.paused():
+        for number in range(2):
+            trial = study.ask()
+            trial.set_user_attr(NUMBER, number)
+            tracker.track(study, study.tell(trial, 0.5))
+        time.sleep(0.5)
+        assert list(nested_runs(server, night)) == []
+    assert sorted(tracker.run_ids) == [0, 1]
+    assert len(list(nested_runs(server, night))) == 2
+
+
+def test_mlflow_is_not_asked_for_what_has_been_written(tmp_path: Path) -> None:
+    server, night, study = begun(tmp_path)
+    for number, state in ((0, TrialState.FAIL), (0, TrialState.COMPLETE), (1, TrialState.COMPLETE)):
+        trial = study.ask()
+        trial.set_user_attr(NUMBER, number)
+        study.tell(trial, 0.5 if state == TrialState.COMPLETE else None, state)
+    nowhere = MlflowClient(f"sqlite:///{tmp_path / 'no' / 'such.db'}")
+    assert track_missing_trials(nowhere, night, study, written=[1, 2]) == 0
+    assert track_missing_trials(server, night, study, written=[2]) == 2
+    assert track_missing_trials(server, night, study) == 0
+
+
 def test_where_there_is_no_database_none_is_made(tmp_path: Path) -> None:
-    server = MlflowClient(f"sqlite:///{tmp_path / 'server.db'}")
-    night = server.create_run(server.create_experiment("job")).info.run_id
+    server, night, _ = begun(tmp_path)
     with TrialTracker(server, night, tmp_path / "none.db"):
         pass
     assert not (tmp_path / "none.db").exists()

@@ -26,7 +26,7 @@ from models.fused import OnEpoch, Stopped
 from models.solo import Diverged, Epoch, Training
 from tasks.job import TuningJob
 from tasks.prepared import Prepared
-from tasks.processes import TrainerProcesses, started_ahead, worthwhile_processes
+from tasks.processes import NICENESS, TrainerProcesses, started_ahead, worthwhile_processes
 from tasks.study import FAILURE, finished_trials, is_interrupted, open_study
 from tasks.tracking import CURVE
 from tasks.trainer import Ended, Failed, LocalTrainer, Scored, TrainerDied
@@ -207,6 +207,7 @@ def test_processes_that_were_started_ahead_are_used_and_no_more_begin_than_are_w
                 ended = dict(processes.train([training] * wanted, lambda _: ()))
                 assert [type(one) for one in ended.values()] == [Scored] * wanted
                 assert processes.process_ids == begun
+                assert {psutil.Process(pid).nice() for pid in begun} == {psutil.Process().nice() + NICENESS}
                 first = psutil.Process(begun[0])
                 assert [first, *first.children(recursive=True)] == [psutil.Process(pid) for pid in begun]
         wait_until_dead(begun)
