@@ -119,15 +119,10 @@ class BoundedTPESampler(TPESampler):
         """From one trial of each set of hyperparameters: what others of the same set have changes nothing."""
         return super().infer_relative_search_space(_part(study, _one_of_each_set), trial)
 
-    def sample_relative(
+    def _sample(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        return super().sample_relative(_thinned(study), trial, search_space)
-
-    def sample_independent(
-        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
-    ) -> Any:
-        return super().sample_independent(_thinned(study), trial, param_name, param_distribution)
+        return super()._sample(_thinned(study), trial, search_space)
 
 
 def _part(study: optuna.Study, part_of: Callable[[list[FrozenTrial]], list[FrozenTrial]]) -> optuna.Study:
@@ -135,10 +130,9 @@ def _part(study: optuna.Study, part_of: Callable[[list[FrozenTrial]], list[Froze
 
 
 def _one_of_each_set(trials: list[FrozenTrial]) -> list[FrozenTrial]:
-    first: dict[tuple[str, ...], FrozenTrial] = {}
-    for trial in trials:
-        first.setdefault(tuple(trial.params), trial)
-    return list(first.values())
+    sets = [tuple(trial.params) for trial in trials]
+    first = dict(zip(reversed(sets), reversed(range(len(sets))), strict=True))
+    return [trials[place] for place in sorted(first.values())]
 
 
 def _thinned(study: optuna.Study) -> optuna.Study:
@@ -146,15 +140,18 @@ def _thinned(study: optuna.Study) -> optuna.Study:
     if len(study.directions) > 1:
         return study
     sign = -1 if study.direction == StudyDirection.MAXIMIZE else 1
+    is_complete, is_running = TrialState.COMPLETE, TrialState.RUNNING  # an enumeration is slow to look into
 
     def part_of(trials: list[FrozenTrial]) -> list[FrozenTrial]:
         if len(trials) <= MOST_TPE_TRIALS:
             return trials
-        values = [
-            (sign * trial.values[0], place) for place, trial in enumerate(trials) if trial.state == TrialState.COMPLETE
-        ]
-        best = [place for _, place in nsmallest(TPE_BEST_TRIALS, values)]
-        kept = {place for place, trial in enumerate(trials) if trial.state == TrialState.RUNNING}.union(best)
+        complete, running = [], set()
+        for place, trial in enumerate(trials):
+            if trial.state is is_complete:
+                complete.append((sign * trial.values[0], place))
+            elif trial.state is is_running:
+                running.add(place)
+        kept = running.union(place for _, place in nsmallest(TPE_BEST_TRIALS, complete))
         others = [place for place in range(len(trials)) if place not in kept]
         step = len(others) / (MOST_TPE_TRIALS - TPE_BEST_TRIALS)
         kept.update(others[int(number * step)] for number in range(MOST_TPE_TRIALS - TPE_BEST_TRIALS))

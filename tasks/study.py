@@ -111,38 +111,73 @@ def earlier_studies(job_name: str, studies: Studies) -> Iterator[optuna.Study]:
             _logger.warning("the journal of %s holds no study: its night was killed as it began", name)
 
 
-def ask(study: optuna.Study, job: TuningJob, worker: str = "") -> optuna.Trial:
-    """Ask for the next trial: what is queued comes first, then a sampler seeded by the trial's number, the first that
-    no finished and no running trial has. Within a wave (`widen_wave`) the structure is that of its first trial.
+class Asking:
+    """What is to be asked for next, by one look at the study's trials: right for as long as nobody else asks."""
 
-    An interrupted night thus goes on exactly as it would have without the interruption: an interrupted trial is asked
-    for again as it was, and for others the history is the same and so is the seed. (A sampler made once a process
-    would propose the study's first trials again.)
-    """
-    trials = tonights_trials(study)
-    claimed = {trial.user_attrs.get(NUMBER): trial for trial in _claimed_of(trials)}
-    number = next(free for free in count() if free not in claimed)
-    queue: list[dict[str, Any]] = study.user_attrs.get(QUEUE, [])
-    interrupted = next(filter(is_interrupted, _attempts_of(trials, number)), None)
-    # Where an ask was cut off before, what it queued is for this very number.
-    if not any(trial.state == TrialState.WAITING for trial in trials):
-        if number < len(queue):
-            study.enqueue_trial(queue[number]["params"], user_attrs=queue[number]["attributes"])
-        elif interrupted:
-            study.enqueue_trial(interrupted.params)
-    first, size = _wave_of(number, interrupted, claimed.get(number - 1))
-    params = claimed[first].params if first != number else {}
-    study.sampler = build_sampler(
-        job.search.sampler,
-        seed=derived_seed(job.seed, "sampler", number),
-        study_seed=derived_seed(job.seed, "sequence", 0),
-        fixed={name: params[name] for name in job.family.structure if name in params},
-    )
-    trial = study.ask()
-    trial.set_user_attr(WORKER, worker)
-    trial.set_user_attr(NUMBER, number)
-    trial.set_user_attr(WAVE, [first, size])
-    return trial
+    def __init__(self, study: optuna.Study, job: TuningJob) -> None:
+        self._study, self._job = study, job
+        trials = tonights_trials(study)
+        claimed = _claimed_of(trials)
+        self._count = len(claimed)
+        self._claimed: dict[int | None, FrozenTrial | optuna.Trial] = {
+            trial.user_attrs.get(NUMBER): trial for trial in claimed
+        }
+        self._free = (number for number in count() if number not in self._claimed)
+        self._interrupted: dict[int | None, list[FrozenTrial]] = {}
+        for trial in filter(is_interrupted, trials):
+            self._interrupted.setdefault(trial.user_attrs.get(NUMBER), []).append(trial)
+        # Where an ask was cut off before, what it queued is for the very number that is asked for now.
+        self._is_queued = any(trial.state == TrialState.WAITING for trial in trials)
+
+    @property
+    def is_budget_claimed(self) -> bool:
+        """Whether every trial that the budget has room for is finished, or under way with some worker."""
+        return self._count >= self._job.budget.trials
+
+    def ask(self, worker: str = "") -> optuna.Trial:
+        """Ask for the next trial: what is queued comes first, then a sampler seeded by the trial's number, the first
+        that no finished and no running trial has. Within a wave (`widen_wave`) the structure is that of its first
+        trial.
+
+        An interrupted night thus goes on exactly as it would have without the interruption: an interrupted trial is
+        asked for again as it was, and for others the history is the same and so is the seed. (A sampler made once a
+        process would propose the study's first trials again.)
+        """
+        study, job = self._study, self._job
+        number = next(self._free)
+        queue: list[dict[str, Any]] = study.user_attrs.get(QUEUE, [])
+        interrupted = next(iter(self._interrupted.get(number, [])), None)
+        if not self._is_queued:
+            if number < len(queue):
+                study.enqueue_trial(queue[number]["params"], user_attrs=queue[number]["attributes"])
+            elif interrupted:
+                study.enqueue_trial(interrupted.params)
+        first, size = _wave_of(number, interrupted, self._claimed.get(number - 1))
+        params = self._claimed[first].params if first != number else {}
+        study.sampler = build_sampler(
+            job.search.sampler,
+            seed=derived_seed(job.seed, "sampler", number),
+            study_seed=derived_seed(job.seed, "sequence", 0),
+            fixed={name: params[name] for name in job.family.structure if name in params},
+        )
+        trial = study.ask()
+        trial.set_user_attr(WORKER, worker)
+        trial.set_user_attr(NUMBER, number)
+        trial.set_user_attr(WAVE, [first, size])
+        self._is_queued = False
+        self._claimed[number] = trial
+        self._count += 1
+        return trial
+
+    def is_wave_full(self, trial: optuna.Trial) -> bool:
+        """Whether the trial is the last of its wave, or the last that the budget has room for. One that was interrupted
+        once less than is tolerated goes alone: if it is what kills the process, it takes no other with it."""
+        first, size = trial.user_attrs[WAVE]
+        left = [number for number in range(first, first + size) if number not in self._claimed]
+        if not left or self.is_budget_claimed:
+            return True
+        interruptions = max(len(self._interrupted.get(number, [])) for number in (trial.user_attrs[NUMBER], left[0]))
+        return interruptions >= MOST_INTERRUPTIONS - 1
 
 
 def has_waves(job: TuningJob) -> bool:
@@ -163,24 +198,6 @@ def widen_wave(trial: optuna.Trial, size: int) -> None:
     trial.set_user_attr(WAVE, [trial.user_attrs[NUMBER], size])
 
 
-def is_wave_full(study: optuna.Study, job: TuningJob, trial: optuna.Trial) -> bool:
-    """Whether the trial is the last of its wave, or the last that the budget has room for. One that was interrupted
-    once less than is tolerated goes alone: if it is what kills the process, it takes no other with it."""
-    trials = tonights_trials(study)
-    claimed = _claimed_of(trials)
-    first, size = trial.user_attrs[WAVE]
-    left = set(range(first, first + size)).difference(other.user_attrs.get(NUMBER) for other in claimed)
-    if not left or len(claimed) >= job.budget.trials:
-        return True
-    interrupted = Counter(other.user_attrs.get(NUMBER) for other in trials if is_interrupted(other))
-    return max(interrupted[trial.user_attrs[NUMBER]], interrupted[min(left)]) >= MOST_INTERRUPTIONS - 1
-
-
-def is_budget_claimed(study: optuna.Study, job: TuningJob) -> bool:
-    """Whether every trial that the budget has room for is finished, or under way with some worker."""
-    return len(_claimed_of(tonights_trials(study))) >= job.budget.trials
-
-
 def finished_trials(study: optuna.Study) -> list[FrozenTrial]:
     """The trials that count against the budget: COMPLETE, PRUNED, FAIL by their own fault, and those that were
     interrupted three times: their hyperparameters may be what kills the process."""
@@ -196,7 +213,7 @@ def number_of(trial: FrozenTrial) -> int:
 
 def attempts(study: optuna.Study, number: int) -> list[FrozenTrial]:
     """Every time that a trial of tonight was begun: all but the last were interrupted."""
-    return _attempts_of(tonights_trials(study), number)
+    return [trial for trial in tonights_trials(study) if trial.user_attrs.get(NUMBER) == number]
 
 
 def tonights_trials(study: optuna.Study, *states: TrialState) -> list[FrozenTrial]:
@@ -262,11 +279,9 @@ def _claimed_of(trials: list[FrozenTrial]) -> list[FrozenTrial]:
     return [*_finished_of(trials), *(trial for trial in trials if trial.state == TrialState.RUNNING)]
 
 
-def _attempts_of(trials: list[FrozenTrial], number: int) -> list[FrozenTrial]:
-    return [trial for trial in trials if trial.user_attrs.get(NUMBER) == number]
-
-
-def _wave_of(number: int, interrupted: FrozenTrial | None, before: FrozenTrial | None) -> tuple[int, int]:
+def _wave_of(
+    number: int, interrupted: FrozenTrial | None, before: FrozenTrial | optuna.Trial | None
+) -> tuple[int, int]:
     """The first number of the wave that a number belongs to, and the wave's size."""
     for known in (interrupted, before):
         if known is not None and WAVE in known.user_attrs:

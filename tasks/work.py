@@ -40,13 +40,11 @@ from tasks.study import (
     FIXED,
     HYPERPARAMETERS,
     WORKER,
-    ask,
+    Asking,
     attempts,
     derived_seed,
     finished_trials,
     has_waves,
-    is_budget_claimed,
-    is_wave_full,
     may_widen_wave,
     tonights_trials,
     widen_wave,
@@ -78,9 +76,15 @@ class _Candidate:
     """One trial of a wave, from ask to tell."""
 
     def __init__(
-        self, study: optuna.Study, job: TuningJob, trainer: Trainer, checkpoints: TrialCheckpoints, worker: str
+        self,
+        asking: Asking,
+        study: optuna.Study,
+        job: TuningJob,
+        trainer: Trainer,
+        checkpoints: TrialCheckpoints,
+        worker: str,
     ) -> None:
-        self.trial = ask(study, job, worker)
+        self.trial = asking.ask(worker)
         self._study = study
         self._job = job
         self._trainer = trainer
@@ -300,12 +304,13 @@ def run_wave(
 
     try:
         with claims():
-            if is_budget_claimed(study, job) or may_take <= 0 or GRID_EXHAUSTED in study.user_attrs:
+            asking = Asking(study, job)
+            if asking.is_budget_claimed or may_take <= 0 or GRID_EXHAUSTED in study.user_attrs:
                 return None
             candidate = None
-            while candidate is None or not is_wave_full(study, job, candidate.trial):
+            while candidate is None or not asking.is_wave_full(candidate.trial):
                 first = candidate is None
-                candidate = _Candidate(study, job, trainer, checkpoints, lease.name)
+                candidate = _Candidate(asking, study, job, trainer, checkpoints, lease.name)
                 untold.append(candidate)
                 try:
                     training = candidate.draw()

@@ -25,7 +25,7 @@ from tasks.job import TuningJob, parse_job
 from tasks.leases import Lease
 from tasks.samplers import NUMBER
 from tasks.storage import Studies, one_claims
-from tasks.study import SEARCH_ENDED_BY, ask, finished_trials, load_study, open_study
+from tasks.study import SEARCH_ENDED_BY, Asking, finished_trials, load_study, open_study
 from tasks.trainer import LocalTrainer
 from tasks.tune import tune
 from tasks.work import work
@@ -89,7 +89,7 @@ def asking(finished: int) -> Record:
         for _ in range(REPEATS):
             began = time.perf_counter()
             with one_claims(studies, job.name, study.study_name):
-                trial = ask(study, job, lease.name)
+                trial = Asking(study, job).ask(lease.name)
                 job.family.draw(trial, job.space)
             asked = time.perf_counter()
             for epoch in range(1, REPORTS + 1):

@@ -43,9 +43,8 @@ from tasks.study import (
     SEARCH_ENDED_BY,
     STOPPED,
     WORKER,
-    ask,
+    Asking,
     finished_trials,
-    is_budget_claimed,
     is_interrupted,
     load_study,
     open_study,
@@ -95,7 +94,7 @@ def test_a_silent_worker_is_declared_dead_after_its_lease_and_its_trials_are_ask
     watch = Watch(study, nullcontext, clock)
     elsewhere(study, "silent", 3)
     elsewhere(study, "lively", 3)
-    taken, kept = ask(study, job, "silent"), ask(study, job, "lively")
+    taken, kept = Asking(study, job).ask("silent"), Asking(study, job).ask("lively")
     for beats in range(4, 4 + int(LEASE_SECONDS / BEAT_SECONDS)):
         watch.look()
         assert states(study) == [TrialState.RUNNING] * 2
@@ -105,7 +104,8 @@ def test_a_silent_worker_is_declared_dead_after_its_lease_and_its_trials_are_ask
     assert list(watch.look()) == ["lively"]
     assert states(study) == [TrialState.FAIL, TrialState.RUNNING]
     assert is_interrupted(study.trials[taken.number])
-    assert ask(study, job, "lively").user_attrs["number"] == taken.user_attrs["number"] != kept.user_attrs["number"]
+    again = Asking(study, job).ask("lively")
+    assert again.user_attrs["number"] == taken.user_attrs["number"] != kept.user_attrs["number"]
     assert mishaps_of(study.user_attrs) == ("cuda:0 of another has not been heard of for 30 s",)
     assert lost_flow_runs(study.user_attrs) == {"silent"}
     before = study.trials
@@ -117,7 +117,7 @@ def test_nobody_is_declared_dead_for_an_outage_of_the_storage(job: TuningJob, st
     clock = Clock()
     watch = Watch(study, nullcontext, clock)
     elsewhere(study, "worker", 3)
-    ask(study, job, "worker")
+    Asking(study, job).ask("worker")
     watch.look()
     clock.now += 600  # in which nobody could look, nor beat
     assert list(watch.look()) == ["worker"]
@@ -129,11 +129,11 @@ def test_nobody_is_declared_dead_for_an_outage_of_the_storage(job: TuningJob, st
 
 def test_a_dead_process_of_this_machine_is_seen_at_once(job: TuningJob, study: optuna.Study) -> None:
     with Lease(study, "cpu", "run") as lease:
-        alive = ask(study, job, lease.name)
+        alive = Asking(study, job).ask(lease.name)
         record = study.user_attrs[f"worker {lease.name}"]
         study.set_user_attr("worker dead", {**record, "process_began": record["process_began"] - 1})
-        ask(study, job, "dead")
-        ask(study, job)  # whose worker died before it could say its name
+        Asking(study, job).ask("dead")
+        Asking(study, job).ask()  # whose worker died before it could say its name
         assert list(settle(study, nullcontext)) == [lease.name]
         assert states(study) == [TrialState.RUNNING, TrialState.FAIL, TrialState.FAIL]
     assert workers_of(study.user_attrs) == {}
@@ -310,7 +310,7 @@ def test_what_was_asked_for_under_a_lost_claim_is_given_back_and_counts_once(
 def test_a_trial_that_ends_while_another_is_asked_for_is_not_asked_for_again(
     job: TuningJob, study: optuna.Study, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    under_way = [ask(study, job, "another") for _ in range(5)]
+    under_way = [Asking(study, job).ask("another") for _ in range(5)]
     look = study.get_trials
 
     def end_one_after_each_look(*arguments: Any, **options: Any) -> list[FrozenTrial]:
@@ -320,9 +320,9 @@ def test_a_trial_that_ends_while_another_is_asked_for_is_not_asked_for_again(
         return found
 
     monkeypatch.setattr(study, "get_trials", end_one_after_each_look)
-    assert not is_budget_claimed(study, job)
-    assert ask(study, job, "worker").user_attrs["number"] == 5
-    assert is_budget_claimed(study, job)
+    assert not Asking(study, job).is_budget_claimed
+    assert Asking(study, job).ask("worker").user_attrs["number"] == 5
+    assert Asking(study, job).is_budget_claimed
 
 
 class Broken(LocalTrainer):

@@ -27,7 +27,7 @@ from tasks.study import (
     HYPERPARAMETERS,
     IMPORTED_FROM,
     ROLE,
-    ask,
+    Asking,
     finished_trials,
     number_of,
     open_study,
@@ -68,7 +68,7 @@ def imported(study: optuna.Study) -> list[FrozenTrial]:
 
 
 def next_params(study: optuna.Study, job: TuningJob) -> tuple[str, dict[str, Any]]:
-    trial = ask(study, job)
+    trial = Asking(study, job).ask()
     job.family.draw(trial, job.space)
     study.tell(trial, 0.5)
     return str(trial.user_attrs.get(ROLE)), trial.params
@@ -139,7 +139,7 @@ def test_a_night_begins_with_baseline_champion_and_the_best_of_earlier_nights(
 def test_an_imported_trial_never_wins(prepared: Prepared, tmp_path: Path) -> None:
     job = job_with()
     first = begin(job, prepared.snapshot, tmp_path, 0)
-    lucky = ask(first, job)
+    lucky = Asking(first, job).ask()
     drawn = job.family.draw(lucky, job.space)
     lucky.set_user_attr(HYPERPARAMETERS, drawn.model_dump())
     first.tell(lucky, 0.999)

@@ -16,7 +16,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from tasks.job import PrunerName, SamplerName, TuningJob
 from tasks.leases import free_trials
 from tasks.samplers import GRID_EXHAUSTED, MOST_TPE_TRIALS, STARTUP_TRIALS, BoundedTPESampler, build_pruner
-from tasks.study import FAILURE, ask, finished_trials, open_study
+from tasks.study import FAILURE, Asking, finished_trials, open_study
 from tests.conftest import make_job
 
 NOW = datetime(2026, 11, 23, 2, 0, tzinfo=UTC)
@@ -39,7 +39,7 @@ def job_with(sampler: str, **content: Any) -> TuningJob:
 
 def pretend(study: optuna.Study, job: TuningJob) -> FrozenTrial:
     """A trial from ask to tell whose value is best at learning rate 0.01 without dropout."""
-    trial = ask(study, job)
+    trial = Asking(study, job).ask()
     drawn = job.family.draw(trial, job.space).model_dump()
     return study.tell(trial, 1 - abs(drawn["learning_rate"] - 0.01) - 0.1 * drawn["dropout"])
 
@@ -76,7 +76,7 @@ def test_trials_that_run_side_by_side_are_distinct(sampler: str, tmp_path: Path)
     for _ in range(4):
         running = []
         for _ in range(4):
-            trial = ask(study, job)
+            trial = Asking(study, job).ask()
             job.family.draw(trial, job.space)
             running.append(trial)
         points = [tuple(sorted(trial.params.items())) for trial in running]
@@ -163,7 +163,7 @@ def test_a_grid_gives_an_interrupted_point_again(tmp_path: Path) -> None:
     job = job_with("grid")
     study = open_study(job, "f", tmp_path, NOW)
     pretend(study, job)
-    interrupted = ask(study, job)
+    interrupted = Asking(study, job).ask()
     job.family.draw(interrupted, job.space)
     free_trials(study, lambda _: True)
     assert pretend(study, job).params == interrupted.params
@@ -175,7 +175,7 @@ def test_a_grid_gives_an_interrupted_point_again(tmp_path: Path) -> None:
 def test_a_failed_point_of_a_grid_is_not_tried_again(tmp_path: Path) -> None:
     job = job_with("grid")
     study = open_study(job, "f", tmp_path, NOW)
-    trial = ask(study, job)
+    trial = Asking(study, job).ask()
     job.family.draw(trial, job.space)
     trial.set_user_attr(FAILURE, "diverged at epoch 1")
     study.tell(trial, state=TrialState.FAIL)
@@ -217,11 +217,11 @@ def test_a_pruner_stops_the_same_trials_on_another_date(pruner: str, tmp_path: P
     def pruned(now: datetime, interrupted: bool) -> list[tuple[int, int]]:
         study = open_study(job, "f", tmp_path / str(interrupted), now)
         if interrupted:
-            ask(study, job)
+            Asking(study, job).ask()
             free_trials(study, lambda _: True)
         stopped = []
         for number in range(20):
-            trial = ask(study, job)
+            trial = Asking(study, job).ask()
             for epoch in range(1, 28):
                 trial.report(number * 7 % 20 - epoch**0.5 / (10 + number), epoch)
                 if trial.should_prune():
