@@ -130,9 +130,10 @@ def _part(study: optuna.Study, part_of: Callable[[list[FrozenTrial]], list[Froze
 
 
 def _one_of_each_set(trials: list[FrozenTrial]) -> list[FrozenTrial]:
-    sets = [tuple(trial.params) for trial in trials]
-    first = dict(zip(reversed(sets), reversed(range(len(sets))), strict=True))
-    return [trials[place] for place in sorted(first.values())]
+    first: dict[tuple[str, ...], FrozenTrial] = {}
+    for trial in trials:
+        first.setdefault(tuple(trial.params), trial)
+    return list(first.values())
 
 
 def _thinned(study: optuna.Study) -> optuna.Study:
@@ -140,18 +141,18 @@ def _thinned(study: optuna.Study) -> optuna.Study:
     if len(study.directions) > 1:
         return study
     sign = -1 if study.direction == StudyDirection.MAXIMIZE else 1
-    is_complete, is_running = TrialState.COMPLETE, TrialState.RUNNING  # an enumeration is slow to look into
+    complete, running = TrialState.COMPLETE, TrialState.RUNNING  # an enumeration is slow to look into
 
     def part_of(trials: list[FrozenTrial]) -> list[FrozenTrial]:
         if len(trials) <= MOST_TPE_TRIALS:
             return trials
-        complete, running = [], set()
+        kept, values = set(), []
         for place, trial in enumerate(trials):
-            if trial.state is is_complete:
-                complete.append((sign * trial.values[0], place))
-            elif trial.state is is_running:
-                running.add(place)
-        kept = running.union(place for _, place in nsmallest(TPE_BEST_TRIALS, complete))
+            if trial.state is complete:
+                values.append((sign * trial.values[0], place))
+            elif trial.state is running:
+                kept.add(place)
+        kept.update(place for _, place in nsmallest(TPE_BEST_TRIALS, values))
         others = [place for place in range(len(trials)) if place not in kept]
         step = len(others) / (MOST_TPE_TRIALS - TPE_BEST_TRIALS)
         kept.update(others[int(number * step)] for number in range(MOST_TPE_TRIALS - TPE_BEST_TRIALS))
