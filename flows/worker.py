@@ -5,6 +5,8 @@ and the artifact store, and of the machine that the night runs on nothing.
 """
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from mlflow import MlflowClient
@@ -78,6 +80,11 @@ def _work(job_name: str, study_name: str, settings: Settings) -> str:
             trainer_of(job, snapshot, device) as trainer,
         ):
 
+            @contextmanager
+            def claims() -> Iterator[None]:
+                with tracker.paused(), one_claims(settings.studies, job.name, study.study_name):
+                    yield
+
             def on_trial(trial: FrozenTrial) -> None:
                 tracker.track(study, trial)
                 _logger.info("trial %d ended as %s: %s", number_of(trial), trial.state.name, trial.values)
@@ -88,7 +95,7 @@ def _work(job_name: str, study_name: str, settings: Settings) -> str:
                 trainer,
                 settings.home / "checkpoints",
                 lease,
-                lambda: one_claims(settings.studies, job.name, study.study_name),
+                claims,
                 on_trial,
                 store if settings.are_studies_shared else None,
             )

@@ -107,7 +107,7 @@ class TrainerProcesses:
     @property
     def process_ids(self) -> list[int]:
         """Of those that live, once all of them are ready."""
-        return [process.process_id for process in self._processes] if self._group.is_started else []
+        return [process.wait_until_ready() for process in self._processes] if self._group.is_started else []
 
     def members(self, training: Training) -> int:
         return int(self._processes[0].ask("members", training))
@@ -234,9 +234,8 @@ class TrainerProcess:
     def disconnect(self) -> None:
         self.connection.close()
 
-    @property
-    def process_id(self) -> int:
-        """Once it is ready. Raises TrainerDied."""
+    def wait_until_ready(self) -> int:
+        """Returns its process's id. Raises TrainerDied."""
         if self._process_id is None:
             _, self._process_id = self._next(START_SECONDS)
         return self._process_id
@@ -279,7 +278,7 @@ class TrainerProcess:
 
     def _receive(self, seconds: float) -> tuple[str, Any]:
         """The next message; what is not heard within the seconds, once the process is ready, is taken for hung."""
-        assert self.process_id
+        self.wait_until_ready()
         return self._next(seconds)
 
     def _next(self, seconds: float) -> tuple[str, Any]:
