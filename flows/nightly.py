@@ -327,11 +327,6 @@ def _tune(
         run = tracker.run_ids.get(trial.number)
         return None if run is None else settings.mlflow_page(study.user_attrs[MLFLOW_EXPERIMENT], run)
 
-    @contextmanager
-    def claims() -> Iterator[None]:
-        with tracker.paused(), one_claims(settings.studies, job.name, study.study_name):
-            yield
-
     def on_trial(trial: FrozenTrial) -> None:
         tracker.track(study, trial)
         progress.update()
@@ -347,7 +342,7 @@ def _tune(
             job,
             trainer,
             settings.home / "checkpoints",
-            claims=claims,
+            claims=lambda: tracker.paused(one_claims(settings.studies, job.name, study.study_name)),
             flow_run_id=runtime.flow_run.id,
             seconds_left=seconds_to_search(job, settings.studies, _now()),
             on_trial=on_trial,

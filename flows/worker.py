@@ -5,8 +5,6 @@ and the artifact store, and of the machine that the night runs on nothing.
 """
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from mlflow import MlflowClient
@@ -80,11 +78,6 @@ def _work(job_name: str, study_name: str, settings: Settings) -> str:
             trainer_of(job, snapshot, device) as trainer,
         ):
 
-            @contextmanager
-            def claims() -> Iterator[None]:
-                with tracker.paused(), one_claims(settings.studies, job.name, study.study_name):
-                    yield
-
             def on_trial(trial: FrozenTrial) -> None:
                 tracker.track(study, trial)
                 _logger.info("trial %d ended as %s: %s", number_of(trial), trial.state.name, trial.values)
@@ -95,7 +88,7 @@ def _work(job_name: str, study_name: str, settings: Settings) -> str:
                 trainer,
                 settings.home / "checkpoints",
                 lease,
-                claims,
+                lambda: tracker.paused(one_claims(settings.studies, job.name, study.study_name)),
                 on_trial,
                 store if settings.are_studies_shared else None,
             )

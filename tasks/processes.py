@@ -201,7 +201,7 @@ class ProcessGroup:
                 os.killpg(self._first.pid, signal.SIGKILL)
             self._first.wait()
             for process in self.processes:
-                process.disconnect()
+                process.connection.close()
             self._first = None
 
     def ended(self) -> str:
@@ -230,9 +230,6 @@ class TrainerProcess:
     def connect(self, connection: Connection) -> None:
         self.connection = connection
         self._process_id: int | None = None
-
-    def disconnect(self) -> None:
-        self.connection.close()
 
     def wait_until_ready(self) -> int:
         """Returns its process's id. Raises TrainerDied."""

@@ -11,7 +11,7 @@ import logging
 import threading
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from contextvars import copy_context
 from datetime import datetime
 from pathlib import Path
@@ -167,12 +167,13 @@ class TrialTracker:
         self._thread.submit(copy_context().run, self._write, study, trial)
 
     @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Begin to write no trial meanwhile: Python runs one thread at a time, and the device waits for the trials that
-        are asked for."""
+    def paused(self, claim: AbstractContextManager[object]) -> Iterator[None]:
+        """Have the study to oneself by a claim, and begin to write no trial meanwhile: Python runs one thread at once,
+        and the device waits for the trials that are asked for."""
         self._may_write.clear()
         try:
-            yield
+            with claim:
+                yield
         finally:
             self._may_write.set()
 

@@ -76,15 +76,9 @@ class _Candidate:
     """One trial of a wave, from ask to tell."""
 
     def __init__(
-        self,
-        asking: Asking,
-        study: optuna.Study,
-        job: TuningJob,
-        trainer: Trainer,
-        checkpoints: TrialCheckpoints,
-        worker: str,
+        self, trial: optuna.Trial, study: optuna.Study, job: TuningJob, trainer: Trainer, checkpoints: TrialCheckpoints
     ) -> None:
-        self.trial = asking.ask(worker)
+        self.trial = trial
         self._study = study
         self._job = job
         self._trainer = trainer
@@ -310,7 +304,7 @@ def run_wave(
             candidate = None
             while candidate is None or not asking.is_wave_full(candidate.trial):
                 first = candidate is None
-                candidate = _Candidate(asking, study, job, trainer, checkpoints, lease.name)
+                candidate = _Candidate(asking.ask(lease.name), study, job, trainer, checkpoints)
                 untold.append(candidate)
                 try:
                     training = candidate.draw()

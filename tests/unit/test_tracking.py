@@ -1,6 +1,7 @@
 """Where trials are written: into the server's own database where it lies here, and into no other's."""
 
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import optuna
@@ -45,7 +46,7 @@ def test_a_database_is_written_to_if_it_holds_the_night(tmp_path: Path, holds_th
 
 def test_while_it_is_paused_no_trial_is_begun_to_be_written(tmp_path: Path) -> None:
     server, night, study = begun(tmp_path)
-    with TrialTracker(server, night, tmp_path / "none.db") as tracker, tracker.paused():
+    with TrialTracker(server, night, tmp_path / "none.db") as tracker, tracker.paused(nullcontext()):
         for number in range(2):
             trial = study.ask()
             trial.set_user_attr(NUMBER, number)
