@@ -1,11 +1,9 @@
 """Where rows come from: files (CSV, Parquet, NumPy, IDX, folders of images) here or in S3, a database's query, a
 built-in scikit-learn set, or a Python function of the user's own.
 
-Tables are read by pyarrow, which names the row that is ragged, keeps each distinct text of a chunk once, and which
-MLflow brings along anyway. Knows nothing of what is in a column, and of splits.
+Files of tables are table_files.py's. Knows nothing of what is in a column, and of splits.
 """
 
-import csv
 import gzip
 import importlib.metadata
 import importlib.util
@@ -14,7 +12,7 @@ import math
 import struct
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,8 +20,6 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import pyarrow as pa
-import pyarrow.csv
-import pyarrow.parquet
 import sqlalchemy
 from PIL import Image
 
@@ -32,26 +28,25 @@ from models.shapes import Problem
 from tasks.findings import EXAMPLES
 from tasks.job import DataConfig
 from tasks.rows import DataError, Frames, Rows, array_rows, table_rows
+from tasks.table_files import (
+    CHUNK_BYTES,
+    CSV_SUFFIXES,
+    alike,
+    chunk_rows,
+    first_repeated,
+    frames_of_files,
+    matching,
+    parquet_frames,
+    with_row_numbers,
+)
 
 SKLEARN_SETS = ("digits", "iris", "wine", "breast_cancer", "diabetes")
-CSV_SUFFIXES = (".csv", ".csv.gz", ".tsv", ".tsv.gz", ".data", ".txt")
 IDX_SUFFIXES = ("ubyte", "ubyte.gz", ".idx", ".idx.gz")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")
 DATABASES = ("postgresql", "sqlite")
-# A longer field is no value of a table, and a larger array no data for this machine, whatever a header claims.
-MOST_FIELD_LETTERS = 100_000
+# A larger array is no data for this machine, whatever a header claims.
 MOST_ARRAY_BYTES = 16 * 2**30
-# What is read of a source at once, of a table and of arrays.
-CHUNK_VALUES = 2**20
-CHUNK_BYTES = 2**24
 QUERY_ROWS = 2**15
-# gzip makes a file at most 1,032 times smaller. What people keep in tables shrinks 3 to 20 times.
-MOST_INFLATION = 200
-LEAST_BOMB_BYTES = 2**30
-NUMPY_TYPES = {
-    pa.bool_(): pd.BooleanDtype(),
-    **{kind: pd.Int64Dtype() for kind in (pa.int8(), pa.int16(), pa.int32(), pa.int64())},
-}
 
 
 def read_rows(data: DataConfig, problem: Problem, downloads: Path, scratch: Path) -> Rows:
@@ -92,14 +87,9 @@ def _stamp(place: str) -> list[Any]:
     if is_in_s3(place):
         return sorted(object_tags(place).items())
     path = Path(place)
-    found = path.glob("*/*") if path.is_dir() else _matching(path)
+    found = path.glob("*/*") if path.is_dir() else matching(path)
     stats = {file.as_posix(): file.stat() for file in found}
     return sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats.items())
-
-
-def _matching(path: Path) -> list[Path]:
-    """All files that a pattern matches, in the order of their names; the path itself where it is none."""
-    return sorted(path.parent.glob(path.name)) if {"*", "?", "["} & set(path.name) else [path]
 
 
 def _read(data: DataConfig, problem: Problem, scratch: Path) -> Rows:
@@ -116,7 +106,7 @@ def _read(data: DataConfig, problem: Problem, scratch: Path) -> Rows:
                 return table_rows(_frames_of(found), data, problem)
             return array_rows(source, _slices(*_pair(source, found)), problem)
         if name.endswith((*CSV_SUFFIXES, ".parquet")):
-            return table_rows(_frames_of_files(data), data, problem)
+            return table_rows(frames_of_files(data), data, problem)
         if name.endswith(".npz"):
             return array_rows(source, _slices(*_read_npz(Path(source))), problem)
         if name.endswith(IDX_SUFFIXES):
@@ -186,113 +176,8 @@ def _call(source: str) -> Any:
 
 
 def _frames_of(frame: pd.DataFrame) -> Frames:
-    numbered, step = frame.reset_index(drop=True), _chunk_rows(frame.columns)
+    numbered, step = frame.reset_index(drop=True), chunk_rows(frame.columns)
     return lambda: (numbered.iloc[begin : begin + step] for begin in range(0, max(1, len(numbered)), step))
-
-
-def _chunk_rows(columns: Collection[Any]) -> int:
-    return max(1, CHUNK_VALUES // max(1, len(columns)))
-
-
-def _frames_of_files(data: DataConfig) -> Frames:
-    """All files that match, in the order of their names; they must have the same columns."""
-    source = Path(data.source)
-    paths = _matching(source)
-    if not paths:
-        raise DataError(f"data.source: no file matches {data.source}; correct the pattern")
-    read = _parquet_frames if source.name.lower().endswith(".parquet") else _csv_frames
-    return lambda: _numbered(_alike((path, read(path, data)) for path in paths))
-
-
-def _alike(files: Iterable[tuple[Path, Iterable[pd.DataFrame]]]) -> Iterator[pd.DataFrame]:
-    """The frames of all files. Raises DataError where one has other columns than the first."""
-    known: list[Any] = []
-    first = ""
-    for path, frames in files:
-        for frame in frames:
-            known, first = known or list(frame.columns), first or path.name
-            if list(frame.columns) != known:
-                odd = sorted(set(frame.columns) ^ set(known))
-                raise DataError(
-                    f"{path} must have the columns of {first}, found a difference in "
-                    f"{', '.join(map(str, odd[:EXAMPLES])) or 'their order'}; mend it or match fewer files"
-                )
-            yield frame
-
-
-def _numbered(frames: Iterable[pd.DataFrame]) -> Iterator[pd.DataFrame]:
-    begin = 0
-    for frame in frames:
-        yield frame.set_axis(pd.RangeIndex(begin, begin + len(frame)))
-        begin += len(frame)
-
-
-def _csv_frames(path: Path, data: DataConfig) -> Iterator[pd.DataFrame]:
-    """Every cell as a text, as it stands in the file; what it means is seen when the whole column is known."""
-    delimiter = "\t" if ".tsv" in path.name and data.delimiter == "," else data.delimiter
-    with (
-        gzip.open(path, "rt", encoding="utf-8-sig") if path.suffix == ".gz" else path.open(encoding="utf-8-sig")
-    ) as file:
-        try:
-            first = next(csv.reader([file.readline(MOST_FIELD_LETTERS)], delimiter=delimiter), None)
-        except (UnicodeDecodeError, csv.Error) as error:
-            raise DataError(f"{path} must be text in UTF-8, but {error}; convert it") from error
-    if not first:
-        raise DataError(f"{path} must hold rows, found an empty first line; give a file with rows")
-    names = [name.strip() for name in first] if data.header else [str(place) for place in range(len(first))]
-    if (repeated := _repeated(names)) is not None:
-        raise DataError(f"{path}: each column must have a name of its own, found {repeated!r} twice; rename one")
-    text = pa.dictionary(pa.int32(), pa.string())
-    reader = pyarrow.csv.open_csv(
-        path,
-        read_options=pyarrow.csv.ReadOptions(column_names=names, skip_rows=int(data.header), block_size=CHUNK_BYTES),
-        parse_options=pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
-        convert_options=pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(names, text), strings_can_be_null=False),
-    )
-    rows = size = 0
-    for batch in reader:
-        size += batch.nbytes
-        if path.suffix == ".gz" and size > max(LEAST_BOMB_BYTES, MOST_INFLATION * path.stat().st_size):
-            raise DataError(
-                f"{path} must unpack to at most {MOST_INFLATION} times its size, found more after {rows} rows; look "
-                "where it comes from, or unpack it yourself"
-            )
-        frame = batch.to_pandas()
-        for name in frame.columns:
-            _check_texts(path, frame[name], rows)
-        yield frame
-        rows += len(frame)
-
-
-def _check_texts(path: Path, column: "pd.Series[Any]", before: int) -> None:
-    texts = pd.Series(column.cat.categories)
-    if texts.empty:
-        return
-    if (longest := texts.str.len().max()) > MOST_FIELD_LETTERS:
-        raise DataError(
-            f"{path}: column {column.name} must hold at most {MOST_FIELD_LETTERS} letters a field, found {longest}; "
-            "look for a quote that is never closed"
-        )
-    zero = texts.str.contains("\0", regex=False).to_numpy(dtype=bool)
-    if zero.any():
-        row = before + int(np.flatnonzero(zero[column.cat.codes])[0])
-        raise DataError(f"{path}: column {column.name} must be text, found a NUL byte in row {row}; write it again")
-
-
-def _parquet_frames(path: Path, _: DataConfig) -> Iterator[pd.DataFrame]:
-    with pyarrow.parquet.ParquetFile(path) as file:
-        schema = file.schema_arrow
-    for field in schema:
-        if pa.types.is_nested(field.type) or pa.types.is_binary(field.type):
-            raise DataError(
-                f"{path}: column {field.name} must hold plain values, found {field.type}; leave it out of the file"
-            )
-    texts = [field.name for field in schema if pa.types.is_string(field.type) or pa.types.is_large_string(field.type)]
-    with pyarrow.parquet.ParquetFile(path, read_dictionary=texts, pre_buffer=False, buffer_size=2**20) as file:
-        if file.metadata.num_rows == 0:
-            yield schema.empty_table().to_pandas()
-        for batch in file.iter_batches(_chunk_rows(schema.names), columns=schema.names):
-            yield batch.to_pandas(types_mapper=NUMPY_TYPES.get)
 
 
 def _frames_of_query(data: DataConfig, scratch: Path) -> Frames:
@@ -308,7 +193,7 @@ def _frames_of_query(data: DataConfig, scratch: Path) -> Frames:
         engine = sqlalchemy.create_engine(url, poolclass=sqlalchemy.NullPool)
         with engine.connect().execution_options(stream_results=True) as connection:
             for frame in pd.read_sql_query(sqlalchemy.text(data.query), connection, chunksize=QUERY_ROWS):
-                if (repeated := _repeated(frame.columns)) is not None:
+                if (repeated := first_repeated(frame.columns)) is not None:
                     raise DataError(
                         f"data.query must name each column once, found {repeated!r} twice; rename one with AS"
                     )
@@ -322,12 +207,7 @@ def _frames_of_query(data: DataConfig, scratch: Path) -> Frames:
             f"data.query must be answered by {data.source}, but {reason}; mend the query, the URL or the password "
             "(PGPASSWORD, ~/.pgpass)"
         ) from error
-    return lambda: _numbered(_alike((path, _parquet_frames(path, data)) for path in paths))
-
-
-def _repeated(names: Iterable[str]) -> str | None:
-    """The first name that stands there twice."""
-    return next((name for name, count in Counter(names).items() if count > 1), None)
+    return lambda: with_row_numbers(alike((path, parquet_frames(path, data)) for path in paths))
 
 
 def _plain(frame: pd.DataFrame) -> pd.DataFrame:

@@ -16,7 +16,7 @@ from models import batches
 from models.families import family_named
 from models.solo import Training, train
 from tasks import prepare as preparing
-from tasks import sources
+from tasks import table_files
 from tasks.job import DataConfig
 from tasks.prepare import prepare
 from tasks.prepared import Prepared
@@ -26,7 +26,7 @@ from tests.servers import private_bytes
 def main(folder: Path, megabytes: int) -> None:
     batches.SHARD_BYTES //= 8
     preparing.BUCKET_BYTES //= 8
-    sources.CHUNK_VALUES //= 2
+    table_files.CHUNK_VALUES //= 2
     pa.set_memory_pool(pa.system_memory_pool())  # Arrow's own reserves more than it uses
     torch.set_num_threads(1)
     # What is loaded and reserved at the first use is the libraries' too.

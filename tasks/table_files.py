@@ -1,0 +1,152 @@
+"""Tables in files: CSV and Parquet, one file or all that match a pattern, frame by frame.
+
+Read by pyarrow, which names the row that is ragged, keeps each distinct text of a chunk once, and which MLflow brings
+along anyway. Knows nothing of what is in a column, and of splits.
+"""
+
+import csv
+import gzip
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
+
+from tasks.findings import EXAMPLES
+from tasks.job import DataConfig
+from tasks.rows import DataError, Frames
+
+CSV_SUFFIXES = (".csv", ".csv.gz", ".tsv", ".tsv.gz", ".data", ".txt")
+# A longer field is no value of a table.
+MOST_FIELD_LETTERS = 100_000
+# What is read of a source at once, of a table and of a file.
+CHUNK_VALUES = 2**20
+CHUNK_BYTES = 2**24
+# gzip makes a file at most 1,032 times smaller. What people keep in tables shrinks 3 to 20 times.
+MOST_INFLATION = 200
+LEAST_BOMB_BYTES = 2**30
+
+NUMPY_TYPES = {
+    pa.bool_(): pd.BooleanDtype(),
+    **{kind: pd.Int64Dtype() for kind in (pa.int8(), pa.int16(), pa.int32(), pa.int64())},
+}
+
+
+def frames_of_files(data: DataConfig) -> Frames:
+    """All files that match, in the order of their names; they must have the same columns."""
+    source = Path(data.source)
+    paths = matching(source)
+    if not paths:
+        raise DataError(f"data.source: no file matches {data.source}; correct the pattern")
+    read = parquet_frames if source.name.lower().endswith(".parquet") else _csv_frames
+    return lambda: with_row_numbers(alike((path, read(path, data)) for path in paths))
+
+
+def alike(files: Iterable[tuple[Path, Iterable[pd.DataFrame]]]) -> Iterator[pd.DataFrame]:
+    """The frames of all files. Raises DataError where one has other columns than the first."""
+    known: list[Any] = []
+    first = ""
+    for path, frames in files:
+        for frame in frames:
+            known, first = known or list(frame.columns), first or path.name
+            if list(frame.columns) != known:
+                odd = sorted(set(frame.columns) ^ set(known))
+                raise DataError(
+                    f"{path} must have the columns of {first}, found a difference in "
+                    f"{', '.join(map(str, odd[:EXAMPLES])) or 'their order'}; mend it or match fewer files"
+                )
+            yield frame
+
+
+def with_row_numbers(frames: Iterable[pd.DataFrame]) -> Iterator[pd.DataFrame]:
+    begin = 0
+    for frame in frames:
+        yield frame.set_axis(pd.RangeIndex(begin, begin + len(frame)))
+        begin += len(frame)
+
+
+def _csv_frames(path: Path, data: DataConfig) -> Iterator[pd.DataFrame]:
+    """Every cell as a text, as it stands in the file; what it means is seen when the whole column is known."""
+    delimiter = "\t" if ".tsv" in path.name and data.delimiter == "," else data.delimiter
+    with (
+        gzip.open(path, "rt", encoding="utf-8-sig") if path.suffix == ".gz" else path.open(encoding="utf-8-sig")
+    ) as file:
+        try:
+            first = next(csv.reader([file.readline(MOST_FIELD_LETTERS)], delimiter=delimiter), None)
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise DataError(f"{path} must be text in UTF-8, but {error}; convert it") from error
+    if not first:
+        raise DataError(f"{path} must hold rows, found an empty first line; give a file with rows")
+    names = [name.strip() for name in first] if data.header else [str(place) for place in range(len(first))]
+    if (repeated := first_repeated(names)) is not None:
+        raise DataError(f"{path}: each column must have a name of its own, found {repeated!r} twice; rename one")
+    text = pa.dictionary(pa.int32(), pa.string())
+    reader = pyarrow.csv.open_csv(
+        path,
+        read_options=pyarrow.csv.ReadOptions(column_names=names, skip_rows=int(data.header), block_size=CHUNK_BYTES),
+        parse_options=pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
+        convert_options=pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(names, text), strings_can_be_null=False),
+    )
+    rows = size = 0
+    for batch in reader:
+        size += batch.nbytes
+        if path.suffix == ".gz" and size > max(LEAST_BOMB_BYTES, MOST_INFLATION * path.stat().st_size):
+            raise DataError(
+                f"{path} must unpack to at most {MOST_INFLATION} times its size, found more after {rows} rows; look "
+                "where it comes from, or unpack it yourself"
+            )
+        frame = batch.to_pandas()
+        for name in frame.columns:
+            _check_texts(path, frame[name], rows)
+        yield frame
+        rows += len(frame)
+
+
+def _check_texts(path: Path, column: "pd.Series[Any]", before: int) -> None:
+    texts = pd.Series(column.cat.categories)
+    if texts.empty:
+        return
+    if (longest := texts.str.len().max()) > MOST_FIELD_LETTERS:
+        raise DataError(
+            f"{path}: column {column.name} must hold at most {MOST_FIELD_LETTERS} letters a field, found {longest}; "
+            "look for a quote that is never closed"
+        )
+    zero = texts.str.contains("\0", regex=False).to_numpy(dtype=bool)
+    if zero.any():
+        row = before + int(np.flatnonzero(zero[column.cat.codes])[0])
+        raise DataError(f"{path}: column {column.name} must be text, found a NUL byte in row {row}; write it again")
+
+
+def parquet_frames(path: Path, _: DataConfig) -> Iterator[pd.DataFrame]:
+    with pyarrow.parquet.ParquetFile(path) as file:
+        schema = file.schema_arrow
+    for field in schema:
+        if pa.types.is_nested(field.type) or pa.types.is_binary(field.type):
+            raise DataError(
+                f"{path}: column {field.name} must hold plain values, found {field.type}; leave it out of the file"
+            )
+    texts = [field.name for field in schema if pa.types.is_string(field.type) or pa.types.is_large_string(field.type)]
+    with pyarrow.parquet.ParquetFile(path, read_dictionary=texts, pre_buffer=False, buffer_size=2**20) as file:
+        if file.metadata.num_rows == 0:
+            yield schema.empty_table().to_pandas()
+        for batch in file.iter_batches(chunk_rows(schema.names), columns=schema.names):
+            yield batch.to_pandas(types_mapper=NUMPY_TYPES.get)
+
+
+def matching(path: Path) -> list[Path]:
+    """All files that a pattern matches, in the order of their names; the path itself where it is none."""
+    return sorted(path.parent.glob(path.name)) if {"*", "?", "["} & set(path.name) else [path]
+
+
+def chunk_rows(columns: Collection[Any]) -> int:
+    return max(1, CHUNK_VALUES // max(1, len(columns)))
+
+
+def first_repeated(names: Iterable[str]) -> str | None:
+    """The first name that stands there twice."""
+    return next((name for name, count in Counter(names).items() if count > 1), None)
