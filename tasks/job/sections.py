@@ -1,33 +1,19 @@
-"""The job: one YAML file that says what is tuned, on which data, with what budget, and when it is promoted.
+"""The parts of a job file, each a section with its fields, their rules and what they mean.
 
-A name and a data source are enough. The file is read, merged with a night's overrides and validated as one TuningJob
-before anything starts; what is wrong is said in one sentence. Knows nothing of the steps.
+Knows nothing of the steps, nor of how a file is read.
 """
 
-import hashlib
 import math
-import re
-from collections.abc import Mapping
 from contextlib import suppress
 from datetime import UTC, date, datetime
-from functools import cached_property
-from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 from zoneinfo import available_timezones
 
-import yaml
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from infra.errors import ExpectedError
 from models.column import MISSING, Role
-from models.evaluate import METRICS, Metric, MetricName
-from models.families import Family, family_named
-from models.space import Domain, Range
-
-OWN_JOBS = Path(__file__).parent.parent / "flows" / "jobs"
-NAME_PATTERN = r"[a-z0-9][a-z0-9._-]{0,63}"
-MAX_JOB_BYTES = 64 * 1024
+from models.evaluate import MetricName
 
 SamplerName = Literal["auto", "tpe", "gp", "cmaes", "random", "qmc", "grid"]
 PrunerName = Literal["none", "median", "halving", "hyperband", "patient", "wilcoxon"]
@@ -54,22 +40,16 @@ Severity = Literal["error", "warn", "ignore"]
 
 MOST_TRIALS = 100_000
 MOST_MINUTES = 7 * 24 * 60
-SMOKE_TRIALS, SMOKE_MINUTES, SMOKE_SEEDS = 8, 5, 2
-DEEP = 4  # times the budget of the job's file
 
 Trials = Annotated[int, Field(ge=1, le=MOST_TRIALS)]
 Minutes = Annotated[float, Field(gt=0, le=MOST_MINUTES)]
 
 
-class JobError(ExpectedError):
-    """A job is wrong; the message names the file or field, the rule, the value found and the remedy."""
-
-
-class _Section(BaseModel):
+class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-class DataConfig(_Section):
+class DataConfig(Section):
     """Where the rows come from, how a table's columns are read, and which share of the rows is held out.
 
     `target` names a table's column that is predicted (the last, unless it is named); a CSV file without a `header` has
@@ -138,7 +118,7 @@ class DataConfig(_Section):
         return self
 
 
-class SearchConfig(_Section):
+class SearchConfig(Section):
     """How the study looks for good hyperparameters; `space` overrides the model's domains by name.
 
     The first trial is the baseline: the textbook's hyperparameters, as near as the space allows. With `memory` the
@@ -172,7 +152,7 @@ class SearchConfig(_Section):
         return self
 
 
-class BudgetConfig(_Section):
+class BudgetConfig(Section):
     """Whichever is used up first ends the tuning; minutes are tested between trials.
 
     `finish_by` is a time of day in the schedule's time zone: the search ends early enough that the whole night is done
@@ -214,7 +194,7 @@ class BudgetConfig(_Section):
         return hours
 
 
-class ConfirmConfig(_Section):
+class ConfirmConfig(Section):
     """How many of the best trials are trained again, each with how many fresh seeds, and what of the winner ships: the
     model of the median seed, or all seeds' models as one ensemble."""
 
@@ -223,7 +203,7 @@ class ConfirmConfig(_Section):
     ship: Shipped = "median"
 
 
-class PromotionConfig(_Section):
+class PromotionConfig(Section):
     """What the gate asks of a challenger, and whether a winner is promoted.
 
     It is promoted where it is better with `confidence`, unless it is as surely better by less than `min_improvement`
@@ -243,7 +223,7 @@ class PromotionConfig(_Section):
     ask_minutes: Minutes = 8 * 60
 
 
-class ScheduleConfig(_Section):
+class ScheduleConfig(Section):
     """When a night starts, and what a second one does while the first still runs: wait for it, or be refused.
 
     Of nights that were `missed`, because the machine or its worker was off, the last one is made up for `once`, or all
@@ -276,206 +256,3 @@ class ScheduleConfig(_Section):
         if timezone not in available_timezones():
             raise ValueError("must be an IANA time zone such as Europe/Berlin")
         return timezone
-
-
-class TuningJob(_Section):
-    """A named tuning set-up. One YAML file, one Prefect deployment and one MLflow experiment each."""
-
-    name: str = Field(pattern=f"^{NAME_PATTERN}$")
-    description: str = ""
-    seed: int = Field(default=0, ge=0, lt=2**32)
-    data: DataConfig
-    model: str = "mlp"
-    search: SearchConfig = SearchConfig()
-    budget: BudgetConfig = BudgetConfig()
-    confirm: ConfirmConfig = ConfirmConfig()
-    promotion: PromotionConfig = PromotionConfig()
-    schedule: ScheduleConfig = ScheduleConfig()
-
-    @field_validator("model")
-    @classmethod
-    def _model_is_known(cls, model: str) -> str:
-        family_named(model)
-        return model
-
-    @model_validator(mode="after")
-    def _space_fits_the_model(self) -> Self:
-        try:
-            _ = self.space
-        except ValueError as error:
-            raise ValueError(f"search.space.{error}") from error
-        return self
-
-    @cached_property
-    def family(self) -> Family:
-        """Loaded with the job, so that a night keeps to the code it began with."""
-        return family_named(self.model)
-
-    @cached_property
-    def space(self) -> dict[str, Domain]:
-        """What the study searches: with sampler grid each range is its points."""
-        overrides = self.search.space
-        return (
-            self.family.grid_space(overrides) if self.search.sampler == "grid" else self.family.search_space(overrides)
-        )
-
-    @property
-    def limits(self) -> dict[CostName, tuple[str, float]]:
-        """What a model may cost at most: the field that says so, and its value."""
-        limits: dict[CostName, tuple[str, float | None]] = {
-            "parameters": ("search.max_parameters", self.search.max_parameters),
-            "latency": ("search.max_latency_ms", self.search.max_latency_ms),
-        }
-        return {name: (field, limit) for name, (field, limit) in limits.items() if limit is not None}
-
-    @property
-    def most_epochs(self) -> int:
-        domain = self.space["epochs"]
-        ends = (domain.high,) if isinstance(domain, Range) else domain if isinstance(domain, tuple) else (domain,)
-        return max(int(end) for end in ends)
-
-    @property
-    def objective(self) -> Metric:
-        return METRICS[self.search.objective]
-
-    @property
-    def search_digest(self) -> str:
-        """Equal for two jobs whose studies mean the same: what is drawn and how it is scored, whatever the budget."""
-        content = self.model_dump_json(include={"seed", "data", "model", "search"}) + (self.family.code or "")
-        return hashlib.sha256(content.encode()).hexdigest()[:16]
-
-
-def load_job(
-    name: str,
-    extra_folder: Path | None,
-    *,
-    preset: PresetName = "nightly",
-    trials: int | None = None,
-    minutes: float | None = None,
-    sampler: str | None = None,
-    promotion: str | None = None,
-) -> TuningJob:
-    """The job of that name with a night's overrides merged in; None leaves what the file says.
-
-    A preset decides whatever is left as the file says: smoke makes a short night that promotes nothing, deep one of
-    four times the budget, and nightly is the file itself. Raises JobError: no job has that name (the known ones are
-    listed), or what is merged is no valid job.
-    """
-    files = job_files(extra_folder)
-    if name not in files:
-        raise JobError(f"no job is named {name!r}; known are {', '.join(files)}")
-    content = _read_mapping(files[name])
-    given: dict[tuple[str, str], object] = {
-        ("budget", "trials"): trials,
-        ("budget", "minutes"): minutes,
-        ("search", "sampler"): sampler,
-        ("promotion", "mode"): promotion,
-    }
-    overrides = {place: value for place, value in given.items() if value is not None}
-    if preset != "nightly":
-        written = parse_job(content, files[name])
-        # Prefect's form sends every field, changed or not.
-        changed = {
-            (section, field): value
-            for (section, field), value in overrides.items()
-            if value != getattr(getattr(written, section), field)
-        }
-        overrides = _preset(preset, written) | changed
-    for (section, field), value in overrides.items():
-        content[section] = {**(content.get(section) or {}), field: value}
-    try:
-        return parse_job(content, files[name])
-    except JobError as error:
-        if not overrides:
-            raise
-        chosen = ", ".join(f"{section}.{field} {value}" for (section, field), value in overrides.items())
-        raise JobError(f"{error} (the file was overridden with {chosen})") from error
-
-
-def _preset(preset: PresetName, job: TuningJob) -> dict[tuple[str, str], object]:
-    if preset == "smoke":
-        return {
-            ("budget", "trials"): min(job.budget.trials, SMOKE_TRIALS),
-            ("budget", "minutes"): min(job.budget.minutes, SMOKE_MINUTES),
-            ("confirm", "candidates"): 1,
-            ("confirm", "seeds"): min(job.confirm.seeds, SMOKE_SEEDS),
-            ("promotion", "mode"): "never",
-        }
-    return {
-        ("budget", "trials"): min(DEEP * job.budget.trials, MOST_TRIALS),
-        ("budget", "minutes"): min(DEEP * job.budget.minutes, MOST_MINUTES),
-    }
-
-
-def load_jobs(extra_folder: Path | None) -> list[TuningJob]:
-    """Every job: those that come with us and those in the extra folder. Raises JobError for the first bad file."""
-    return [load_job(name, extra_folder) for name in job_files(extra_folder)]
-
-
-def job_files(extra_folder: Path | None) -> dict[str, Path]:
-    """Job files by name; a job in the extra folder hides one of ours with the same name.
-
-    Raises JobError where the extra folder is none.
-    """
-    if extra_folder is not None and not extra_folder.is_dir():
-        raise JobError(f"NIGHTLY_JOBS must be a folder of job files, found {extra_folder}; create it or unset it")
-    folders = [OWN_JOBS] if extra_folder is None else [OWN_JOBS, extra_folder]
-    return {path.stem: path for folder in folders for path in sorted(folder.glob("*.yaml"))}
-
-
-def parse_job(content: Mapping[str, Any], path: Path) -> TuningJob:
-    """Validate a job file's content. Raises JobError with every problem in one sentence each."""
-    if content.get("name") != path.stem:
-        raise JobError(f"{path}: name must equal the file's name {path.stem!r}, found {content.get('name')!r}")
-    # A path in a job file means the same wherever the night runs.
-    data, model = content.get("data"), content.get("model")
-    if isinstance(data, dict):
-        places = {
-            name: str(path.parent / place)
-            for name in ("source", "labels")
-            if isinstance(place := data.get(name), str) and "://" not in place
-        }
-        if str(data.get("source")).startswith("sqlite:///"):
-            database = data["source"].removeprefix("sqlite:///")
-            places["source"] = f"sqlite:///{(path.parent / database).absolute()}"
-        content = {**content, "data": {**data, **places}}
-    if isinstance(model, str) and ".py:" in model:
-        content = {**content, "model": str(path.parent / model)}
-    try:
-        return TuningJob.model_validate(content)
-    except ValidationError as error:
-        raise JobError("; ".join(_sentence(path, problem) for problem in error.errors())) from error
-
-
-def _read_mapping(path: Path) -> dict[str, Any]:
-    if (size := path.stat().st_size) > MAX_JOB_BYTES:
-        raise JobError(f"{path}: a job file may have {MAX_JOB_BYTES} bytes at most, found {size}; shorten it")
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_PlainLoader)  # noqa: S506 a SafeLoader
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = re.sub(r"\s+", " ", str(error))
-        raise JobError(f"{path}: must be YAML without anchors or tags, but {reason}; mend it") from error
-    if not isinstance(content, dict):
-        raise JobError(f"{path}: must be a mapping of fields such as `name: ...`, found {type(content).__name__}")
-    return content
-
-
-class _PlainLoader(yaml.SafeLoader):
-    """YAML without aliases: nested ones grow a small file without limit (billion laughs)."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.events.AliasEvent):
-            raise yaml.YAMLError("an alias (*name) stands in it")
-        return super().compose_node(parent, index)
-
-
-def _sentence(path: Path, problem: Any) -> str:
-    field = ".".join(str(part) for part in problem["loc"])
-    reason = problem["msg"].removeprefix("Value error, ")
-    if problem["type"] == "extra_forbidden":
-        return f"{path}: {field} is not a field of a job; remove it or correct its name"
-    if problem["type"] == "missing":
-        return f"{path}: {field} is missing; add it"
-    # A validator of ours across fields names the field and the value by itself, and has no single input.
-    found = "" if not field or ", found " in reason else f", found {problem['input']!r}"
-    return f"{path}: {field}{': ' if field else ''}{reason}{found}"
