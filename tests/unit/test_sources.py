@@ -24,7 +24,7 @@ from models.preprocessing import FREQUENT_ROWS, TablePreprocessing, preprocessin
 from models.shapes import Problem
 from models.table import encode, recode
 from tasks import prepare as prepare_module
-from tasks import sources
+from tasks import table_files
 from tasks.job import DataConfig
 from tasks.prepare import prepare
 from tasks.rows import DataError, Rows
@@ -378,7 +378,7 @@ def test_a_bad_query_is_one_sentence(tmp_path: Path, data: dict[str, Any], says:
 
 
 def test_a_file_that_unpacks_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "LEAST_BOMB_BYTES", 2**22)
+    monkeypatch.setattr(table_files, "LEAST_BOMB_BYTES", 2**22)
     with gzip.open(tmp_path / "rows.csv.gz", "wb") as file:
         for _ in range(40):
             file.write(b"0,aaaaaaaaaaaaaaa,b\n" * 50_000)
@@ -396,7 +396,7 @@ def test_how_a_source_is_cut_into_chunks_and_buckets_changes_nothing(
     frame.to_parquet(tmp_path / "rows.parquet")
     data = DataConfig(source=str(tmp_path / "rows.parquet"), target="bought", roles={"code": "categorical"})
     whole = prepare(data, "classification", tmp_path / "whole")
-    monkeypatch.setattr(sources, "CHUNK_VALUES", 7 * chunk)
+    monkeypatch.setattr(table_files, "CHUNK_VALUES", 7 * chunk)
     monkeypatch.setattr(prepare_module, "BUCKET_BYTES", 40 * chunk if chunk > 7 else 1)
     cut = prepare(data, "classification", tmp_path / "cut")
     assert replace(cut, path=whole.path) == whole
