@@ -6,7 +6,6 @@ lives, so a stale one is harmless. Knows nothing of jobs.
 
 import contextlib
 import hashlib
-import json
 import os
 import re
 import socket
@@ -24,6 +23,7 @@ import psutil
 from filelock import FileLock, Timeout
 
 from infra.errors import ExpectedError
+from infra.records import left_behind, read_record, recorded_process, write_record
 from infra.settings import CPU_PART, LOOPBACK, Settings
 
 START_SECONDS = 180
@@ -223,19 +223,15 @@ def stop(settings: Settings, service: Service) -> bool:
                 process.terminate()
         _, alive = psutil.wait_procs(family, timeout=STOP_SECONDS)
         _kill(alive)
-    _clear_leftovers(settings, service)
+    _kill(left_behind(_record(settings, service)))
     _record(settings, service).unlink(missing_ok=True)
     return running is not None
 
 
 def find(settings: Settings, service: Service) -> Running | None:
     """The service's process, if the one that its record names still lives."""
-    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError, KeyError, psutil.NoSuchProcess):
-        record = json.loads(_record(settings, service).read_text())
-        process = psutil.Process(record["pid"])
-        if process.create_time() == record["create_time"] and process.status() != psutil.STATUS_ZOMBIE:
-            return Running(service=service, process=process)
-    return None
+    process = recorded_process(_record(settings, service))
+    return None if process is None else Running(service=service, process=process)
 
 
 def night_runs(settings: Settings) -> bool:
@@ -265,12 +261,7 @@ def _spawn(settings: Settings, service: Service) -> Running:
             start_new_session=True,  # the terminal's Ctrl-C is not for a server
         )
     process = psutil.Process(spawned.pid)
-    record = {
-        "pid": process.pid,
-        "create_time": process.create_time(),
-        "settings": _read_settings(settings, service),
-    }
-    _record(settings, service).write_text(json.dumps(record))
+    write_record(_record(settings, service), process, settings=_read_settings(settings, service))
     return Running(service=service, process=process)
 
 
@@ -285,7 +276,7 @@ def _read_settings(settings: Settings, service: Service) -> dict[str, str]:
 
 def _changed_settings(settings: Settings, service: Service) -> list[str]:
     """The variables that the running service was started with and that are others now."""
-    began_with = json.loads(_record(settings, service).read_text()).get("settings", {})
+    began_with = (read_record(_record(settings, service)) or {}).get("settings", {})
     now = _read_settings(settings, service)
     return sorted(name for name in began_with.keys() | now.keys() if began_with.get(name) != now.get(name))
 
@@ -318,20 +309,6 @@ def _require_free_port(service: Service) -> None:
                 f"{service.name} cannot listen on port {service.port} of {LOOPBACK} ({error.strerror}): "
                 f"stop what uses it or set {service.port_variable} to another port"
             ) from error
-
-
-def _clear_leftovers(settings: Settings, service: Service) -> None:
-    """Kill what a killed service left behind: its children keep its session, whose id is the dead process's."""
-    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError, KeyError):
-        record = json.loads(_record(settings, service).read_text())
-        _kill([process for process in psutil.process_iter() if _in_session(process, record)])
-
-
-def _in_session(process: psutil.Process, record: dict[str, float]) -> bool:
-    try:
-        return os.getsid(process.pid) == record["pid"] and process.create_time() >= record["create_time"]
-    except (ProcessLookupError, PermissionError, psutil.Error):
-        return False
 
 
 def _kill(processes: list[psutil.Process]) -> None:
