@@ -1,33 +1,30 @@
 """Where rows come from: files (CSV, Parquet, NumPy, IDX, folders of images) here or in S3, a database's query, a
 built-in scikit-learn set, or a Python function of the user's own.
 
-Files of tables are table_files.py's. Knows nothing of what is in a column, and of splits.
+Files of tables are table_files.py's, those of arrays array_files.py's and image_files.py's, and functions
+source_functions.py's. Knows nothing of what is in a column, and of splits.
 """
 
-import gzip
 import importlib.metadata
-import importlib.util
 import json
-import math
 import struct
 import zipfile
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 import pyarrow as pa
 import sqlalchemy
-from PIL import Image
 
 from infra.downloads import download, is_in_s3, object_tags
 from models.shapes import Problem
-from tasks.findings import EXAMPLES
+from tasks.array_files import IDX_SUFFIXES, idx_pairs, read_npz
+from tasks.image_files import images
 from tasks.job import DataConfig
-from tasks.rows import DataError, Frames, Rows, array_rows, table_rows
+from tasks.rows import Arrays, DataError, Frames, Rows, array_rows, table_rows
+from tasks.source_functions import call, pair
 from tasks.table_files import (
     CHUNK_BYTES,
     CSV_SUFFIXES,
@@ -41,11 +38,7 @@ from tasks.table_files import (
 )
 
 SKLEARN_SETS = ("digits", "iris", "wine", "breast_cancer", "diabetes")
-IDX_SUFFIXES = ("ubyte", "ubyte.gz", ".idx", ".idx.gz")
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")
 DATABASES = ("postgresql", "sqlite")
-# A larger array is no data for this machine, whatever a header claims.
-MOST_ARRAY_BYTES = 16 * 2**30
 QUERY_ROWS = 2**15
 
 
@@ -101,18 +94,18 @@ def _read(data: DataConfig, problem: Problem, scratch: Path) -> Rows:
         if source.partition(":")[0].partition("+")[0] in DATABASES:
             return table_rows(_frames_of_query(data, scratch), data, problem)
         if ".py:" in source:
-            found = _call(source)
+            found = call(source)
             if isinstance(found, pd.DataFrame):
                 return table_rows(_frames_of(found), data, problem)
-            return array_rows(source, _slices(*_pair(source, found)), problem)
+            return array_rows(source, _slices(*pair(source, found)), problem)
         if name.endswith((*CSV_SUFFIXES, ".parquet")):
             return table_rows(frames_of_files(data), data, problem)
         if name.endswith(".npz"):
-            return array_rows(source, _slices(*_read_npz(Path(source))), problem)
+            return array_rows(source, _slices(*read_npz(Path(source))), problem)
         if name.endswith(IDX_SUFFIXES):
-            return array_rows(source, _idx_pairs(data), problem)
+            return array_rows(source, idx_pairs(data), problem)
         if Path(source).is_dir():
-            return array_rows(source, _images(Path(source)), problem)
+            return array_rows(source, images(Path(source)), problem)
     except FileNotFoundError as error:
         raise DataError(f"data.source: {error.filename or source} does not exist; correct the path") from error
     except (OSError, EOFError, pa.ArrowException, zipfile.BadZipFile, struct.error) as error:
@@ -125,7 +118,7 @@ def _read(data: DataConfig, problem: Problem, scratch: Path) -> Rows:
     )
 
 
-def _slices(features: Any, labels: Any) -> Callable[[], Iterator[tuple[Any, Any]]]:
+def _slices(features: Any, labels: Any) -> Arrays:
     """What is in memory already, in pieces; arrays that do not fit together are left for whoever checks them."""
     features, labels = np.asarray(features), np.asarray(labels)
 
@@ -148,31 +141,6 @@ def _built_in(source: str) -> tuple[Any, Any]:
 
     bunch = getattr(datasets, f"load_{name}")()
     return (bunch.images[:, None] if "images" in bunch else bunch.data), bunch.target
-
-
-def _pair(source: str, found: Any) -> tuple[Any, Any]:
-    try:
-        features, labels = found
-    except (TypeError, ValueError) as error:
-        raise DataError(
-            f"data.source: {source} must return features and labels, or a DataFrame, found {type(found).__name__}"
-        ) from error
-    return features, labels
-
-
-def _call(source: str) -> Any:
-    path, _, function = source.rpartition(":")
-    spec = importlib.util.spec_from_file_location("nightly_user_source", path)
-    if not Path(path).is_file() or spec is None or spec.loader is None:
-        raise DataError(f"data.source: {path} is not a Python file; correct the path")
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-        return getattr(module, function)()
-    except Exception as error:
-        raise DataError(
-            f"data.source: {source} must return features and labels, but raised {type(error).__name__}: {error}"
-        ) from error
 
 
 def _frames_of(frame: pd.DataFrame) -> Frames:
@@ -214,126 +182,3 @@ def _plain(frame: pd.DataFrame) -> pd.DataFrame:
     """Numbers, truths, moments and texts; whatever else a database has (UUIDs, dates, decimals) as its text."""
     odd = [name for name, dtype in frame.dtypes.items() if pd.api.types.is_object_dtype(dtype)]
     return frame.astype(dict.fromkeys(odd, "string"))
-
-
-def _read_npz(path: Path) -> tuple[Any, Any]:
-    with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-        missing = {"features", "target"} - set(arrays.files)
-        if missing:
-            raise DataError(
-                f"{path} must hold arrays features and target, found {', '.join(arrays.files) or 'none'}; rename them"
-            )
-        try:
-            return arrays["features"], arrays["target"]
-        except ValueError as error:
-            raise DataError(
-                f"{path} must hold arrays of numbers or texts, but {error}; save them without objects"
-            ) from error
-
-
-def _idx_pairs(data: DataConfig) -> Callable[[], Iterator[tuple[Any, Any]]]:
-    """Images as values from 0 to 1, (rows, 1, height, width), and their labels, which are few bytes."""
-    if data.labels is None:
-        raise DataError(f"data.labels must name the file of labels beside {data.source}, found none; add it")
-    path = Path(data.source)
-    with _open(path) as file:
-        shape = _idx_shape(path, file)
-    if len(shape) < 2:
-        raise DataError(f"{data.source} must hold images, found a list of {shape[0]} numbers; swap it with data.labels")
-    with _open(Path(data.labels)) as file:
-        label_shape = _idx_shape(Path(data.labels), file)
-        labels = np.concatenate([*_idx_values(Path(data.labels), file, label_shape), np.zeros(0, dtype=np.uint8)])
-    if labels.shape != shape[:1]:
-        raise DataError(
-            f"{data.labels} must hold a label for each of {shape[0]} images, found {labels.shape}; name another"
-        )
-
-    def pairs() -> Iterator[tuple[Any, Any]]:
-        begin = 0
-        with _open(path) as file:
-            for images in _idx_values(path, file, _idx_shape(path, file)):
-                scaled = images.astype(np.float32) / np.float32(255)
-                yield (scaled[:, None] if images.ndim == 3 else scaled), labels[begin : begin + len(images)]
-                begin += len(images)
-
-    return pairs
-
-
-def _open(path: Path) -> BinaryIO:
-    return gzip.open(path) if path.suffix == ".gz" else path.open("rb")  # type: ignore[return-value]
-
-
-def _idx_shape(path: Path, file: BinaryIO) -> tuple[int, ...]:
-    """Two zero bytes, the type (8: unsigned byte), the number of dimensions, their sizes as big-endian 32-bit numbers,
-    then the bytes (yann.lecun.com/exdb/mnist)."""
-    magic = file.read(4)
-    if len(magic) < 4 or magic[:3] != b"\0\0\x08" or not 1 <= magic[3] <= 4:
-        raise DataError(
-            f"{path} must begin as an IDX file of bytes does (00 00 08), found {magic.hex(' ')}; name another"
-        )
-    shape = struct.unpack(f">{magic[3]}I", file.read(4 * magic[3]))
-    if (claimed := math.prod(shape)) > MOST_ARRAY_BYTES:
-        raise DataError(f"{path} claims {claimed} bytes, above the {MOST_ARRAY_BYTES} that are read; split it")
-    return shape
-
-
-def _idx_values(path: Path, file: BinaryIO, shape: tuple[int, ...]) -> Iterator[npt.NDArray[np.uint8]]:
-    """The rows that follow the header, in chunks, and not a byte less or more than it claims."""
-    each, wanted = math.prod(shape[1:]), math.prod(shape)
-    step = max(1, CHUNK_BYTES // max(1, each))
-    found = 0
-    for begin in range(0, shape[0], step):
-        rows = min(step, shape[0] - begin)
-        content = file.read(rows * each)
-        found += len(content)
-        if len(content) == rows * each:
-            yield np.frombuffer(content, dtype=np.uint8).reshape(rows, *shape[1:])
-    if found != wanted or file.read(1):
-        much = "more" if found == wanted else found
-        raise DataError(f"{path} must hold the {wanted} bytes that its header claims, found {much}; fetch it again")
-
-
-def _images(folder: Path) -> Callable[[], Iterator[tuple[Any, Any]]]:
-    """Values from 0 to 1, (rows, channels, height, width): one channel where every image is grey, else three."""
-    paths = sorted(path for path in folder.glob("*/*") if path.suffix.lower() in IMAGE_SUFFIXES)
-    if not paths:
-        raise DataError(f"{folder} must hold a sub-folder of images for each class, found no image; fill it")
-    sizes: dict[Path, tuple[int, int]] = {}
-    modes, bad = set(), []
-    for path in paths:
-        try:
-            with Image.open(path) as image:
-                image.load()
-                sizes[path] = image.size
-                modes.add("L" if image.mode in ("1", "L") else "RGB")
-        except (OSError, Image.DecompressionBombError, SyntaxError):
-            bad.append(path.relative_to(folder).as_posix())
-    if bad:
-        raise DataError(
-            f"{folder}: every image must be readable, found {len(bad)} that are not "
-            f"({', '.join(bad[:EXAMPLES])}); replace or delete them"
-        )
-    (width, height), _ = Counter(sizes.values()).most_common(1)[0]
-    odd = [path.relative_to(folder).as_posix() for path, size in sizes.items() if size != (width, height)]
-    if odd:
-        raise DataError(
-            f"{folder}: every image must have the same size, found {len(odd)} that are not {width} by {height} "
-            f"({', '.join(odd[:EXAMPLES])}); resize them"
-        )
-    mode = "RGB" if "RGB" in modes else "L"
-    step = max(1, CHUNK_BYTES // (width * height * len(mode)))
-
-    def pairs() -> Iterator[tuple[Any, Any]]:
-        for begin in range(0, len(paths), step):
-            some = paths[begin : begin + step]
-            stacked = np.stack([_pixels(path, mode) for path in some]).astype(np.float32) / np.float32(255)
-            yield stacked, [path.parent.name for path in some]
-
-    return pairs
-
-
-def _pixels(path: Path, mode: str) -> npt.NDArray[np.uint8]:
-    """(channels, height, width)."""
-    with Image.open(path) as image:
-        pixels = np.asarray(image.convert(mode))
-    return pixels[None] if mode == "L" else pixels.transpose(2, 0, 1)
