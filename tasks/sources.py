@@ -21,9 +21,10 @@ import sqlalchemy
 from infra.downloads import download, is_in_s3, object_tags
 from models.shapes import Problem
 from tasks.array_files import IDX_SUFFIXES, idx_pairs, read_npz
+from tasks.array_rows import array_rows
 from tasks.image_files import images
 from tasks.job import DataConfig
-from tasks.rows import Arrays, DataError, Frames, Rows, array_rows, table_rows
+from tasks.rows import Arrays, DataError, Frames, Rows
 from tasks.source_functions import call, pair
 from tasks.table_files import (
     CHUNK_BYTES,
@@ -36,6 +37,7 @@ from tasks.table_files import (
     parquet_frames,
     with_row_numbers,
 )
+from tasks.table_rows import table_rows
 
 SKLEARN_SETS = ("digits", "iris", "wine", "breast_cancer", "diabetes")
 DATABASES = ("postgresql", "sqlite")

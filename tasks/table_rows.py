@@ -1,0 +1,324 @@
+"""Rows of a table, checked before anything trains, and read chunk by chunk.
+
+Everything that is wrong is collected and said together; what only warns goes on to the data card. Knows nothing of
+files, and of splits.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from models.column import Column
+from models.shapes import Problem
+from models.table import distinct, encode, text_of
+from tasks.columns import Survey, labels_alike, tidy
+from tasks.findings import EXAMPLES, Described, Finding, finding
+from tasks.job import DataConfig
+from tasks.rows import Chunk, DataError, Frames, Hashes, Rows, hash_bytes, hash_matrix
+
+LEAK_ROWS = 20_000
+LEAK_SCORE = 0.999
+SMALL_CLASS_ROWS = 10
+
+
+def table_rows(frames: Frames, data: DataConfig, problem: Problem) -> Rows:
+    """A table's rows, with everything that is wrong with it collected: what stops the night is raised together. The
+    frames have the same columns, and one index that numbers all rows."""
+    table = _Table(frames, data, problem)
+    errors = [found.sentence for found in table.findings if found.severity == "error"]
+    if errors:
+        raise DataError(f"{data.source}: " + "; and ".join(errors))
+    return Rows(
+        count=table.count,
+        shape=(len(table.columns),),
+        classes=table.classes,
+        chunks=table.chunks,
+        columns=table.columns,
+        described=table.described,
+        findings=tuple(table.findings),
+    )
+
+
+class _Table:
+    """A table, looked at once from its first row to its last."""
+
+    def __init__(self, frames: Frames, data: DataConfig, problem: Problem) -> None:
+        self._frames = frames
+        self._data = data
+        self._problem = problem
+        self._target = data.target or ""
+        self._labels: Counter[str] = Counter()
+        self._ends: list[float] = []
+        self._without_target, self._first_without_target = 0, list[Any]()
+        self._sample = _Sample()
+        self.count = 0
+        surveys = self._look()
+        # In one order whatever the source's, so that equal rows make equal files.
+        found = [column for survey in surveys if (column := survey.column) is not None]
+        self.columns = tuple(sorted(found, key=lambda column: column.name))
+        self.described = (*(survey.described for survey in surveys), *self._others())
+        self._spelled = _spelled(self._labels) if data.tidy_labels else {label: label for label in self._labels}
+        self.classes = () if problem == "regression" else _in_order(set(self._spelled.values()))
+        self._codes = (
+            {label: self.classes.index(self._spelled[label]) for label in self._labels} if self.classes else {}
+        )
+        self.findings = self._check(surveys)
+
+    def _others(self) -> list[Described]:
+        """The columns that are no features, by what they are for."""
+        data = self._data
+        values = f"{self._ends[0]:g} to {self._ends[1]:g}" if self._ends else ", ".join(sorted(self._labels)[:EXAMPLES])
+        others = [Described(name=self._target, role="target", missing=self._without_target, values=values)]
+        for name, role in ((data.split_by, "split by"), (data.time_column, "time")):
+            if name is not None and name != self._target:
+                others.append(Described(name=name, role=role, missing=0, values=""))
+        return others
+
+    def chunks(self) -> Iterator[Chunk]:
+        for frame in self._frames():
+            try:
+                frame, target = self._with_target(frame.rename(columns=str))
+            except KeyError as error:
+                raise DataError(
+                    f"{self._data.source} must stay as it is while it is read, found {error}, which was not there at "
+                    "first; run again"
+                ) from error
+            yield self._chunk(frame, target)
+
+    def _look(self) -> list[Survey]:
+        """Raises DataError for what leaves nothing to look at."""
+        data, source = self._data, self._data.source
+        surveys: dict[str, Survey] = {}
+        rows = 0
+        for frame in self._frames():
+            frame = frame.rename(columns=str)
+            if not surveys:
+                self._target = data.target or str(frame.columns[-1])
+                self._check_names(list(frame.columns))
+                left_out = {self._target, data.split_by, data.time_column}
+                surveys = {name: Survey(name, data) for name in frame.columns if name not in left_out}
+            rows += len(frame)
+            frame, target = self._with_target(frame, counted=True)
+            for name, survey in surveys.items():
+                survey.add(frame[name])
+            self._sample.add(frame)
+            self.count += len(frame)
+            if self._problem == "regression" and len(target):
+                self._ends = [min([*self._ends, target.min()]), max([*self._ends, target.max()])]
+        if not rows:
+            raise DataError(f"{source} must hold rows, found none below its header; give it some")
+        if not self.count:
+            raise DataError(f"{source}: column {self._target}, the target, must have a value, found none; name another")
+        return list(surveys.values())
+
+    def _check_names(self, known: list[str]) -> None:
+        data = self._data
+        named = [
+            ("target", self._target), ("split_by", data.split_by), ("time_column", data.time_column),
+            *(("roles", name) for name in data.roles),
+        ]  # fmt: skip
+        for field, name in named:
+            if name is not None and name not in known:
+                raise DataError(
+                    f"data.{field} must name a column of {data.source}, found {name!r}; known are "
+                    f"{', '.join(known[:50])}"
+                )
+
+    def _with_target(self, frame: pd.DataFrame, *, counted: bool = False) -> tuple[pd.DataFrame, npt.NDArray[Any]]:
+        """The rows that have a target, and what it is there: a class's code, before classes are known its place among
+        the chunk's labels, or a value. `counted` is for the first look."""
+        codes, values = distinct(frame[self._target], self._data.missing)
+        there = codes >= 0
+        if not there.all():
+            if counted:
+                self._without_target += int((~there).sum())
+                self._first_without_target += list(frame.index[~there][: EXAMPLES - len(self._first_without_target)])
+            frame, codes = frame[there], codes[there]
+        if self._problem == "regression":
+            return frame, self._numbers_of(values, codes, frame)
+        texts = text_of(values)
+        if counted:
+            self._labels.update(dict(zip(texts, np.bincount(codes, minlength=len(texts)).tolist(), strict=True)))
+            return frame, codes
+        return frame, np.array([self._codes[text] for text in texts], dtype=np.int64)[codes]
+
+    def _numbers_of(
+        self, values: "pd.Series[Any]", codes: npt.NDArray[np.int64], frame: pd.DataFrame
+    ) -> npt.NDArray[np.float32]:
+        wide = pd.to_numeric(values, errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
+        with np.errstate(over="ignore"):
+            numbers: npt.NDArray[np.float32] = wide.astype(np.float32)
+        bad = np.flatnonzero(~np.isfinite(numbers)[codes])
+        if len(bad):
+            raise DataError(
+                f"{self._data.source}: the target of a regression must be finite numbers, found "
+                f"{values.iloc[codes[bad[0]]]!r} in row {frame.index[bad[0]]}; mend it, or choose a search.objective "
+                "for classes"
+            )
+        return numbers[codes]
+
+    def _chunk(self, frame: pd.DataFrame, target: npt.NDArray[Any]) -> Chunk:
+        data = self._data
+        matrix = self._encoded(frame)
+        identity = days = None
+        if data.split_by is not None:
+            codes, values = distinct(frame[data.split_by], data.missing)
+            names = [str(value).encode() for value in [*text_of(values), pd.NA]]
+            identity = hash_bytes(names)[codes]
+        if data.time_column is not None:
+            days = self._days(frame, data.time_column)
+        content = _content(matrix, self.columns)
+        return Chunk(features=matrix, target=target, content=content, identity=identity, days=days)
+
+    def _days(self, frame: pd.DataFrame, name: str) -> npt.NDArray[np.float64]:
+        column = Column(name=name, role="datetime", missing=self._data.missing)
+        try:
+            days = encode(frame, [column])[:, 0].astype(np.float64)
+        except ValueError as error:
+            raise DataError(f"{self._data.source}: {error}; mend it, or split by something else") from error
+        if np.isnan(days).any():
+            row = frame.index[int(np.flatnonzero(np.isnan(days))[0])]
+            raise DataError(
+                f"{self._data.source}: column {name}, data.time_column, must hold a date in every row, found none in "
+                f"row {row}; fill or drop such rows"
+            )
+        return days
+
+    def _encoded(self, frame: pd.DataFrame) -> npt.NDArray[np.float32]:
+        try:
+            return encode(frame, self.columns)
+        except ValueError as error:
+            raise DataError(
+                f"{self._data.source}: {error}; mend it, add the text to data.missing, or set another data.roles"
+            ) from error
+
+    def _check(self, surveys: list[Survey]) -> list[Finding]:
+        data, source = self._data, self._data.source
+        findings: list[Finding] = []
+        if self._without_target:
+            rows = ", ".join(str(row) for row in self._first_without_target)
+            findings += finding(
+                "missing_target", data,
+                f"column {self._target}, the target, must have a value in every row, found none in "
+                f"{self._without_target} rows (row {rows}); set data.checks.missing_target: warn to leave such rows "
+                "out",
+            )  # fmt: skip
+        findings += [found for survey in surveys for found in survey.findings]
+        if not self.columns:
+            raise DataError(
+                f"{source} must have a column to learn from, found none beside the target {self._target}; add one"
+            )
+        if self._problem == "classification":
+            findings += [] if data.tidy_labels else labels_alike(self._labels, data)
+            rows_of: Counter[str] = Counter()
+            for label, count in self._labels.items():
+                rows_of[self._spelled[label]] += count
+            findings += _small_classes(rows_of, data)
+            if len(self.classes) < 2:
+                raise DataError(f"{source}: labels must have two classes at least, found {len(self.classes)}")
+        elif self._ends[0] == self._ends[1]:
+            raise DataError(f"{source}: the target must vary, found {self._ends[0]:g} in every row")
+        frame, target = self._with_target(self._sample.frame())
+        self._sample = _Sample()
+        return findings + _leaks(self._encoded(frame), target, self.columns, self._problem, data)
+
+
+class _Sample:
+    """Rows of a table that is read chunk by chunk, each as likely to be among them as any other."""
+
+    def __init__(self) -> None:
+        self._draw = np.random.default_rng(0)
+        self._keys = np.array([])
+        self._parts: list[pd.DataFrame] = []
+
+    def add(self, frame: pd.DataFrame) -> None:
+        keys = self._draw.random(len(frame))
+        chosen = keys < self._highest
+        self._keys = np.concatenate([self._keys, keys[chosen]])
+        self._parts.append(frame[chosen].astype(dict.fromkeys(frame.select_dtypes("category"), object)))
+        if len(self._keys) > 2 * LEAK_ROWS:
+            self.frame()
+
+    @property
+    def _highest(self) -> float:
+        return float(self._keys.max()) if len(self._keys) == LEAK_ROWS else 1.0
+
+    def frame(self) -> pd.DataFrame:
+        """The rows whose keys are the lowest, in the order of their keys."""
+        joined = pd.concat(self._parts)
+        lowest = np.argsort(self._keys)[:LEAK_ROWS]
+        self._keys, self._parts = self._keys[lowest], [joined.iloc[lowest]]
+        return self._parts[0]
+
+
+def _spelled(counts: Counter[str]) -> dict[str, str]:
+    """Each label's most frequent spelling; the first in the alphabet where two are as frequent."""
+    spelled: dict[str, str] = {}
+    for label in sorted(counts, key=lambda label: (-counts[label], label)):
+        spelled.setdefault(tidy(label), label)
+    return {label: spelled[tidy(label)] for label in counts}
+
+
+def _in_order(names: set[str]) -> tuple[str, ...]:
+    """By number where all are numbers, else by the alphabet."""
+    numbers = pd.to_numeric(pd.Series(sorted(names)), errors="coerce").notna().all()
+    return tuple(sorted(names, key=(lambda label: (float(label), label)) if numbers else str))
+
+
+def _small_classes(rows_of: Counter[str], data: DataConfig) -> list[Finding]:
+    small = [f"{name!r} ({count})" for name, count in sorted(rows_of.items()) if count < SMALL_CLASS_ROWS]
+    if not small:
+        return []
+    return finding(
+        "small_class", data,
+        f"each class must have {SMALL_CLASS_ROWS} rows or more, found {', '.join(small[:EXAMPLES])}; join or drop such",
+    )  # fmt: skip
+
+
+def _leaks(
+    matrix: npt.NDArray[np.float32],
+    target: npt.NDArray[Any],
+    columns: tuple[Column, ...],
+    problem: Problem,
+    data: DataConfig,
+) -> list[Finding]:
+    """Columns of which one alone predicts the target for rows that it was not fitted on, by a small tree; the rows are
+    in no order."""
+    half = len(matrix) // 2
+    if half < 50 or (problem == "classification" and np.bincount(target).max() > LEAK_SCORE * len(target)):
+        return []
+    from sklearn.tree import DecisionTreeClassifier, DecisionTreeRegressor  # as in sources.py
+
+    findings = []
+    for place, column in enumerate(columns):
+        values = matrix[:, place : place + 1]
+        tree = (DecisionTreeClassifier if problem == "classification" else DecisionTreeRegressor)(
+            max_leaf_nodes=64, random_state=0
+        )
+        found = tree.fit(values[:half], target[:half]).score(values[half:], target[half:])
+        if found >= LEAK_SCORE:
+            findings += finding(
+                "leaking_column", data,
+                f"column {column.name} must not give the target away, found that it predicts {found:.1%} of it alone; "
+                f"set data.roles.{column.name}: ignored, or data.checks.leaking_column: warn if that is right",
+            )  # fmt: skip
+    return findings
+
+
+def _content(matrix: npt.NDArray[np.float32], columns: tuple[Column, ...]) -> Hashes:
+    """Each row's content, whatever the order of the columns, the file it came from, and today's list of categories: a
+    category counts by its name, not by its code."""
+    parts = {}
+    for place, column in enumerate(columns):
+        values = matrix[:, place]
+        if column.role == "categorical":
+            names = pd.util.hash_array(np.array([*column.categories, ""], dtype=object))
+            parts[column.name] = names[np.where(np.isnan(values), -1, values).astype(np.int64)]
+        else:
+            parts[column.name] = pd.util.hash_array(values + np.float32(0))
+    hashes = np.column_stack([parts[name] for name in sorted(parts)])
+    return hash_matrix(hashes.astype(">u8"))
