@@ -18,6 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn, optim
 
+from models.weights import kept_once, under_every_name
+
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
@@ -40,13 +42,13 @@ class Checkpoint:
             "optimizer": self.optimizer,
             "generators": self.generators,
         }
-        tensors = {
-            f"{group}/{name}": tensor.detach().cpu().contiguous()
-            for group, named in groups.items()
-            for name, tensor in named.items()
-        }
+        tensors, shared = kept_once(
+            {f"{group}/{name}": tensor for group, named in groups.items() for name, tensor in named.items()}
+        )
         curve = json.dumps(self.curve)
-        content = save(tensors, metadata={"key": self.key, "curve": curve, "sha256": _digest(tensors, curve)})
+        digest = _digest(under_every_name(tensors, shared), curve)
+        metadata = {"key": self.key, "curve": curve, "shared": json.dumps(shared), "sha256": digest}
+        content = save(tensors, metadata=metadata)
         partial = path.with_suffix(".partial")
         try:
             with partial.open("wb") as file:
@@ -80,7 +82,8 @@ class Checkpoint:
                 metadata = file.metadata()
                 if metadata.get("key") != key:
                     return None
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 not a mapping
+                kept = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 not a mapping
+                tensors = under_every_name(kept, json.loads(metadata["shared"]))
                 if metadata["sha256"] != _digest(tensors, metadata["curve"]):
                     return None
                 for name, tensor in tensors.items():

@@ -6,10 +6,9 @@ Knows nothing of how a version was trained or judged.
 from dataclasses import dataclass, replace
 
 import pandas as pd
-import safetensors
 import torch
 from pydantic import ValidationError
-from safetensors.torch import load
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from infra.settings import Settings
@@ -20,6 +19,7 @@ from models.evaluate import predict_outputs
 from models.families import ModelError, build_model, family_named
 from models.preprocessing import Preprocessing, preprocessing_of
 from models.table import encode
+from models.weights import read_tensors
 from tasks.promotions import Promotion, latest_promotion, taken_back
 from tasks.versions import (
     PREPROCESSING,
@@ -125,6 +125,6 @@ def read_version(store: Store, job: str, version: str, device: torch.device) -> 
 
 def _read_tensors(store: Store, manifest: Manifest, version: str, name: str) -> dict[str, Tensor]:
     try:
-        return load(read_file(store, manifest, version, name))
-    except safetensors.SafetensorError as error:
+        return read_tensors(read_file(store, manifest, version, name))
+    except (SafetensorError, KeyError) as error:
         raise damaged(store, manifest.job, version, f"{name} is no safetensors file") from error

@@ -16,11 +16,11 @@ import optuna
 import torch
 from mlflow import MlflowClient
 from mlflow.utils.git_utils import get_git_commit
-from safetensors.torch import save_file
 from torch import nn
 
 from infra.device import describe_device
 from infra.store import Store
+from models.weights import write_tensors
 from tasks.gate import Verdict
 from tasks.job import TuningJob
 from tasks.model_card import model_card
@@ -105,8 +105,7 @@ def write_version(
     winner = verdict.winner
     device = next(winner.model.parameters()).device
     for name, module in ((WEIGHTS, winner.model), (PREPROCESSING, winner.preprocessing)):
-        tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in module.state_dict().items()}
-        save_file(tensors, folder / name)
+        write_tensors(module.state_dict(), folder / name)
     manifest = _manifest(job, study, snapshot, verdict, describe_device(device))
     served = nn.Sequential(winner.preprocessing, winner.model).cpu()
     write_servable(

@@ -47,6 +47,25 @@ class Net(nn.Module):
 """
 
 
+TIED_NET = """
+import math, torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, hyperparameters, shape):
+        super().__init__()
+        n = math.prod(shape.features)
+        self.encoder, self.decoder = nn.Linear(n, n, bias=False), nn.Linear(n, n, bias=False)
+        self.decoder.weight = self.encoder.weight
+        self.middle = self.again = nn.Linear(n, n)
+        self.out = nn.Linear(n, shape.outputs)
+
+    def forward(self, rows):
+        hidden = self.again(torch.tanh(self.middle(torch.tanh(self.encoder(rows.flatten(1))))))
+        return self.out(torch.tanh(self.decoder(hidden)))
+"""
+
+
 def write_net(folder: Path, text: str = NET) -> str:
     path = folder / "net.py"
     path.write_text(text)

@@ -41,7 +41,7 @@ from tasks.tune import tune
 from tasks.versions import DamagedVersion, Manifest, publish_version
 from tests.conftest import CPU, make_job
 from tests.servers import answers, background, free_port, wait_for
-from tests.unit.test_families import write_net
+from tests.unit.test_families import TIED_NET, write_net
 
 NOW = datetime(2026, 11, 23, 2, 0, tzinfo=UTC)
 
@@ -237,6 +237,33 @@ def test_a_users_own_model_is_exported_too(prepared: Prepared, tmp_path: Path) -
     path = write_net(tmp_path)
     job = make_job(model=path, search={"space": {"epochs": 1}}, confirm={"candidates": 1, "seeds": 1})
     manifest = write(job, prepared, tmp_path / "version")
+    assert "mlflow/artifacts/model.onnx" in manifest.files
+
+
+@pytest.mark.parametrize("ship", ["median", "ensemble"])
+def test_tied_weights_are_published_once_and_come_back_tied(prepared: Prepared, tmp_path: Path, ship: str) -> None:
+    job = make_job(
+        model=write_net(tmp_path, TIED_NET),
+        search={"space": {"epochs": 1}},
+        budget={"trials": 1},
+        confirm={"candidates": 1, "seeds": 2, "ship": ship},
+    )
+    study, verdict = judged(job, prepared, tmp_path / "night")
+    manifests = []
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        manifests.append(write_version(job, study, prepared.snapshot, verdict, tmp_path / name, NOW))
+    manifest = manifests[0]
+    assert manifest.version == manifests[1].version
+    store = open_store((tmp_path / "store").as_uri())
+    published = read_version(store, job.name, publish_version(store, manifest, tmp_path / "first"), CPU)
+    features = prepared.snapshot.features("test", CPU)
+    winner = nn.Sequential(verdict.winner.preprocessing, verdict.winner.model)
+    assert torch.equal(published.outputs(features), predict_outputs(winner, features))
+    model = published.model.members[0] if ship == "ensemble" else published.model  # type: ignore[index]
+    weights = model.state_dict()  # type: ignore[union-attr]
+    assert weights["model.decoder.weight"].data_ptr() == weights["model.encoder.weight"].data_ptr()
+    assert weights["model.middle.weight"].data_ptr() == weights["model.again.weight"].data_ptr()
     assert "mlflow/artifacts/model.onnx" in manifest.files
 
 

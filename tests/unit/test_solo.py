@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from models.families import Unscale
 from models.solo import Diverged, Epoch, Resumable, Trained, gains_from_mixed_precision, mean_loss
 from tasks.prepared import Prepared
 from tests.conftest import CPU, train_on
-from tests.unit.test_families import NET, write_net
+from tests.unit.test_families import NET, TIED_NET, write_net
 
 RICH = {
     "optimizer": "adamw",
@@ -258,3 +259,20 @@ def test_a_constant_prediction_of_a_regression_has_loss_one(prepared_regression:
 
 def test_mixed_precision_waits_for_a_device_that_gains_from_it() -> None:
     assert not gains_from_mixed_precision(nn.Linear(2000, 2000), CPU)
+
+
+def test_a_training_of_tied_weights_is_resumed_like_any_other(prepared: Prepared, tmp_path: Path) -> None:
+    model = write_net(tmp_path, TIED_NET)
+    chosen: dict[str, Any] = {"epochs": 4, "early_stopping_patience": 2, "optimizer": "adam"}
+    resumable = Resumable(path=tmp_path / "trial.safetensors", key="one", interval_seconds=0)
+
+    def kill(epoch: Epoch) -> None:
+        if epoch.number == 2:
+            raise Killed
+
+    with pytest.raises(Killed):
+        train_on(prepared, model, resumable=resumable, report=kill, **chosen)
+    resumed = train_on(prepared, model, resumable=resumable, **chosen)
+    assert_equal(resumed, train_on(prepared, model, **chosen))
+    weights = resumed.model.state_dict()
+    assert weights["model.decoder.weight"].data_ptr() == weights["model.encoder.weight"].data_ptr()
