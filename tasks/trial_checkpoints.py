@@ -6,6 +6,7 @@ own: a store that is slow or away costs a copy, never a trial. Knows nothing of 
 """
 
 import logging
+import math
 import os
 import shutil
 import time
@@ -60,7 +61,7 @@ class TrialCheckpoints:
         """Bring a trial's checkpoint, which an epoch just came after, to the store; not more often than every
         SHARE_SECONDS, and returns at once."""
         now = time.monotonic()
-        due = max(self._shared_at.get(number, 0.0) + SHARE_SECONDS, self._paused_until)
+        due = max(self._shared_at.get(number, -math.inf) + SHARE_SECONDS, self._paused_until)
         under_way = self._sharing.get(number)
         if self._store is None or now < due or (under_way is not None and not under_way.done()):
             return
