@@ -1,5 +1,6 @@
 """A split of the data and its seeded batches: on the device where it fits, else read from the disk shard by shard."""
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -74,7 +75,7 @@ class Split:
 
     def batches(self, batch_size: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
         """Every row once, in an order drawn from a generator on the CPU, so that each device sees the same order.
-        The last batch may be smaller; where the rows are streamed, it need not come last.
+        The last batch may have another size (`batch_sizes`); where the rows are streamed, it need not come last.
 
         Streamed, the order is that of the shards, and within a shard that of its rows: the file's own order is that of
         hashes, so that a shard is a sample of all rows.
@@ -83,7 +84,7 @@ class Split:
             yield from self._streamed(self.features, batch_size, generator)
             return
         order = torch.randperm(len(self), generator=generator).to(self.target.device)
-        for rows in torch.split(order, batch_size):
+        for rows in in_batches(order, batch_size):
             yield self.features[rows], self.target[rows]
 
     def _streamed(
@@ -92,17 +93,35 @@ class Split:
         """The next shard is read while one is trained on."""
         batches = max(1, SHARD_BYTES // (batch_size * features.raw_bytes // max(1, len(self)) + 1))
         size = batches * batch_size
-        order = torch.randperm(math.ceil(len(self) / size), generator=generator).tolist()
+        ends = itertools.accumulate(batch_sizes(len(self), size), initial=0)
+        shards = [slice(begin, end) for begin, end in itertools.pairwise(ends)]
+        order = torch.randperm(len(shards), generator=generator).tolist()
         with ThreadPoolExecutor(1, thread_name_prefix="shards") as reader:
-            coming = reader.submit(features.__getitem__, _slice(order[0], size))
+            coming = reader.submit(features.__getitem__, shards[order[0]])
             for place, shard in enumerate(order):
-                rows, target = coming.result(), self.target[_slice(shard, size)]
+                rows, target = coming.result(), self.target[shards[shard]]
                 if place + 1 < len(order):
-                    coming = reader.submit(features.__getitem__, _slice(order[place + 1], size))
+                    coming = reader.submit(features.__getitem__, shards[order[place + 1]])
                 within = torch.randperm(len(target), generator=generator).to(target.device)
-                for some in torch.split(within, batch_size):
+                for some in in_batches(within, batch_size):
                     yield rows[some], target[some]
 
 
-def _slice(shard: int, size: int) -> slice:
-    return slice(shard * size, (shard + 1) * size)
+def step_count(rows: int, batch_size: int) -> int:
+    """Count the batches of an epoch of so many rows."""
+    return len(batch_sizes(rows, batch_size))
+
+
+def batch_sizes(rows: int, batch_size: int) -> list[int]:
+    """Return how many rows each batch of an epoch has: a single row that is left over joins the batch before it.
+
+    One row has no variance, which batch normalisation needs, and to drop it would leave one out of every epoch. The
+    rule is the same for every model, so that a layer more or less changes nothing else of a training.
+    """
+    steps = max(1, math.ceil((rows - (batch_size > 1)) / batch_size))
+    return [batch_size] * (steps - 1) + [rows - batch_size * (steps - 1)]
+
+
+def in_batches(rows: Tensor, batch_size: int, dim: int = 0) -> tuple[Tensor, ...]:
+    """Split rows that lie along a dimension into views of these sizes."""
+    return torch.split(rows, batch_sizes(rows.shape[dim], batch_size), dim=dim)

@@ -186,7 +186,7 @@ def sharpness(model: nn.Module, loss: Callable[[], Tensor]) -> float:
     Definition 2.1 of Keskar et al., On Large-Batch Training for Deep Learning (arXiv 1609.04836), over all weights:
     each may move by 0.001 (|w| + 1). They maximise by L-BFGS-B; this takes ten signed gradient steps projected into
     the box and keeps the highest loss seen. `loss` computes the loss of the model as it is; the weights are put back.
-    In per cent it is 100 times this; near 0 is flat.
+    What takes no part in the loss has a gradient of zero. In per cent it is 100 times this; near 0 is flat.
     """
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
     centre = [weight.detach().clone() for weight in weights]
@@ -196,7 +196,7 @@ def sharpness(model: nn.Module, loss: Callable[[], Tensor]) -> float:
     value = base
     try:
         for _ in range(SHARPNESS_STEPS):
-            gradients = torch.autograd.grad(value, weights)
+            gradients = torch.autograd.grad(value, weights, materialize_grads=True)
             with torch.no_grad():
                 for weight, gradient, middle, reach in zip(weights, gradients, centre, radius, strict=True):
                     moved = weight + 2 / SHARPNESS_STEPS * reach * gradient.sign()

@@ -8,7 +8,6 @@ what `solo.py` makes of each, within the rounding of another order of sums. Know
 
 import copy
 import logging
-import math
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
+from models.batches import batch_sizes, in_batches, step_count
 from models.checkpoints import Checkpoint, random_states
 from models.dropout import SeededDropout, dropout_keys
 from models.evaluate import metrics_of, predict_outputs, score
@@ -81,7 +81,9 @@ def fusion_signature(model: nn.Module, training: Training) -> Hashable:
     """Equal where two trainings can be one computation: modules with equal attributes, tensors of equal shapes,
     batches of one size, and as many epochs behind them. Buffers and weights may differ, an attribute may not."""
     modules = tuple((name, type(module), _attributes(module)) for name, module in model.named_modules())
-    tensors = tuple((name, tensor.shape, tensor.dtype) for name, tensor in _tensors(model).items())
+    tensors = tuple(
+        (name, tensor.shape, tensor.dtype, tensor.requires_grad) for name, tensor in _tensors(model).items()
+    )
     trained = 0
     if (resumable := training.resumable) is not None:
         checkpoint = Checkpoint.read(resumable.path, resumable.key)
@@ -261,7 +263,7 @@ class _Group:
 
     @property
     def _steps_an_epoch(self) -> int:
-        return math.ceil(len(self._setting.training) / self._batch_size)
+        return step_count(len(self._setting.training), self._batch_size)
 
     @property
     def epochs_done(self) -> int:
@@ -315,8 +317,8 @@ class _Group:
         for several steps at once."""
         batch = self._batch_size
         each = len(rows) * batch * self._setting.training.all_features[0].numel()
-        for some in torch.split(rows, batch * max(1, GATHERED_VALUES // each), dim=1):
-            yield from zip(*(torch.split(one, batch, dim=1) for one in self._gathered(some)), strict=True)
+        for some in in_batches(rows, batch * max(1, GATHERED_VALUES // each), dim=1):
+            yield from zip(*(in_batches(one, batch, dim=1) for one in self._gathered(some)), strict=True)
 
     def _gathered(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Features (members, rows, ...) and target (members, rows), by the rows' numbers (members, rows)."""
@@ -325,8 +327,8 @@ class _Group:
 
     def _steps_at_once(self, rows: Tensor, keys: Tensor, factors: Tensor) -> Tensor:
         """The same with the optimizer's factors, and of nothing that the host must know: so that what is launched at
-        one step is launched at each, but for a smaller last one."""
-        whole = rows.shape[1] // self._batch_size
+        one step is launched at each, but for a last one of another size."""
+        whole = batch_sizes(rows.shape[1], self._batch_size).count(self._batch_size)
         first, rest = rows[:, : whole * self._batch_size], rows[:, whole * self._batch_size :]
         inputs = (first.reshape(len(first), whole, self._batch_size).transpose(0, 1), keys, factors)
         if self._static is None:
@@ -425,7 +427,7 @@ class _Group:
             with torch.autocast(self._setting.device.type, torch.bfloat16, enabled=self._mixed_precision):
                 outputs = self._forward(features)
             losses = self._losses(outputs, target, self._smoothing)
-            found = torch.autograd.grad(losses.sum(), list(self._parameters.values()))
+            found = torch.autograd.grad(losses.sum(), list(self._parameters.values()), materialize_grads=True)
             gradients = torch.cat([gradient.flatten(1) for gradient in found], dim=1)
             losses = losses.detach()
         with torch.no_grad():
@@ -623,7 +625,6 @@ def _obstacle(model: nn.Module, features: Tensor) -> str | None:
     if not model.state_dict().keys() <= _tensors(model).keys():
         return "its modules share tensors, or keep a state that is not a tensor"
     tensors = {name: tensor.detach().clone() for name, tensor in _tensors(model).items()}
-    trained = {name: tensors[name].requires_grad_() for name, one in model.named_parameters() if one.requires_grad}
     stacked = {name: torch.stack([tensor, tensor]) for name, tensor in tensors.items()}
 
     def call(stacked: dict[str, Tensor], rows: Tensor) -> Any:
@@ -637,9 +638,7 @@ def _obstacle(model: nn.Module, features: Tensor) -> str | None:
         return _in_a_line(error)
     if outputs.shape != (2, *expected.shape) or not torch.allclose(outputs, expected.expand_as(outputs), 1e-3, 1e-4):
         return "several as one do not give what each gives alone"
-    gradients = torch.autograd.grad(outputs.sum(), list(trained.values()), allow_unused=True)
-    unused = [name for name, gradient in zip(trained, gradients, strict=True) if gradient is None]
-    return f"its parameter {unused[0]} takes no part in the outputs" if unused else None
+    return None
 
 
 def _in_a_line(error: Exception) -> str:

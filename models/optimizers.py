@@ -93,10 +93,14 @@ def learning_rate_at(
     return rate * _schedule_factor(hyperparameters, progress, losses)
 
 
-def l1_norm(model: nn.Module) -> Tensor:
-    """Sum of the absolute weights; biases and normalisation's scales are vectors and left out."""
-    norms = [parameter.abs().sum() for parameter in model.parameters() if parameter.ndim > 1]
-    return sum(norms[1:], norms[0])
+def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters that are not frozen."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def l1_norm(parameters: Iterable[nn.Parameter]) -> Tensor | int:
+    """Sum the absolute weights; biases and normalisation's scales are vectors and left out."""
+    return sum(parameter.abs().sum() for parameter in parameters if parameter.ndim > 1)
 
 
 def _schedule_factor(chosen: Hyperparameters, progress: float, losses: Sequence[float]) -> float:

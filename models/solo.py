@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from models.batches import Split
+from models.batches import Split, step_count
 from models.checkpoints import (
     Checkpoint,
     copy_weights,
@@ -27,7 +27,7 @@ from models.dropout import SeededDropout, dropout_keys, seed_dropout
 from models.evaluate import METRICS, MetricName, metrics_of, predict_outputs, score
 from models.families import Family, Unscale, build_model
 from models.hyperparameters import Hyperparameters
-from models.optimizers import build_optimizer, l1_norm, learning_rate_at
+from models.optimizers import build_optimizer, l1_norm, learning_rate_at, trained_parameters
 from models.shapes import DataShape
 
 MIXED_PRECISION_PARAMETERS = 1_000_000
@@ -140,7 +140,8 @@ class _Run:
         self._model = _laid_out(new_model(setting, training).to(setting.device), setting)
         self._dropouts = [module for module in self._model.modules() if isinstance(module, SeededDropout)]
         self._loss = _loss_of(self._model)
-        self._optimizer = build_optimizer(self._model.parameters(), training.hyperparameters)
+        self._parameters = trained_parameters(self._model)
+        self._optimizer = build_optimizer(self._parameters, training.hyperparameters)
         self._mixed_precision = gains_from_mixed_precision(self._model, self._device)
         self.epochs: list[Epoch] = []
         self._best: dict[str, Tensor] = {}
@@ -158,7 +159,7 @@ class _Run:
         # Summed on the device, which spares a wait for the device at every step.
         total = torch.zeros((), device=self._device)
         batch_size = self._chosen.batch_size
-        steps = math.ceil(len(self._training) / batch_size)
+        steps = step_count(len(self._training), batch_size)
         losses = [epoch.validation_loss for epoch in self.epochs]
         keys = dropout_keys([self._seed], len(self._dropouts), (number - 1) * steps, steps).to(self._device)
         for step, (features, target) in enumerate(self._training.batches(batch_size, self._order)):
@@ -194,11 +195,14 @@ class _Run:
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._mixed_precision):
             loss = self._loss(self._model(features), target, chosen.label_smoothing)
             if chosen.l1:
-                loss = loss + chosen.l1 * l1_norm(self._model)
+                loss = loss + chosen.l1 * l1_norm(self._parameters)
         self._optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
+        for parameter in self._parameters:
+            if parameter.grad is None:  # it took no part in this batch
+                parameter.grad = torch.zeros_like(parameter)
         if chosen.gradient_clip_norm:
-            nn.utils.clip_grad_norm_(self._model.parameters(), chosen.gradient_clip_norm)
+            nn.utils.clip_grad_norm_(self._parameters, chosen.gradient_clip_norm)
         self._optimizer.step()
         return loss.detach()
 

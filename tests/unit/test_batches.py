@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from models import batches
-from models.batches import DiskRows, Split
+from models.batches import DiskRows, Split, batch_sizes, step_count
 from models.families import family_named
 from models.preprocessing import Standardization
 from models.solo import Training, train
@@ -25,7 +25,7 @@ def on_disk(folder: Path, rows: int) -> Split:
     return Split(features=DiskRows(path=folder / "rows.npy", device=CPU), target=torch.arange(rows))
 
 
-@pytest.mark.parametrize("rows", [1, 63, 64, 1000])
+@pytest.mark.parametrize("rows", [1, 63, 64, 65, 129, 1000])
 @pytest.mark.parametrize("shard_bytes", [1, 2000, 10**9])
 def test_streamed_rows_are_each_seen_once_with_their_targets(
     rows: int, shard_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -36,13 +36,28 @@ def test_streamed_rows_are_each_seen_once_with_their_targets(
     target = torch.cat([some for _, some in seen])
     assert sorted(target.tolist()) == list(range(rows))
     assert torch.equal(torch.cat([features for features, _ in seen])[:, 0], 3.0 * target)
-    assert len(seen) == -(-rows // 64)
+    assert len(seen) == step_count(rows, 64)
+    assert rows == 1 or min(len(some) for _, some in seen) > 1
     assert rows < 64 or target.tolist() != sorted(target.tolist())
     again, other = (
         torch.cat([some for _, some in split.batches(64, torch.Generator().manual_seed(seed))]) for seed in (0, 1)
     )
     assert torch.equal(again, target)
     assert rows < 63 or not torch.equal(other, target)
+
+
+@pytest.mark.parametrize(
+    ("rows", "batch_size", "sizes"),
+    [
+        (1, 64, [1]), (64, 64, [64]), (65, 64, [65]), (66, 64, [64, 2]), (128, 64, [64, 64]), (129, 64, [64, 65]),
+        (3, 1, [1, 1, 1]), (5, 2, [2, 3]),
+    ],
+)  # fmt: skip
+def test_a_row_that_is_left_over_joins_the_batch_before_it(rows: int, batch_size: int, sizes: list[int]) -> None:
+    assert batch_sizes(rows, batch_size) == sizes
+    order = torch.Generator().manual_seed(0)
+    split = Split(features=torch.zeros(rows, 1), target=torch.arange(rows))
+    assert [len(target) for _, target in split.batches(batch_size, order)] == sizes
 
 
 def test_a_slice_of_the_disk_is_what_a_tensor_s_would_be(tmp_path: Path) -> None:

@@ -113,6 +113,14 @@ def test_sharpness_leaves_a_model_as_it_was(prepared: Prepared) -> None:
     assert not model.training
 
 
+def test_sharpness_is_that_of_what_takes_part(prepared: Prepared) -> None:
+    """A parameter without a part in the loss changes nothing."""
+    plain = Valley(1e4)
+    spare = Valley(1e4)
+    spare.unused = nn.Linear(3, 3)
+    assert sharpness(spare, spare.loss) == sharpness(plain, plain.loss)
+
+
 def test_parameters_and_latency_are_measured() -> None:
     model = nn.Linear(10, 5)
     model.bias.requires_grad_(False)

@@ -362,7 +362,41 @@ class Noisy(Plain):
 class Unused(Plain):
     def __init__(self, hyperparameters, shape):
         super().__init__(hyperparameters, shape)
-        self.spare = nn.Linear(2, 2)
+        self.spare = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+        self.alone = nn.Parameter(torch.ones(3, 3))
+
+class Frozen(Plain):
+    def __init__(self, hyperparameters, shape):
+        super().__init__(hyperparameters, shape)
+        self.layers[1].requires_grad_(False)
+        self.first = nn.Linear(64, 64).requires_grad_(False)
+    def forward(self, features):
+        return super().forward(self.first(features.flatten(1)))
+
+class Sometimes(Plain):
+    def __init__(self, hyperparameters, shape):
+        super().__init__(hyperparameters, shape)
+        self.whole = nn.Linear(64, shape.outputs)
+    def forward(self, features):
+        outputs = super().forward(features)
+        return outputs + self.whole(features.flatten(1)) if len(features) == 64 else outputs
+
+class Vectors(nn.Module):
+    def __init__(self, hyperparameters, shape):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(64))
+        self.outputs = shape.outputs
+    def forward(self, features):
+        return (features.flatten(1) * self.scale)[:, 20:20 + self.outputs]
+
+class Normalised(nn.Module):
+    def __init__(self, hyperparameters, shape):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, shape.outputs)
+        )
+    def forward(self, features):
+        return self.layers(features)
 
 class Tied(Plain):
     def __init__(self, hyperparameters, shape):
@@ -396,7 +430,6 @@ def nets(tmp_path: Path) -> Path:
     [
         ("Branching", "data-dependent control flow"),
         ("Noisy", "random operation"),
-        ("Unused", "its parameter model.spare.weight takes no part in the outputs"),
         ("Tied", "its modules share tensors"),
         ("Late", None),
     ],
@@ -426,6 +459,70 @@ def test_a_users_model_is_fused_and_exact(prepared: Prepared, nets: Path) -> Non
     some = trainings(setting, {}, {"learning_rate": 0.1}, optimizer="momentum")
     assert fusion_for(setting, some[0]).members > 100
     assert_as_alone(setting, some, 1e-4)
+
+
+@pytest.mark.usefixtures("in_float64")
+@pytest.mark.usefixtures("each_kind_of_step")
+@pytest.mark.parametrize("name", ["Unused", "Frozen", "Sometimes", "Vectors"])
+def test_what_gets_no_gradient_trains_as_alone(prepared: Prepared, nets: Path, name: str) -> None:
+    """With every optimizer and penalty: zero for what takes no part in a batch, and none where a layer is frozen."""
+    setting = setting_of(prepared, f"{nets}:{name}")
+    penalties = {key: value for key, value in EVERYTHING.items() if key != "dropout"}
+    some = trainings(setting, *({**penalties, "optimizer": optimizer} for optimizer in OPTIMIZERS))
+    assert fusion_for(setting, some[0]).members > 100
+    assert_as_alone(setting, some, 1e-9)
+
+
+@pytest.mark.parametrize("kept", ["fused", "alone"])
+def test_a_checkpoint_of_a_partly_frozen_model_fits_whoever_goes_on(
+    prepared: Prepared, nets: Path, tmp_path: Path, kept: str
+) -> None:
+    """The optimizer's state is that of the parameters that are trained, in either way."""
+    setting = setting_of(prepared, f"{nets}:Frozen")
+    (plain,) = trainings(setting, {"optimizer": "momentum"}, epochs=6)
+    resumable = replace(plain, resumable=Resumable(path=tmp_path / "one", key="k", interval_seconds=0))
+
+    def kill(epoch: Epoch) -> None:
+        if epoch.number == 4:
+            raise Killed
+
+    def kill_group(epochs: Mapping[int, Epoch]) -> Collection[int]:
+        kill(epochs[0])
+        return ()
+
+    with pytest.raises(Killed):
+        list(train_fused(setting, {0: resumable}, kill_group)) if kept == "fused" else train(setting, resumable, kill)
+    outcome = train(setting, resumable) if kept == "fused" else fused(setting, [resumable])[0]
+    expected = [epoch.train_loss for epoch in train(setting, plain).epochs]
+    assert [epoch.train_loss for epoch in outcome.epochs] == pytest.approx(expected, rel=1e-4)
+
+
+def test_models_that_freeze_other_layers_are_not_of_one_group(prepared: Prepared) -> None:
+    setting = setting_of(prepared)
+    (training,) = trainings(setting, {})
+    one, other = (new_model(setting, training) for _ in range(2))
+    assert fusion_signature(one, training) == fusion_signature(other, training)
+    next(other.parameters()).requires_grad_(False)
+    assert fusion_signature(one, training) != fusion_signature(other, training)
+
+
+@pytest.mark.usefixtures("in_float64")
+@pytest.mark.usefixtures("each_kind_of_step")
+@pytest.mark.parametrize(("rows", "batch_size"), [(129, 64), (65, 64), (257, 32), (257, 256), (33, 64)])
+def test_a_row_that_is_left_over_joins_the_batch_before_it(
+    prepared: Prepared, nets: Path, rows: int, batch_size: int
+) -> None:
+    """Batch normalisation refuses a batch of one row; fused and alone have the same batches."""
+    setting = setting_of(prepared, f"{nets}:Normalised", rows=rows)
+    some = trainings(setting, {}, {"optimizer": "momentum"}, {"schedule": "cosine"}, batch_size=batch_size)
+    assert_as_alone(setting, some, 1e-8)
+
+
+def test_our_cnn_with_batch_norm_takes_rows_that_leave_one_over(prepared: Prepared) -> None:
+    """At its deepest a single pixel is left of an image, so one row would have no variance."""
+    setting = setting_of(prepared, "cnn", rows=129)
+    some = trainings(setting, {}, {}, depth=4, channels=2, batch_norm=True)
+    assert all(isinstance(outcome, Trained) for _, outcome in train_all(setting, some))
 
 
 @pytest.mark.parametrize(("model", "size", "least", "most"), [("mlp", "width", 64, 2048), ("cnn", "channels", 4, 32)])
