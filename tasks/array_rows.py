@@ -8,72 +8,75 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 
 from models.shapes import Problem
-from tasks.rows import Arrays, Chunk, DataError, Rows, hash_rows
+from tasks.findings import Finding
+from tasks.job import DataConfig
+from tasks.rows import Arrays, Chunk, DataError, Rows, hash_rows, stop_at_errors
+from tasks.targets import Target
+
+# The kinds of NumPy's types that are numbers or may be read as such: truths, whole, real, objects, bytes and texts.
+NUMBER_KINDS = "biufOSU"
+LABEL_KINDS = "biufOSUM"
 
 
-def array_rows(source: str, arrays: Arrays, problem: Problem) -> Rows:
-    """Rows of arrays: features (rows, ...) and labels or target values (rows,), in chunks. Raises DataError."""
-    count, shapes, found = 0, set(), np.array([])
-    for features, labels in _numbers(source, arrays, problem):
-        bad_rows = np.flatnonzero(~np.isfinite(features).reshape(len(features), -1).all(axis=1))
-        if len(bad_rows):
-            raise DataError(
-                f"{source}: features must be finite, found NaN or infinity in {len(bad_rows)} of {len(features)} rows, "
-                f"first in row {count + bad_rows[0]}; fill or drop them"
-            )
-        count += len(labels)
+def array_rows(arrays: Arrays, data: DataConfig, problem: Problem, findings: tuple[Finding, ...] = ()) -> Rows:
+    """Rows of arrays: features (rows, ...) and labels or target values (rows,), in chunks. `findings` are of what gave
+    them. Raises DataError."""
+    source, target = data.source, Target("the target", data, problem)
+    count, shapes = 0, set()
+    for features, labels in _rows(source, arrays):
+        there = target.look(labels)
+        numbers = _finite(source, features[there], labels.index[there])
+        count += len(numbers)
         shapes.add(features.shape[1:])
-        # Of values the ends are enough to see that they vary.
-        known = np.unique(labels)
-        known = known[[0, -1]] if problem == "regression" and len(known) > 1 else known
-        found = np.unique(np.concatenate([found.astype(known.dtype) if found.size == 0 else found, known]))
-    if not count:
+    if not shapes:
         raise DataError(f"{source} must hold rows, found none; give it some")
     if len(shapes) > 1:
-        raise DataError(f"{source}: all rows must have one shape, found {sorted(shapes)}; mend it")
-    if problem == "regression" and len(found) < 2:
-        raise DataError(f"{source}: the target must vary, found {found[0]} in every row")
-    if len(found) < 2:
-        raise DataError(f"{source}: labels must have two classes at least, found {len(found)}")
+        raise DataError(f"{source}: all rows must have one shape, found {sorted(shapes)}; make them alike")
+    findings = (*findings, *target.findings())
+    stop_at_errors(findings, data)
 
     def chunks() -> Iterator[Chunk]:
-        for features, labels in _numbers(source, arrays, problem):
-            target = labels if problem == "regression" else np.searchsorted(found, labels).astype(np.int64)
-            yield Chunk(features=features, target=target, content=hash_rows(features))
+        for features, labels in _rows(source, arrays):
+            there, values = target.read(labels)
+            numbers = _finite(source, features[there], labels.index[there])
+            yield Chunk(features=numbers, target=values, content=hash_rows(numbers))
 
-    classes = () if problem == "regression" else tuple(str(name) for name in found)
-    return Rows(count=count, shape=shapes.pop(), classes=classes, chunks=chunks)
+    return Rows(count=count, shape=shapes.pop(), classes=target.classes, chunks=chunks, findings=findings)
 
 
-def _numbers(source: str, arrays: Arrays, problem: Problem) -> Iterator[tuple[npt.NDArray[np.float32], Any]]:
+def _rows(source: str, arrays: Arrays) -> Iterator[tuple[npt.NDArray[Any], "pd.Series[Any]"]]:
+    """Features (rows, ...) and labels, whose index numbers the rows; chunks without a row are left out."""
     before = 0
-    for found in arrays():
-        try:
-            features, labels = np.asarray(found[0], dtype=np.float32), np.asarray(found[1])
-        except (TypeError, ValueError) as error:
-            raise DataError(f"{source}: features must be numbers, but {error}") from error
+    for features, labels in arrays():
         if features.ndim < 2 or labels.shape != features.shape[:1]:
             raise DataError(
                 f"{source}: features must have shape (rows, ...) and labels (rows,), "
-                f"found {features.shape} and {labels.shape}"
+                f"found {features.shape} and {labels.shape}; return or save them so"
             )
-        yield features, _values(source, labels, before) if problem == "regression" else labels
+        if features.dtype.kind not in NUMBER_KINDS:
+            raise DataError(f"{source}: features must be numbers, found {features.dtype}; turn them into numbers")
+        if labels.dtype.kind not in LABEL_KINDS:
+            raise DataError(f"{source}: labels must be numbers or texts, found {labels.dtype}; turn them into such")
+        if labels.dtype.kind == "S":
+            labels = np.char.decode(labels, "utf-8", "replace")
+        if len(labels):
+            yield features, pd.Series(labels, index=pd.RangeIndex(before, before + len(labels))).infer_objects()
         before += len(labels)
 
 
-def _values(source: str, labels: npt.NDArray[Any], before: int) -> npt.NDArray[np.float32]:
-    """The target of a regression; `before` is the number of the first row."""
+def _finite(source: str, features: npt.NDArray[Any], rows: "pd.Index[Any]") -> npt.NDArray[np.float32]:
     try:
-        values = labels.astype(np.float32)
-    except (TypeError, ValueError) as error:
+        with np.errstate(over="ignore"):
+            numbers: npt.NDArray[np.float32] = features.astype(np.float32)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise DataError(f"{source}: features must be numbers, but {error}; turn them into numbers") from error
+    bad = np.flatnonzero(~np.isfinite(numbers).reshape(len(numbers), -1).all(axis=1))
+    if len(bad):
         raise DataError(
-            f"{source}: the target of a regression must be numbers, but {error}; choose a search.objective for classes"
-        ) from error
-    if not np.isfinite(values).all():
-        row = int(np.flatnonzero(~np.isfinite(values))[0])
-        raise DataError(
-            f"{source}: the target must be finite, found {labels[row]} in row {before + row}; fill or drop it"
+            f"{source}: features must be finite (at most 3.4e38), found NaN or infinity in {len(bad)} of "
+            f"{len(numbers)} rows, first in row {rows[bad[0]]}; fill or drop them"
         )
-    return values
+    return numbers

@@ -53,7 +53,7 @@ def images(folder: Path) -> Arrays:
         for begin in range(0, len(paths), step):
             some = paths[begin : begin + step]
             stacked = np.stack([_pixels(path, mode) for path in some]).astype(np.float32) / np.float32(255)
-            yield stacked, [path.parent.name for path in some]
+            yield stacked, np.array([path.parent.name for path in some])
 
     return pairs
 

@@ -23,7 +23,7 @@ from models.shapes import DataShape, Problem
 from models.table import EPOCH
 from tasks.findings import EXAMPLES, Finding, finding
 from tasks.job import DataConfig
-from tasks.rows import Chunk, DataError, Rows
+from tasks.rows import Chunk, DataError, Rows, stop_at_errors
 from tasks.snapshots import (
     FORMAT,
     POSITION,
@@ -59,14 +59,14 @@ def prepare(data: DataConfig, problem: Problem, snapshots: Path, last: Snapshot 
     with tempfile.TemporaryDirectory(dir=home, prefix=".preparing-", ignore_cleanup_errors=True) as name:
         rows = read_rows(data, problem, home / DOWNLOADS, Path(name))
         changed = _changes(rows, last, data)
-        _stop_at_errors(changed, data)
+        stop_at_errors(changed, data)
         with _Buckets(rows, problem, Path(name)) as buckets:
             for chunk in rows.chunks():
                 buckets.add(chunk, _positions(chunk), _splits(chunk, data))
             counts = buckets.counts
             _check_splits(counts, rows, data)
             unbalanced = _unbalanced(counts, rows, data)
-            _stop_at_errors(unbalanced, data)
+            stop_at_errors(unbalanced, data)
             folder = Path(name) / "snapshot"
             fingerprint = _write(buckets, rows, data, folder)
         row_counts = {split: int(counts[place].sum()) for place, split in enumerate(SPLITS)}
@@ -243,11 +243,6 @@ def _write(buckets: _Buckets, rows: Rows, data: DataConfig, folder: Path) -> str
 def _packed(dtype: "np.dtype[Any]") -> "np.dtype[Any]":
     """The fields that the fingerprint is of, one beside the other."""
     return np.dtype([(name, dtype[name]) for name in ("high", "low", "label")])
-
-
-def _stop_at_errors(findings: list[Finding], data: DataConfig) -> None:
-    if errors := [found.sentence for found in findings if found.severity == "error"]:
-        raise DataError(f"{data.source}: " + "; and ".join(errors))
 
 
 def _check_splits(counts: _Array, rows: Rows, data: DataConfig) -> None:

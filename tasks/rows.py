@@ -17,10 +17,11 @@ import pandas as pd
 from infra.errors import ExpectedError
 from models.column import Column
 from tasks.findings import Described, Finding
+from tasks.job import DataConfig
 
 Hashes = npt.NDArray[np.uint64]
 Frames = Callable[[], Iterator[pd.DataFrame]]
-Arrays = Callable[[], Iterator[tuple[Any, Any]]]
+Arrays = Callable[[], Iterator[tuple[npt.NDArray[Any], npt.NDArray[Any]]]]
 
 
 class DataError(ExpectedError):
@@ -55,6 +56,12 @@ class Rows:
     columns: tuple[Column, ...] = ()
     described: tuple[Described, ...] = ()
     findings: tuple[Finding, ...] = ()
+
+
+def stop_at_errors(findings: Iterable[Finding], data: DataConfig) -> None:
+    """Raise DataError where a finding is an error, one for all of them."""
+    if errors := [found.sentence for found in findings if found.severity == "error"]:
+        raise DataError(f"{data.source}: " + "; and ".join(errors))
 
 
 def hash_rows(features: npt.NDArray[np.float32]) -> Hashes:

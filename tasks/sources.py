@@ -92,22 +92,22 @@ def _read(data: DataConfig, problem: Problem, scratch: Path) -> Rows:
     name = Path(source).name.lower()
     try:
         if source.startswith("sklearn://"):
-            return array_rows(source, _slices(*_built_in(source)), problem)
+            return array_rows(_slices(*_built_in(source)), data, problem)
         if source.partition(":")[0].partition("+")[0] in DATABASES:
             return table_rows(_frames_of_query(data, scratch), data, problem)
         if ".py:" in source:
             found = call(source)
             if isinstance(found, pd.DataFrame):
                 return table_rows(_frames_of(found), data, problem)
-            return array_rows(source, _slices(*pair(source, found)), problem)
+            return array_rows(_slices(*pair(source, found)), data, problem)
         if name.endswith((*CSV_SUFFIXES, ".parquet")):
             return table_rows(frames_of_files(data), data, problem)
         if name.endswith(".npz"):
-            return array_rows(source, _slices(*read_npz(Path(source))), problem)
+            return array_rows(_slices(*read_npz(Path(source))), data, problem)
         if name.endswith(IDX_SUFFIXES):
-            return array_rows(source, idx_pairs(data), problem)
+            return array_rows(idx_pairs(data), data, problem)
         if Path(source).is_dir():
-            return array_rows(source, images(Path(source)), problem)
+            return array_rows(images(Path(source)), data, problem)
     except FileNotFoundError as error:
         raise DataError(f"data.source: {error.filename or source} does not exist; correct the path") from error
     except (OSError, EOFError, pa.ArrowException, zipfile.BadZipFile, struct.error) as error:

@@ -4,7 +4,6 @@ Everything that is wrong is collected and said together; what only warns goes on
 files, and of splits.
 """
 
-from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,27 +14,25 @@ import pandas as pd
 from models.column import Column
 from models.shapes import Problem
 from models.table import distinct, encode, text_of
-from tasks.columns import Survey, labels_alike, tidy
-from tasks.findings import EXAMPLES, Described, Finding, finding
+from tasks.columns import Survey
+from tasks.findings import Described, Finding, finding
 from tasks.job import DataConfig
-from tasks.rows import Chunk, DataError, Frames, Hashes, Rows, hash_bytes, hash_matrix
+from tasks.rows import Chunk, DataError, Frames, Hashes, Rows, hash_bytes, hash_matrix, stop_at_errors
+from tasks.targets import Target
 
 LEAK_ROWS = 20_000
 LEAK_SCORE = 0.999
-SMALL_CLASS_ROWS = 10
 
 
 def table_rows(frames: Frames, data: DataConfig, problem: Problem) -> Rows:
     """A table's rows, with everything that is wrong with it collected: what stops the night is raised together. The
     frames have the same columns, and one index that numbers all rows."""
     table = _Table(frames, data, problem)
-    errors = [found.sentence for found in table.findings if found.severity == "error"]
-    if errors:
-        raise DataError(f"{data.source}: " + "; and ".join(errors))
+    stop_at_errors(table.findings, data)
     return Rows(
         count=table.count,
         shape=(len(table.columns),),
-        classes=table.classes,
+        classes=table.target.classes,
         chunks=table.chunks,
         columns=table.columns,
         described=table.described,
@@ -51,9 +48,6 @@ class _Table:
         self._data = data
         self._problem = problem
         self._target = data.target or ""
-        self._labels: Counter[str] = Counter()
-        self._ends: list[float] = []
-        self._without_target, self._first_without_target = 0, list[Any]()
         self._sample = _Sample()
         self.count = 0
         surveys = self._look()
@@ -61,18 +55,12 @@ class _Table:
         found = [column for survey in surveys if (column := survey.column) is not None]
         self.columns = tuple(sorted(found, key=lambda column: column.name))
         self.described = (*(survey.described for survey in surveys), *self._others())
-        self._spelled = _spelled(self._labels) if data.tidy_labels else {label: label for label in self._labels}
-        self.classes = () if problem == "regression" else _in_order(set(self._spelled.values()))
-        self._codes = (
-            {label: self.classes.index(self._spelled[label]) for label in self._labels} if self.classes else {}
-        )
         self.findings = self._check(surveys)
 
     def _others(self) -> list[Described]:
         """The columns that are no features, by what they are for."""
         data = self._data
-        values = f"{self._ends[0]:g} to {self._ends[1]:g}" if self._ends else ", ".join(sorted(self._labels)[:EXAMPLES])
-        others = [Described(name=self._target, role="target", missing=self._without_target, values=values)]
+        others = [self.target.described(self._target)]
         for name, role in ((data.split_by, "split by"), (data.time_column, "time")):
             if name is not None and name != self._target:
                 others.append(Described(name=name, role=role, missing=0, values=""))
@@ -101,18 +89,15 @@ class _Table:
                 self._check_names(list(frame.columns))
                 left_out = {self._target, data.split_by, data.time_column}
                 surveys = {name: Survey(name, data) for name in frame.columns if name not in left_out}
+                self.target = Target(f"column {self._target}, the target,", data, self._problem)
             rows += len(frame)
-            frame, target = self._with_target(frame, counted=True)
+            frame = frame[self.target.look(frame[self._target])]
             for name, survey in surveys.items():
                 survey.add(frame[name])
             self._sample.add(frame)
             self.count += len(frame)
-            if self._problem == "regression" and len(target):
-                self._ends = [min([*self._ends, target.min()]), max([*self._ends, target.max()])]
         if not rows:
             raise DataError(f"{source} must hold rows, found none below its header; give it some")
-        if not self.count:
-            raise DataError(f"{source}: column {self._target}, the target, must have a value, found none; name another")
         return list(surveys.values())
 
     def _check_names(self, known: list[str]) -> None:
@@ -128,38 +113,10 @@ class _Table:
                     f"{', '.join(known[:50])}"
                 )
 
-    def _with_target(self, frame: pd.DataFrame, *, counted: bool = False) -> tuple[pd.DataFrame, npt.NDArray[Any]]:
-        """The rows that have a target, and what it is there: a class's code, before classes are known its place among
-        the chunk's labels, or a value. `counted` is for the first look."""
-        codes, values = distinct(frame[self._target], self._data.missing)
-        there = codes >= 0
-        if not there.all():
-            if counted:
-                self._without_target += int((~there).sum())
-                self._first_without_target += list(frame.index[~there][: EXAMPLES - len(self._first_without_target)])
-            frame, codes = frame[there], codes[there]
-        if self._problem == "regression":
-            return frame, self._numbers_of(values, codes, frame)
-        texts = text_of(values)
-        if counted:
-            self._labels.update(dict(zip(texts, np.bincount(codes, minlength=len(texts)).tolist(), strict=True)))
-            return frame, codes
-        return frame, np.array([self._codes[text] for text in texts], dtype=np.int64)[codes]
-
-    def _numbers_of(
-        self, values: "pd.Series[Any]", codes: npt.NDArray[np.int64], frame: pd.DataFrame
-    ) -> npt.NDArray[np.float32]:
-        wide = pd.to_numeric(values, errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
-        with np.errstate(over="ignore"):
-            numbers: npt.NDArray[np.float32] = wide.astype(np.float32)
-        bad = np.flatnonzero(~np.isfinite(numbers)[codes])
-        if len(bad):
-            raise DataError(
-                f"{self._data.source}: the target of a regression must be finite numbers, found "
-                f"{values.iloc[codes[bad[0]]]!r} in row {frame.index[bad[0]]}; mend it, or choose a search.objective "
-                "for classes"
-            )
-        return numbers[codes]
+    def _with_target(self, frame: pd.DataFrame) -> tuple[pd.DataFrame, npt.NDArray[Any]]:
+        """The rows that have a target, and what it is there."""
+        there, target = self.target.read(frame[self._target])
+        return frame[there], target
 
     def _chunk(self, frame: pd.DataFrame, target: npt.NDArray[Any]) -> Chunk:
         data = self._data
@@ -197,31 +154,12 @@ class _Table:
             ) from error
 
     def _check(self, surveys: list[Survey]) -> list[Finding]:
-        data, source = self._data, self._data.source
-        findings: list[Finding] = []
-        if self._without_target:
-            rows = ", ".join(str(row) for row in self._first_without_target)
-            findings += finding(
-                "missing_target", data,
-                f"column {self._target}, the target, must have a value in every row, found none in "
-                f"{self._without_target} rows (row {rows}); set data.checks.missing_target: warn to leave such rows "
-                "out",
-            )  # fmt: skip
-        findings += [found for survey in surveys for found in survey.findings]
+        data = self._data
+        findings = [*(found for survey in surveys for found in survey.findings), *self.target.findings()]
         if not self.columns:
             raise DataError(
-                f"{source} must have a column to learn from, found none beside the target {self._target}; add one"
+                f"{data.source} must have a column to learn from, found none beside the target {self._target}; add one"
             )
-        if self._problem == "classification":
-            findings += [] if data.tidy_labels else labels_alike(self._labels, data)
-            rows_of: Counter[str] = Counter()
-            for label, count in self._labels.items():
-                rows_of[self._spelled[label]] += count
-            findings += _small_classes(rows_of, data)
-            if len(self.classes) < 2:
-                raise DataError(f"{source}: labels must have two classes at least, found {len(self.classes)}")
-        elif self._ends[0] == self._ends[1]:
-            raise DataError(f"{source}: the target must vary, found {self._ends[0]:g} in every row")
         frame, target = self._with_target(self._sample.frame())
         self._sample = _Sample()
         return findings + _leaks(self._encoded(frame), target, self.columns, self._problem, data)
@@ -253,30 +191,6 @@ class _Sample:
         lowest = np.argsort(self._keys)[:LEAK_ROWS]
         self._keys, self._parts = self._keys[lowest], [joined.iloc[lowest]]
         return self._parts[0]
-
-
-def _spelled(counts: Counter[str]) -> dict[str, str]:
-    """Each label's most frequent spelling; the first in the alphabet where two are as frequent."""
-    spelled: dict[str, str] = {}
-    for label in sorted(counts, key=lambda label: (-counts[label], label)):
-        spelled.setdefault(tidy(label), label)
-    return {label: spelled[tidy(label)] for label in counts}
-
-
-def _in_order(names: set[str]) -> tuple[str, ...]:
-    """By number where all are numbers, else by the alphabet."""
-    numbers = pd.to_numeric(pd.Series(sorted(names)), errors="coerce").notna().all()
-    return tuple(sorted(names, key=(lambda label: (float(label), label)) if numbers else str))
-
-
-def _small_classes(rows_of: Counter[str], data: DataConfig) -> list[Finding]:
-    small = [f"{name!r} ({count})" for name, count in sorted(rows_of.items()) if count < SMALL_CLASS_ROWS]
-    if not small:
-        return []
-    return finding(
-        "small_class", data,
-        f"each class must have {SMALL_CLASS_ROWS} rows or more, found {', '.join(small[:EXAMPLES])}; join or drop such",
-    )  # fmt: skip
 
 
 def _leaks(

@@ -377,6 +377,97 @@ def test_a_bad_query_is_one_sentence(tmp_path: Path, data: dict[str, Any], says:
     assert says in str(error.value)
 
 
+def a_function(body: str) -> Callable[[Path], dict[str, Any]]:
+    """A source of the user's own: what `rows` does; x are three numbers in each of 40 rows, y is a or b by chance."""
+
+    def write(folder: Path) -> dict[str, Any]:
+        before = (
+            "import datetime\nimport numpy as np\nimport pandas as pd\nimport torch\n\n"
+            "draw = np.random.default_rng(0)\nx = draw.normal(size=(40, 3))\ny = draw.choice(['a', 'b'], 40)\n"
+        )
+        (folder / "load.py").write_text(f"{before}\n\ndef rows():\n    {body}\n")
+        return {"source": f"{folder}/load.py:rows"}
+
+    return write
+
+
+def a_database(*labels: Any) -> Callable[[Path], dict[str, Any]]:
+    def write(folder: Path) -> dict[str, Any]:
+        with sqlite3.connect(folder / "rows.db") as connection:
+            connection.execute("CREATE TABLE IF NOT EXISTS rows (x, y)")
+            connection.execute("DELETE FROM rows")
+            connection.executemany("INSERT INTO rows VALUES (?, ?)", [(i * 0.37 % 1, y) for i, y in enumerate(labels)])
+        connection.close()
+        return {"source": f"sqlite:///{folder}/rows.db", "query": "SELECT * FROM rows"}
+
+    return write
+
+
+X40 = np.random.default_rng(0).normal(size=(40, 3))
+GAPS = [3, 5, 39]
+
+
+def gapped(labels: list[Any], gap: Any) -> list[Any]:
+    """40 labels, of which GAPS have none."""
+    return [gap if row in GAPS else labels[row // 2 % 2] for row in range(40)]
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        table(y=gapped(["a", "b"], None)),
+        table(y=gapped(["a", "b"], " NA ")),
+        a_parquet(x=X40[:, 0], y=gapped(["a", "b"], None)),
+        a_parquet(x=X40[:, 0], y=pd.array(gapped([1, 2], pd.NA), dtype="Int64")),
+        a_parquet(x=X40[:, 0], y=gapped([1.0, 2.0], np.nan)),
+        a_database(*gapped(["a", "b"], None)),
+        a_database(*gapped([1, 2], "")),
+        an_npz(features=X40, target=np.array(gapped([1.0, 2.0], np.nan))),
+        an_npz(features=X40, target=np.array(gapped(["a", "b"], ""))),
+        an_npz(features=X40, target=np.array(gapped([b"a", b"b"], b"?"))),
+        an_npz(features=X40, target=np.array(gapped(["2026-01-01", "2026-01-02"], "NaT"), dtype="datetime64[D]")),
+        a_function("z = y.astype(object); z[[3, 5, 39]] = None; return x, z"),
+        a_function("z = y.tolist(); z[3] = None; z[5] = np.nan; z[39] = pd.NA; return x.tolist(), z"),
+        a_function("z = pd.Series(y); z[[3, 5, 39]] = None; return pd.DataFrame(x), z"),
+        a_function("z = pd.Series(y == 'a', dtype='boolean'); z[[3, 5, 39]] = pd.NA; return x, z"),
+        a_function("z = pd.Series(y, dtype='category'); z[[3, 5, 39]] = np.nan; return x, z"),
+        a_function("z = pd.Series(y == 'a', dtype='Int64'); z[[3, 5, 39]] = pd.NA; return x, pd.Index(z)"),
+        a_function("f = pd.DataFrame(x); f['y'] = y; f.loc[3, 'y'] = None; f.loc[[5, 39], 'y'] = ' '; return f"),
+        a_function(
+            "z = [datetime.date(2026, 1, 1 + i % 2) for i in range(40)]; z[3] = pd.NaT; z[5] = None; "
+            "z[39] = float('nan'); return x, z"
+        ),
+    ],
+)
+def test_a_row_without_a_target_is_named_or_left_out_whatever_the_source(
+    write: Callable[[Path], dict[str, Any]], tmp_path: Path
+) -> None:
+    data = write(tmp_path)
+    source = data.pop("source")
+    with pytest.raises(DataError, match=r"must have a value in every row, found none in 3 rows \(row 3, 5, 39\); fill"):
+        read(source, **data)
+    rows = read(source, checks={"missing_target": "warn"}, **data)
+    assert (len(rows.target), len(rows.known.classes), rows.known.count) == (37, 2, 37)
+    assert "missing_target" in [found.check for found in rows.known.findings]
+
+
+@pytest.mark.parametrize(
+    ("gap", "says"),
+    [
+        ("np.nan", "found none in 3 rows (row 3, 5, 39)"),
+        ("None", "found none in 3 rows (row 3, 5, 39)"),
+        ("np.inf", "found inf in row 3"),
+        ("'a lot'", "found 'a lot' in row 3"),
+        ("pd.Timestamp(0)", "must be finite numbers, found Timestamp"),
+    ],
+)
+def test_a_number_to_predict_is_there_and_finite(gap: str, says: str, tmp_path: Path) -> None:
+    source = a_function(f"z = x[:, 0].astype(object); z[[3, 5, 39]] = {gap}; return x, z")(tmp_path)["source"]
+    with pytest.raises(DataError) as error:
+        read(source, "regression")
+    assert says in str(error.value)
+
+
 def test_a_file_that_unpacks_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(table_files, "LEAST_BOMB_BYTES", 2**22)
     with gzip.open(tmp_path / "rows.csv.gz", "wb") as file:

@@ -1,0 +1,157 @@
+"""The target of all rows, whatever source they come from: which rows have one, which classes there are, and what is
+wrong with it.
+
+It is seen twice, as rows are: `look` at every chunk, then `read` each. Knows nothing of features.
+"""
+
+from collections import Counter
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from models.shapes import Problem
+from models.table import distinct, text_of
+from tasks.columns import labels_alike, tidy
+from tasks.findings import EXAMPLES, Described, Finding, finding
+from tasks.job import DataConfig
+from tasks.rows import DataError
+
+SMALL_CLASS_ROWS = 10
+
+
+class Target:
+    """What all rows have in common of what is predicted. `named` is how a sentence names it, such as "the target"."""
+
+    def __init__(self, named: str, data: DataConfig, problem: Problem) -> None:
+        self._named = named
+        self._data = data
+        self._problem = problem
+        self._labels: Counter[str] = Counter()
+        self._ends: list[float] = []
+        self._missing, self._first_missing = 0, list[Any]()
+
+    def look(self, values: "pd.Series[Any]") -> npt.NDArray[np.bool_]:
+        """Which of the next rows have a target; the index numbers them. Raises DataError: one is no number in a
+        regression."""
+        codes, known = distinct(values, self._data.missing)
+        there = codes >= 0
+        if not there.all():
+            self._missing += int((~there).sum())
+            self._first_missing += list(values.index[~there][: EXAMPLES - len(self._first_missing)])
+        if self._problem == "regression":
+            numbers = self._numbers(known, codes, values.index)
+            if len(numbers):
+                self._ends = [float(min([*self._ends, numbers.min()])), float(max([*self._ends, numbers.max()]))]
+        else:
+            counts = np.bincount(codes[there], minlength=len(known))
+            for label, count in zip(text_of(known), counts.tolist(), strict=True):
+                self._labels[label] += count
+        return there
+
+    def read(self, values: "pd.Series[Any]") -> tuple[npt.NDArray[np.bool_], npt.NDArray[Any]]:
+        """Which rows have a target, and those targets: int64 classes, or float32 values. Raises DataError."""
+        codes, known = distinct(values, self._data.missing)
+        there = codes >= 0
+        if self._problem == "regression":
+            return there, self._numbers(known, codes, values.index)[codes[there]]
+        try:
+            classes = np.array([self._codes[label] for label in text_of(known)], dtype=np.int64)
+        except KeyError as error:
+            raise DataError(
+                f"{self._data.source} must stay as it is while it is read, found the label {error}, which was not "
+                "there at first; run again"
+            ) from error
+        return there, classes[codes[there]]
+
+    @cached_property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the classes, once all rows were looked at: by number where all are numbers, else by the
+        alphabet; none for a regression."""
+        return () if self._problem == "regression" else _in_order(set(self._spelled.values()))
+
+    def described(self, column: str) -> Described:
+        values = f"{self._ends[0]:g} to {self._ends[1]:g}" if self._ends else ", ".join(sorted(self._labels)[:EXAMPLES])
+        return Described(name=column, role="target", missing=self._missing, values=values)
+
+    def findings(self) -> list[Finding]:
+        """What the checks say of it. Raises DataError for a target that nothing can be learned of."""
+        data, source = self._data, self._data.source
+        if not self._labels and not self._ends:
+            raise DataError(f"{source}: {self._named} must have a value, found none; name another or fill it")
+        findings: list[Finding] = []
+        if self._missing:
+            rows = ", ".join(str(row) for row in self._first_missing)
+            findings += finding(
+                "missing_target", data,
+                f"{self._named} must have a value in every row, found none in {self._missing} rows (row {rows}); fill "
+                "it, set data.missing to the texts that mean none, or set data.checks.missing_target: warn to leave "
+                "such rows out",
+            )  # fmt: skip
+        if self._problem == "regression":
+            if self._ends[0] == self._ends[1]:
+                raise DataError(f"{source}: the target must vary, found {self._ends[0]:g} in every row; name another")
+            return findings
+        if len(self.classes) < 2:
+            raise DataError(
+                f"{source}: labels must have two classes at least, found {len(self.classes)} "
+                f"({', '.join(map(repr, self.classes))}); give rows of another"
+            )
+        findings += [] if data.tidy_labels else labels_alike(self._labels, data)
+        return findings + self._small_classes()
+
+    def _small_classes(self) -> list[Finding]:
+        rows: Counter[str] = Counter()
+        for label, count in self._labels.items():
+            rows[self._spelled[label]] += count
+        small = [f"{name!r} ({count})" for name, count in sorted(rows.items()) if count < SMALL_CLASS_ROWS]
+        if not small:
+            return []
+        return finding(
+            "small_class", self._data,
+            f"each class must have {SMALL_CLASS_ROWS} rows or more, found {', '.join(small[:EXAMPLES])}; join or drop "
+            "such",
+        )  # fmt: skip
+
+    @cached_property
+    def _spelled(self) -> dict[str, str]:
+        return _spelled(self._labels) if self._data.tidy_labels else {label: label for label in self._labels}
+
+    @cached_property
+    def _codes(self) -> dict[str, int]:
+        places = {name: place for place, name in enumerate(self.classes)}
+        return {label: places[self._spelled[label]] for label in self._labels}
+
+    def _numbers(
+        self, known: "pd.Series[Any]", codes: npt.NDArray[np.int64], rows: "pd.Index[Any]"
+    ) -> npt.NDArray[np.float32]:
+        """The distinct values as numbers; a date is none."""
+        texts = known.astype("string") if pd.api.types.is_datetime64_any_dtype(known) else known
+        wide = pd.to_numeric(texts, errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
+        with np.errstate(over="ignore"):
+            numbers: npt.NDArray[np.float32] = wide.astype(np.float32)
+        bad = np.flatnonzero(np.append(~np.isfinite(numbers), False)[codes])
+        if len(bad):
+            value = known.iloc[codes[bad[0]]]
+            raise DataError(
+                f"{self._data.source}: the target of a regression must be finite numbers, found "
+                f"{value if isinstance(value, float) else repr(value)} in row {rows[bad[0]]}; correct it, or choose a "
+                "search.objective for classes"
+            )
+        return numbers
+
+
+def _spelled(counts: Counter[str]) -> dict[str, str]:
+    """Each label's most frequent spelling; the first in the alphabet where two are as frequent."""
+    spelled: dict[str, str] = {}
+    for label in sorted(counts, key=lambda label: (-counts[label], label)):
+        spelled.setdefault(tidy(label), label)
+    return {label: spelled[tidy(label)] for label in counts}
+
+
+def _in_order(names: set[str]) -> tuple[str, ...]:
+    """By number where all are numbers, else by the alphabet."""
+    numbers = pd.to_numeric(pd.Series(sorted(names)), errors="coerce").notna().all()
+    return tuple(sorted(names, key=(lambda label: (float(label), label)) if numbers else str))
