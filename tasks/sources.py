@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import numpy.typing as npt
 import pandas as pd
 import pyarrow as pa
 import sqlalchemy
@@ -25,7 +25,7 @@ from tasks.array_rows import array_rows
 from tasks.image_files import images
 from tasks.job import DataConfig
 from tasks.rows import Arrays, DataError, Frames, Rows
-from tasks.source_functions import call, pair
+from tasks.source_functions import rows_of
 from tasks.table_files import (
     CHUNK_BYTES,
     CSV_SUFFIXES,
@@ -96,10 +96,10 @@ def _read(data: DataConfig, problem: Problem, scratch: Path) -> Rows:
         if source.partition(":")[0].partition("+")[0] in DATABASES:
             return table_rows(_frames_of_query(data, scratch), data, problem)
         if ".py:" in source:
-            found = call(source)
+            found = rows_of(source)
             if isinstance(found, pd.DataFrame):
                 return table_rows(_frames_of(found), data, problem)
-            return array_rows(_slices(*pair(source, found)), data, problem)
+            return array_rows(_slices(*found), data, problem)
         if name.endswith((*CSV_SUFFIXES, ".parquet")):
             return table_rows(frames_of_files(data), data, problem)
         if name.endswith(".npz"):
@@ -120,11 +120,10 @@ def _read(data: DataConfig, problem: Problem, scratch: Path) -> Rows:
     )
 
 
-def _slices(features: Any, labels: Any) -> Arrays:
+def _slices(features: npt.NDArray[Any], labels: npt.NDArray[Any]) -> Arrays:
     """What is in memory already, in pieces; arrays that do not fit together are left for whoever checks them."""
-    features, labels = np.asarray(features), np.asarray(labels)
 
-    def pieces() -> Iterator[tuple[Any, Any]]:
+    def pieces() -> Iterator[tuple[npt.NDArray[Any], npt.NDArray[Any]]]:
         if not (features.ndim and labels.shape == features.shape[:1]):
             yield features, labels
             return

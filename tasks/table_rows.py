@@ -22,6 +22,8 @@ from tasks.targets import Target
 
 LEAK_ROWS = 20_000
 LEAK_SCORE = 0.999
+# The kinds of NumPy's types that no role is for: complex numbers, spans of time, records.
+UNREAD_KINDS = "cmV"
 
 
 def table_rows(frames: Frames, data: DataConfig, problem: Problem) -> Rows:
@@ -84,6 +86,7 @@ class _Table:
         rows = 0
         for frame in self._frames():
             frame = frame.rename(columns=str)
+            _check_types(frame, source)
             if not surveys:
                 self._target = data.target or str(frame.columns[-1])
                 self._check_names(list(frame.columns))
@@ -191,6 +194,17 @@ class _Sample:
         lowest = np.argsort(self._keys)[:LEAK_ROWS]
         self._keys, self._parts = self._keys[lowest], [joined.iloc[lowest]]
         return self._parts[0]
+
+
+def _check_types(frame: pd.DataFrame, source: str) -> None:
+    if frame.columns.empty:
+        raise DataError(f"{source} must hold a column, found none; give it some")
+    for name, dtype in frame.dtypes.items():
+        if dtype.kind in UNREAD_KINDS:
+            raise DataError(
+                f"{source}: column {name} must hold numbers, texts, truths or dates, found {dtype}; turn it into one "
+                "of them or leave it out"
+            )
 
 
 def _leaks(

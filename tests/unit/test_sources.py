@@ -4,6 +4,7 @@ import gzip
 import os
 import sqlite3
 import struct
+import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -65,9 +66,9 @@ class Read:
     target: NDArray[Any]
 
 
-def read(path: Path | str, problem: Problem = "classification", **data: Any) -> Read:
+def read(source: Path | str, problem: Problem = "classification", **data: Any) -> Read:
     with tempfile.TemporaryDirectory() as scratch:
-        known = read_rows(DataConfig(source=str(path), **data), problem, Path(scratch), Path(scratch))
+        known = read_rows(DataConfig(source=str(source), **data), problem, Path(scratch), Path(scratch))
         chunks = list(known.chunks())
     return Read(known, *(np.concatenate([getattr(chunk, name) for chunk in chunks]) for name in ("features", "target")))
 
@@ -466,6 +467,153 @@ def test_a_number_to_predict_is_there_and_finite(gap: str, says: str, tmp_path: 
     with pytest.raises(DataError) as error:
         read(source, "regression")
     assert says in str(error.value)
+
+
+def a_file(code: str, **data: Any) -> Callable[[Path], dict[str, Any]]:
+    """A source of the user's own, whole."""
+
+    def write(folder: Path) -> dict[str, Any]:
+        (folder / "load.py").write_text(code, encoding="utf-8")
+        return {"source": f"{folder}/load.py:rows", **data}
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("write", "says"),
+    [
+        (a_function("f = pd.DataFrame(x); return pd.concat([f, f[[0]]], axis=1)"), "found '0' twice; rename"),
+        (a_function("return pd.DataFrame({'0': y, 0: y, 'z': y})"), "found '0' twice; rename"),
+        (a_function("return pd.DataFrame({('a', 'b'): y, ('a', 'c'): y})"), "found a MultiIndex of 2 levels; join"),
+        (a_function("return pd.DataFrame({'a': [{}] * 40, 'y': y})"), "found dict in row 0 of column a; turn it"),
+        (a_function("return pd.DataFrame({'a': x[:, 0], 'y': [object()] * 40})"), "found object in row 0 of column y"),
+        (a_function("return pd.DataFrame({'a': x[:, 0] * 1j, 'y': y})"), "found complex128; turn"),
+        (a_function("return pd.DataFrame({'a': pd.to_timedelta(range(40), unit='s'), 'y': y})"), "found timedelta64["),
+        (a_function("return pd.DataFrame()"), "must hold a column"),
+        (a_function("return [[1.0, 2.0], [3.0]] * 20, y"), "as an array, or rows of one length, found list"),
+        (a_function("return x[:, 0].tolist(), y"), "features must have shape (rows, ...) and labels (rows,), found"),
+        (a_function("return x, [[1], [1, 2]] * 20"), "found list in row 0 of labels; turn it"),
+        (a_function("return x, [{1}, {2}] * 20"), "found set in row 0 of labels; turn it"),
+        (a_function("return [[1, 2, {}]] * 40, y"), "found dict in row 0 of features; turn it"),
+        (a_function("import scipy.sparse; return scipy.sparse.eye_array(40).tocsr(), y"), "return its toarray()"),
+        (a_function("import scipy.sparse; return scipy.sparse.csr_matrix(x), y"), "found csr_matrix; return its"),
+        (a_function("return np.ma.masked_less(x, 0), y"), "features must be finite (at most 3.4e38), found NaN"),
+        (a_function("return x * 1j, y"), "features must be numbers, found complex128; turn"),
+        (a_function("return torch.tensor(x * 1j), y"), "features must be numbers, found complex128; turn"),
+        (a_function("return x.astype('M8[s]'), y"), "features must be numbers, found datetime64[s]; turn"),
+        (a_function("return np.zeros((40, 2), dtype='i4,f8'), y"), "features must be numbers, found [("),
+        (a_function("return x, np.zeros(40, dtype='i4,f8')"), "labels must be numbers or texts, found [("),
+        (a_function("return x, x[:, 0] * 1j"), "labels must be numbers or texts, found complex128"),
+        (a_function("return [['a', 'b']] * 40, y"), "features must be numbers, but could not convert string to float"),
+        (a_function("return [[10**400, 1]] * 40, y"), "found a whole number of 1329 bits in row 0 of features"),
+        (a_function("return pd.DataFrame({'a': [10**400] * 40, 'y': y})"), "of 1329 bits in row 0 of column a; turn"),
+        (a_function("return x, ['a', 'b\\udc80'] * 20"), "found 'b\\udc80', which is no text in Unicode in row 1 of"),
+        (a_function("return np.full((40, 2), 1e300), y"), "features must be finite (at most 3.4e38), found NaN"),
+        (a_function("return torch.empty(40, 2, device='meta'), y"), "must return features as an array"),
+        (a_function("yield x\n    yield y"), "found generator, whose rows it must return instead of yielding them"),
+        (a_function("return x"), "must return features and labels, or a DataFrame, found ndarray; return"),
+        (a_function("return pd.Series([1.0, 2.0])"), "found Series; return a DataFrame"),
+        (a_function("return 'ab'"), "found str; return a DataFrame"),
+        (a_function("return {'features': x, 'target': y}"), "found dict; return a DataFrame"),
+        (a_function("return x, y, x"), "found tuple of 3; return a DataFrame"),
+        (a_function("return None"), "found NoneType; return a DataFrame"),
+        (a_function("import sys; sys.exit(3)"), "but called sys.exit(3) in line 12; let it return"),
+        (a_function("return rows()"), "raised RecursionError in line 12: maximum recursion depth exceeded; end"),
+        (a_function("raise ValueError('one\\ntwo')"), "raised ValueError in line 12: one; correct it"),
+        (a_function("raise ValueError()"), "raised ValueError in line 12: without a word; correct it"),
+        (a_file("async def rows():\n    return 1"), "must be a plain function, found an async one; write"),
+        (a_file("async def rows():\n    yield 1"), "must be a plain function, found an async one; write"),
+        (a_file("class rows:\n    pass"), "must name a function, found a class; known are no functions"),
+        (a_file("rows = 5"), "must name a function, found int rows; known are no functions"),
+        (a_file("def row(): pass\n\n\ndef load(): pass"), "must name a function, found none; known are row, load"),
+        (a_file("def rows(n): pass"), "must need no argument, but it is missing a required argument: 'n'; give"),
+        (a_file("def rows(*, n): pass"), "must need no argument, but it is missing a required argument: 'n'; give"),
+        (a_file("def rows(:\n"), "it holds a SyntaxError in line 1: "),
+        (a_file("def rows():\nreturn 1\n"), "it holds a SyntaxError in line 2: expected an indented block"),
+        (a_file("\0"), "it holds a SyntaxError in line"),
+        (a_file("import no_such_module\n"), "in line 1: No module named 'no_such_module'; install it beside"),
+        (a_file("from . import sibling\n"), "import a file beside it by its name, without a dot"),
+        (a_file("import argparse\nargparse.ArgumentParser().error('no')\n"), "but called sys.exit(2) in line 2"),
+    ],
+)  # fmt: skip
+def test_a_function_that_gives_no_rows_is_one_sentence(
+    write: Callable[[Path], dict[str, Any]], says: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    before = sys.path.copy()
+    with pytest.raises(DataError) as error:
+        read(**write(tmp_path))
+    assert says in str(error.value)
+    assert "\n" not in str(error.value)
+    assert str(tmp_path / "load.py") in str(error.value)
+    assert (sys.path, capfd.readouterr().out) == (before, "")
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        a_function("return x, y"),
+        a_function("return [x, y]"),
+        a_function("return x.tolist(), y.tolist()"),
+        a_function("return [tuple(row) for row in x], tuple(y)"),
+        a_function("return pd.DataFrame(x), pd.Series(y)"),
+        a_function("return pd.DataFrame(x, dtype='Float64'), pd.Index(y)"),
+        a_function("return torch.tensor(x, requires_grad=True), y"),
+        a_function("return torch.tensor(x).to_sparse(), y"),
+        a_function("return [torch.tensor(row, requires_grad=True) for row in x], y"),
+        a_function("return x.astype(object), y.astype(object)"),
+        a_function("return x.astype(str), y"),
+        a_function("return np.ma.masked_invalid(x), y"),
+        a_function("return x.astype(np.longdouble), y"),
+        a_function("print('reading'); return x, y"),
+        a_file(
+            "from __future__ import annotations\nimport pickle\nfrom dataclasses import dataclass\n"
+            "from typing import NamedTuple, get_type_hints\nimport numpy as np\nfrom sibling import X, Y\n\n\n"
+            "@dataclass\nclass Config:\n    rows: int = 40\n\n\nclass Rows(NamedTuple):\n    x: np.ndarray\n"
+            "    y: np.ndarray\n\n\ndef rows(config=Config()):\n    assert get_type_hints(Config)['rows'] is int\n"
+            "    return Rows(X, Y[: pickle.loads(pickle.dumps(config)).rows])\n"
+        ),
+    ],
+)
+def test_what_a_function_returns_is_read_whatever_holds_it(
+    write: Callable[[Path], dict[str, Any]], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    a_function("return x, y")(tmp_path)
+    code = (tmp_path / "load.py").read_text()
+    (tmp_path / "sibling.py").write_text(code.replace("def rows", "X, Y = x, y\n\n\ndef rows"))
+    expected = read(f"{tmp_path}/sibling.py:rows")
+    rows = read(**write(tmp_path))
+    assert np.array_equal(rows.features, expected.features)
+    assert (rows.known.classes, rows.target.tolist()) == (("a", "b"), expected.target.tolist())
+    assert capfd.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        "torch.tensor(z)",
+        "[torch.tensor(label) for label in z]",
+        "z.tolist()",
+        "pd.Series(z)",
+        "np.ma.masked_array(z)",
+        "pd.array(z, dtype='boolean')",
+    ],
+)
+def test_labels_are_named_alike_whatever_holds_them(labels: str, tmp_path: Path) -> None:
+    assert read(**a_function(f"z = y == 'a'; return x, {labels}")(tmp_path)).known.classes == ("false", "true")
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        "pd.DataFrame(x, index=pd.MultiIndex.from_arrays([y, y]))",
+        "pd.DataFrame(x)",
+        "pd.DataFrame(x, dtype=pd.SparseDtype(float))",
+    ],
+)
+def test_a_frame_is_read_whatever_its_index_and_its_columns_hold(rows: str, tmp_path: Path) -> None:
+    found = read(**a_function(f"f = {rows}; f['y'] = y; return f")(tmp_path))
+    assert roles_of(found.known) == {"0": "numeric", "1": "numeric", "2": "numeric", "y": "target"}
+    assert found.features.shape == (40, 3)
 
 
 def test_a_file_that_unpacks_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
