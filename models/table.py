@@ -7,8 +7,9 @@ is fitted on training rows (means, which categories are rare) is preprocessing.p
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +21,29 @@ if TYPE_CHECKING:
 TRUE_WORDS, FALSE_WORDS = ("true", "yes", "t", "y"), ("false", "no", "f", "n")
 EPOCH = pd.Timestamp("2000-01-01", tz="UTC")
 UNSEEN = -1.0
+BLANKS = " \u00a0\u2009\u202f"
+MARKS = {" ": f"[{BLANKS}]", "'": "['\u2019]", ",": ",", ".": r"\."}
+_CURRENCY = (
+    r"[A-Z]{0,3}[$\u00a2-\u00a5\u0e3f\u20a0-\u20cf]|(?:Rs|kr|Fr|AED|AUD|BRL|CAD|CHF|CNY|CZK|DKK|EUR|GBP|HKD|HUF|IDR|ILS|"
+    r"INR|JPY|KRW|MXN|NOK|NZD|PLN|RMB|RUB|SAR|SEK|SGD|THB|TRY|USD|ZAR)\.?"
+)
+# -$ 1,234.50 or (12 kg) or 5e3-: at most one sign, at most one unit; digits and marks are looked at afterwards.
+_NUMBER = re.compile(
+    rf"(?P<open>\()?[{BLANKS}]*(?P<first>[-+\u2212])?[{BLANKS}]*(?P<before>{_CURRENCY})?[{BLANKS}]*(?P<second>[-+\u2212])?"
+    rf"(?P<digits>[0-9.,](?:[0-9.,'\u2019{BLANKS}]*[0-9.,])?)(?P<power>[eE][-+\u2212]?[0-9]+)?"
+    rf"[{BLANKS}]*(?P<after>[^\W\d_][^\d(){{}}\-+]{{0,11}}|[%\u2030\u00b0$\u00a2-\u00a5\u0e3f\u20a0-\u20cf][^\d()\-+]{{0,3}}|)"
+    rf"[{BLANKS}]*(?P<last>[-\u2212])?(?P<close>\))?"
+)
+
+
+class WrittenNumber(NamedTuple):
+    """What a text says of a number: digits with their marks, as `1.234,5`, a power of ten as `e3`, and the unit beside
+    it; None where there is nothing but a sign before the digits."""
+
+    digits: str
+    power: str
+    is_negative: bool
+    unit: str | None
 
 
 def encode(frame: pd.DataFrame, columns: Sequence[Column]) -> npt.NDArray[np.float32]:
@@ -87,6 +111,68 @@ def distinct(values: pd.Series[Any], missing: Sequence[str]) -> tuple[npt.NDArra
     return codes, pd.Series(found)
 
 
+def read_numbers(values: pd.Series[Any], column: Column) -> npt.NDArray[np.float64]:
+    """Numbers (rows,), NaN where there is none written as the column says; what is a number already is left as it
+    is."""
+    if pd.api.types.is_numeric_dtype(values):
+        return _floats(values)
+    is_plain = (column.decimal, column.thousands, column.unit) == (".", "", None)
+    numbers = _floats(pd.to_numeric(values, errors="coerce")).copy() if is_plain else np.full(len(values), np.nan)
+    unread = np.isnan(numbers) & values.notna().to_numpy(dtype=bool)
+    if unread.any():
+        plain = [_plain(value, column) if isinstance(value, str) else value for value in values[unread]]
+        numbers[unread] = _floats(pd.to_numeric(pd.Series(plain, dtype=object), errors="coerce"))
+    return numbers
+
+
+def written_number(text: str) -> WrittenNumber | None:
+    """Take a text apart that may be a number, whatever its marks and its unit; None where it is none."""
+    match = _NUMBER.fullmatch(text)
+    if match is None:
+        return None
+    part = match.groupdict(default="")
+    signs = [sign for sign in (part["first"], part["second"], part["last"], part["open"]) if sign]
+    units = [unit for unit in (part["before"], part["after"].strip()) if unit]
+    if len(signs) > 1 or len(units) > 1 or bool(part["open"]) != bool(part["close"]):
+        return None
+    is_plain = not (units or part["open"] or part["last"])
+    return WrittenNumber(
+        digits=part["digits"],
+        power=part["power"].replace("\u2212", "-"),
+        is_negative=bool(signs) and signs[0] != "+",
+        unit=None if is_plain else "".join(units),
+    )
+
+
+def plain_digits(digits: str, decimal: str, thousands: str) -> str | None:
+    """Digits with a point and without other marks; None where the marks are not so, such as 1,5 with thousands."""
+    whole, point, fraction = digits.partition(decimal)
+    if thousands:
+        first, *groups = re.split(MARKS[thousands], whole)
+        if groups:
+            # 1,234,567 and, in India, 12,34,567.
+            sizes = {len(group) for group in groups[:-1]}
+            if (
+                not 1 <= len(first) <= 3
+                or first[0] == "0"
+                or len(groups[-1]) != 3
+                or not (sizes <= {3} or sizes <= {2})
+            ):
+                return None
+            whole = "".join([first, *groups])
+    found = whole + fraction
+    return whole + (point and ".") + fraction if found.isascii() and found.isdigit() else None
+
+
+def _plain(text: str, column: Column) -> str | None:
+    written = written_number(text)
+    # Brackets, and a minus behind, are written for some numbers of a column only.
+    if written is None or written.unit not in ((None, "") if column.unit == "" else (column.unit,)):
+        return None
+    digits = plain_digits(written.digits, column.decimal, column.thousands)
+    return None if digits is None else "-" * written.is_negative + digits + written.power
+
+
 def _read(values: pd.Series[Any], column: Column) -> npt.NDArray[np.float64]:
     """Each distinct value is read once, where they are known: a text costs a hundred times what a number does."""
     read = _READERS[column.role]
@@ -102,9 +188,10 @@ def _read(values: pd.Series[Any], column: Column) -> npt.NDArray[np.float64]:
 
 
 def _numbers(values: pd.Series[Any], column: Column) -> npt.NDArray[np.float64]:
+    numbers = read_numbers(values, column)
     is_number = pd.api.types.is_numeric_dtype(values)
-    numbers = _floats(values if is_number else pd.to_numeric(values, errors="coerce"))
-    _refuse(values, np.isinf(numbers) if is_number else ~np.isfinite(numbers), column, "a finite number")
+    rule = "a finite number" + (f" with {column.unit}" if column.unit else "")
+    _refuse(values, np.isinf(numbers) if is_number else ~np.isfinite(numbers), column, rule)
     return numbers
 
 

@@ -7,6 +7,7 @@ at a time, so that a table may be larger than the memory. Knows nothing of files
 import math
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,10 @@ import numpy.typing as npt
 import pandas as pd
 
 from models.column import Column, Role
-from models.table import FALSE_WORDS, TRUE_WORDS, distinct, text_of
+from models.table import FALSE_WORDS, TRUE_WORDS, distinct, read_numbers, text_of
 from tasks.findings import EXAMPLES, Described, Finding, finding
 from tasks.job import DataConfig
+from tasks.number_texts import NumberTexts, numeric_column, unit_of
 
 MOST_CATEGORIES = 1000
 MOSTLY = 0.5
@@ -42,7 +44,12 @@ class Survey:
         self._categories: set[str] = set()
         self._too_many = False
         self._hashes: npt.NDArray[np.uint64] | None = np.array([], dtype=np.uint64)
+        self._as_numbers = numeric_column(name, data)
+        self._number_texts = NumberTexts(name, data)
+        self._may_be_grouped = data.decimal is None and data.thousands is None
+        self._grouped = self._with_zeros = ""
         self._odd_numbers: list[tuple[Any, Any]] = []
+        self._written_numbers: list[tuple[Any, Any]] = []
         self._odd_dates: list[tuple[Any, Any]] = []
 
     def add(self, column: "pd.Series[Any]") -> None:
@@ -66,6 +73,7 @@ class Survey:
         self._first_text = min(self._first_text or texts.min(), texts.min())
         self._last_text = max(self._last_text, texts.max())
         if kind == "text":
+            self._add_ambiguous(texts)
             self._add_dates(column, codes, texts, counts)
         self._add_categories(texts)
         self._add_hashes(texts, counts)
@@ -79,6 +87,8 @@ class Survey:
         role = self.role
         if role in ("ignored", "identifier"):
             return None
+        if role == "numeric":
+            return self._as_numbers
         categories = tuple(sorted(self._categories)) if role == "categorical" else ()
         return Column(name=self._name, role=role, categories=categories, missing=self._data.missing)
 
@@ -118,10 +128,22 @@ class Survey:
     def _add_numbers(
         self, column: "pd.Series[Any]", codes: npt.NDArray[np.int64], values: "pd.Series[Any]", counts: npt.NDArray[Any]
     ) -> None:
-        numbers = pd.to_numeric(values, errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
+        numbers = self._read_numbers(values)
         readable = np.isfinite(numbers)
         self._odd_numbers += _examples(column, codes, values, ~readable, EXAMPLES - len(self._odd_numbers))
         self._count_numbers(numbers[readable], counts[readable])
+        if not readable.all():
+            is_written = ~readable
+            is_written[is_written] = self._number_texts.add(values[~readable], counts[~readable])
+            self._written_numbers += _examples(column, codes, values, is_written, 2 - len(self._written_numbers))
+
+    def _read_numbers(self, values: "pd.Series[Any]") -> npt.NDArray[np.float64]:
+        """Where the job says that the column holds numbers, its first value says with which unit they are written."""
+        if self._data.roles.get(self._name) == "numeric" and not self._as_numbers.unit:
+            unit = unit_of(values)
+            if unit == "" or (unit and self._readable == 0):
+                self._as_numbers = replace(self._as_numbers, unit=unit)
+        return read_numbers(values, self._as_numbers)
 
     def _count_numbers(self, found: npt.NDArray[np.float64], often: npt.NDArray[Any]) -> None:
         if len(found):
@@ -129,6 +151,14 @@ class Survey:
             self._low, self._high = min(self._low, found.min()), max(self._high, found.max())
             self._sum += float(found @ often)
             self._whole = self._whole and bool((found == found.round()).all())
+
+    def _add_ambiguous(self, texts: "pd.Series[Any]") -> None:
+        """Look for 1.234, which may be thousands where all texts are so, and for 01067, which may be a code."""
+        if self._may_be_grouped:
+            self._may_be_grouped = bool(texts.str.fullmatch(r"[-+]?[1-9]\d{0,2}(?:\.\d{3})?").all())
+            self._grouped = self._grouped or next(iter(texts[texts.str.contains(".", regex=False)]), "")
+        if not self._with_zeros:
+            self._with_zeros = next(iter(texts[texts.str.match(r"0\d+$")]), "")
 
     def _add_dates(
         self, column: "pd.Series[Any]", codes: npt.NDArray[np.int64], texts: "pd.Series[Any]", counts: npt.NDArray[Any]
@@ -174,7 +204,10 @@ class Survey:
             # Whole numbers that count the rows are an identifier: 1, 2, 3 in any order, from anywhere.
             if self._is_identifier and self._high - self._low == self._rows - 1:
                 return "identifier", self._identifier()
-            return "numeric", []
+            return "numeric", self._ambiguous()
+        if self._number_texts.are_most(self._readable, present):
+            examples = _in_words(self._written_numbers)
+            return self._categorical(self._number_texts.finding(examples, self._readable, present))
         if self._readable > MOSTLY * present:
             return self._categorical(self._mixed(self._odd_numbers, self._readable, "a finite number"))
         if not self._too_many and {text.casefold() for text in self._categories} <= {*TRUE_WORDS, *FALSE_WORDS}:
@@ -203,12 +236,28 @@ class Survey:
             f"out; set data.roles.{self._name} to keep it, or data.split_by: {self._name} to split by it",
         )  # fmt: skip
 
+    def _ambiguous(self) -> list[Finding]:
+        name = self._name
+        if self._may_be_grouped and self._grouped:
+            return finding(
+                "ambiguous_numbers", self._data,
+                f"column {name} must hold numbers that can be read in one way, found {self._grouped!r} and the like, "
+                f"which are read as {float(self._grouped):g} and may be {self._grouped.replace('.', '')}; set "
+                'data.decimal: "." if it is a point, or data.decimal: "," and data.thousands: "." if not',
+            )  # fmt: skip
+        if self._with_zeros:
+            return finding(
+                "ambiguous_numbers", self._data,
+                f"column {name} must hold numbers without zeros before them, found {self._with_zeros!r}, which is read "
+                f"as {float(self._with_zeros):g} and may be a code; set data.roles.{name}: categorical, or numeric",
+            )  # fmt: skip
+        return []
+
     def _mixed(self, odd: list[tuple[Any, Any]], read: int, rule: str) -> list[Finding]:
         present = self._rows - self._missing
-        examples = ", ".join(f"{value!r} in row {row}" for row, value in odd)
         return finding(
             "mixed_values", self._data,
-            f"column {self._name} must hold {rule} in every row as it does in most, found {examples} "
+            f"column {self._name} must hold {rule} in every row as it does in most, found {_in_words(odd)} "
             f"({present - read} of {present} rows); add the text to data.missing, or set data.roles.{self._name}: "
             "categorical",
         )  # fmt: skip
@@ -221,8 +270,19 @@ class Survey:
             more = len(column.categories) - EXAMPLES
             return ", ".join(column.categories[:EXAMPLES]) + (f" and {more} more" if more > 0 else "")
         if self._readable:
-            return f"{self._low:g} to {self._high:g}, mean {self._sum / self._readable:.4g}"
+            unit = f" {column.unit}" if column.unit else ""
+            return f"{self._low:g} to {self._high:g}{unit}, mean {self._sum / self._readable:.4g}{self._marks}"
         return f"{self._first_text} to {self._last_text}"
+
+    @property
+    def _marks(self) -> str:
+        """How the column's numbers were written, where that is not as programs write them."""
+        data = self._data
+        marks = [
+            *([f"decimal {data.decimal}"] if data.decimal else []),
+            *([f"thousands {data.thousands!r}"] if data.thousands else []),
+        ]
+        return f", read with {' and '.join(marks)}" if marks and "text" in self._kinds else ""
 
 
 def labels_alike(labels: Iterable[str], data: DataConfig) -> list[Finding]:
@@ -251,6 +311,10 @@ def _kind_of(values: "pd.Series[Any]") -> str:
     if pd.api.types.is_datetime64_any_dtype(values):
         return "datetime"
     return "number" if pd.api.types.is_numeric_dtype(values) else "text"
+
+
+def _in_words(examples: list[tuple[Any, Any]]) -> str:
+    return ", ".join(f"{value!r} in row {row}" for row, value in examples)
 
 
 def _examples(

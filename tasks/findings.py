@@ -16,6 +16,8 @@ SEVERITIES: Mapping[CheckName, Severity] = {
     "identifier_column": "warn",
     "too_many_categories": "warn",
     "mixed_values": "error",
+    "numbers_as_text": "error",
+    "ambiguous_numbers": "warn",
     "labels_alike": "error",
     "missing_target": "error",
     "small_class": "warn",

@@ -92,7 +92,7 @@ class _Table:
                 self._check_names(list(frame.columns))
                 left_out = {self._target, data.split_by, data.time_column}
                 surveys = {name: Survey(name, data) for name in frame.columns if name not in left_out}
-                self.target = Target(f"column {self._target}, the target,", data, self._problem)
+                self.target = Target(f"column {self._target}, the target,", data, self._problem, self._target)
             rows += len(frame)
             frame = frame[self.target.look(frame[self._target])]
             for name, survey in surveys.items():
@@ -160,8 +160,10 @@ class _Table:
         data = self._data
         findings = [*(found for survey in surveys for found in survey.findings), *self.target.findings()]
         if not self.columns:
+            why = "".join(f"; {found.sentence}" for found in findings)
             raise DataError(
-                f"{data.source} must have a column to learn from, found none beside the target {self._target}; add one"
+                f"{data.source} must have a column to learn from, found none beside the target {self._target}; add "
+                f"one{why}"
             )
         frame, target = self._with_target(self._sample.frame())
         self._sample = _Sample()

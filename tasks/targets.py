@@ -5,6 +5,7 @@ It is seen twice, as rows are: `look` at every chunk, then `read` each. Knows no
 """
 
 from collections import Counter
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -13,20 +14,23 @@ import numpy.typing as npt
 import pandas as pd
 
 from models.shapes import Problem
-from models.table import distinct, text_of
+from models.table import distinct, read_numbers, text_of
 from tasks.columns import labels_alike, tidy
 from tasks.findings import EXAMPLES, Described, Finding, finding
 from tasks.job import DataConfig
+from tasks.number_texts import NumberTexts, numeric_column, unit_of
 from tasks.rows import DataError
 
 SMALL_CLASS_ROWS = 10
 
 
 class Target:
-    """What all rows have in common of what is predicted. `named` is how a sentence names it, such as "the target"."""
+    """What all rows have in common of what is predicted. `named` is how a sentence names it, such as "the target", and
+    `column` its name in a table."""
 
-    def __init__(self, named: str, data: DataConfig, problem: Problem) -> None:
+    def __init__(self, named: str, data: DataConfig, problem: Problem, column: str = "") -> None:
         self._named = named
+        self._as_numbers = numeric_column(column, data)
         self._data = data
         self._problem = problem
         self._labels: Counter[str] = Counter()
@@ -129,16 +133,22 @@ class Target:
     ) -> npt.NDArray[np.float32]:
         """The distinct values as numbers; a date is none."""
         texts = known.astype("string") if pd.api.types.is_datetime64_any_dtype(known) else known
-        wide = pd.to_numeric(texts, errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
+        column = self._as_numbers.name
+        if self._data.roles.get(column) == "numeric" and not self._as_numbers.unit:
+            self._as_numbers = replace(self._as_numbers, unit=unit_of(texts))
+        wide = read_numbers(texts, self._as_numbers)
         with np.errstate(over="ignore"):
             numbers: npt.NDArray[np.float32] = wide.astype(np.float32)
         bad = np.flatnonzero(np.append(~np.isfinite(numbers), False)[codes])
         if len(bad):
             value = known.iloc[codes[bad[0]]]
+            number_texts, unread = NumberTexts(column, self._data), texts[~np.isfinite(wide)]
+            is_written = number_texts.add(unread, np.ones(len(unread), dtype=np.int64)).all()
             raise DataError(
                 f"{self._data.source}: the target of a regression must be finite numbers, found "
-                f"{value if isinstance(value, float) else repr(value)} in row {rows[bad[0]]}; correct it, or choose a "
-                "search.objective for classes"
+                f"{value if isinstance(value, float) else repr(value)} in row {rows[bad[0]]}; "
+                f"{number_texts.remedy() if is_written and column else 'correct it'}, or choose a search.objective for "
+                "classes"
             )
         return numbers
 

@@ -18,6 +18,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from infra.store import AlreadyExists, NotFound, Store, StoreError, UploadProgress
+from models.column import DateOrder
 from models.shapes import DataShape, Problem
 from tasks.promotions import history, latest_promotion
 
@@ -86,6 +87,10 @@ class TableColumn(_Record):
     role: Literal["numeric", "boolean", "categorical", "datetime"]
     categories: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
+    decimal: str = "."
+    thousands: str = ""
+    unit: str | None = None
+    dates: DateOrder = "year_first"
 
 
 class Manifest(_Record):

@@ -28,6 +28,8 @@ CheckName = Literal[
     "identifier_column",
     "too_many_categories",
     "mixed_values",
+    "numbers_as_text",
+    "ambiguous_numbers",
     "labels_alike",
     "missing_target",
     "small_class",
@@ -52,15 +54,17 @@ class Section(BaseModel):
 class DataConfig(Section):
     """Where the rows come from, how a table's columns are read, and which share of the rows is held out.
 
-    `target` names a table's column that is predicted (the last, unless it is named); a CSV file without a `header` has
-    columns 0, 1, 2. `labels` is the file of labels beside an IDX file of images, `query` what is selected from a
-    database. `missing` are the texts that mean that there is no value. `roles` override what is found in a column. Rows
-    with the same value of `split_by` (an id, a customer) stay on one side of the split, and it is no feature; without
-    it a row's whole content decides. With a `time_column`, which is no feature either, rows from `test_from` on are the
-    test rows, and all before them are split as usual. `tidy_labels` makes one class of labels that differ in blanks,
-    case or a full stop only. `checks` says which rule stops a night, warns, or is not looked at; `max_rows_lost` is the
-    share of the last snapshot's rows that may be gone. `unchanged` says what a night does that finds the rows and the
-    search of the last one: continue from what was learned, or skip.
+    `target` names a table's column that is predicted (the last, unless it is named); a CSV file without a `header`
+    has columns 0, 1, 2. `labels` is the file of labels beside an IDX file of images, `query` what is selected from
+    a database. `missing` are the texts that mean that there is no value. Of numbers in texts `decimal` is the mark
+    before a fraction (a point, unless it is said) and `thousands` the one between groups of digits, a blank for any
+    blank. `roles` override what is found in a column; a number with a unit, such as $25 or 12 kg, is read where its
+    role is numeric. Rows with the same value of `split_by` (an id, a customer) stay on one side of the split, and
+    it is no feature; without it a row's whole content decides. With a `time_column`, which is no feature either,
+    rows from `test_from` on are the test rows, and all before them are split as usual. `tidy_labels` makes one
+    class of labels that differ in blanks, case or a full stop only. `checks` says which rule stops a night, warns,
+    or is not looked at; `max_rows_lost` is the share of the last snapshot's rows that may be gone. `unchanged` says
+    what a night does that finds the rows and the search of the last one: continue from what was learned, or skip.
     """
 
     source: str
@@ -70,6 +74,8 @@ class DataConfig(Section):
     header: bool = True
     delimiter: str = Field(default=",", min_length=1, max_length=1)
     missing: tuple[str, ...] = MISSING
+    decimal: Literal[".", ","] | None = None
+    thousands: Literal[",", ".", " ", "'"] | None = None
     roles: dict[str, Role | Literal["ignored"]] = {}
     split_by: str | None = None
     time_column: str | None = None
@@ -102,6 +108,15 @@ class DataConfig(Section):
         if isinstance(moment, datetime) and moment.tzinfo is None:
             return moment.replace(tzinfo=UTC)
         return moment
+
+    @model_validator(mode="after")
+    def _marks_differ(self) -> Self:
+        if self.thousands == (self.decimal or "."):
+            raise ValueError(
+                f"decimal and thousands must be two marks, found {self.thousands!r} for both"
+                f"{'' if self.decimal else ' (decimal is a point unless it is said)'}; correct one"
+            )
+        return self
 
     @model_validator(mode="after")
     def _time_splits_alone(self) -> Self:

@@ -183,7 +183,7 @@ CHANGES: dict[str, tuple[Callable[[pd.DataFrame], pd.DataFrame], str | None]] = 
     "more rows and a column": (lambda frame: pd.concat([frame, frame]).assign(new=1.5), None),
     "a column is gone": (lambda frame: frame.drop(columns="shop"), "shop was categorical and is gone"),
     "texts among numbers": (
-        lambda frame: frame.assign(amount=frame["amount"].astype(str) + " EUR"),
+        lambda frame: frame.assign(amount="about " + frame["amount"].astype(str)),
         "amount was numeric and is identifier",
     ),
     "half of the rows": (lambda frame: frame[:450], "found 450 where the last snapshot has 900, 50% less"),
