@@ -25,6 +25,9 @@ SEVERITIES: Mapping[CheckName, Severity] = {
     "unbalanced_split": "warn",
     "changed_column": "error",
     "rows_lost": "error",
+    "empty_class": "error",
+    "unread_files": "warn",
+    "several_frames": "warn",
 }
 
 

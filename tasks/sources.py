@@ -107,7 +107,8 @@ def _read(data: DataConfig, problem: Problem, scratch: Path) -> Rows:
         if name.endswith(IDX_SUFFIXES):
             return array_rows(idx_pairs(data), data, problem)
         if Path(source).is_dir():
-            return array_rows(images(Path(source)), data, problem)
+            pictures, findings = images(data)
+            return array_rows(pictures, data, problem, findings)
     except FileNotFoundError as error:
         raise DataError(f"data.source: {error.filename or source} does not exist; correct the path") from error
     except (OSError, EOFError, pa.ArrowException, zipfile.BadZipFile, struct.error) as error:

@@ -37,6 +37,9 @@ CheckName = Literal[
     "unbalanced_split",
     "changed_column",
     "rows_lost",
+    "empty_class",
+    "unread_files",
+    "several_frames",
 ]
 Severity = Literal["error", "warn", "ignore"]
 

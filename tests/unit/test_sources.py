@@ -616,6 +616,150 @@ def test_a_frame_is_read_whatever_its_index_and_its_columns_hold(rows: str, tmp_
     assert found.features.shape == (40, 3)
 
 
+def pictures(**names: Any) -> Callable[[Path], dict[str, Any]]:
+    """Ten grey images of 6 by 4 of each of two classes, and what else is named: bytes, an image, or its classes'
+    folder under another name."""
+
+    def write(folder: Path) -> dict[str, Any]:
+        draw = np.random.default_rng(0)
+        for number in range(20):
+            path = folder / "images" / ("cat" if number % 2 else "dog") / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(draw.integers(0, 255, (4, 6), dtype=np.uint8)).save(path)
+        for name, content in names.items():
+            path = folder / "images" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if isinstance(content, bytes):
+                path.write_bytes(content)
+            elif content is None:
+                path.mkdir()
+            else:
+                content.save(path)
+        return {"source": str(folder / "images")}
+
+    return write
+
+
+GREY = Image.new("L", (6, 4), 7)
+
+
+@pytest.mark.parametrize(
+    ("names", "check", "says"),
+    [
+        ({".ipynb_checkpoints/1.png": GREY, "cat/.DS_Store": b"", "__MACOSX/cat/._1.png": b"", "Thumbs.db": b"",
+          "dog/._1.png": b"no image", ".DS_Store": b"", "desktop.ini": b"", ".git/x": b""}, None, ""),
+        ({"fox/1.heic": b"1", "fox/2.heic": b"2"}, "empty_class", "found none in fox/ (1.heic, 2.heic); fill"),
+        ({"fox": None}, "empty_class", "found none in fox/ (nothing in it); fill"),
+        ({"train/fox/1.png": GREY, "train/owl/1.png": GREY}, "empty_class", "found none in train/ (fox/, owl/); fill"),
+        ({"cat/1.heic": b"1"}, "unread_files", "found 1 that are left out (cat/1.heic); convert"),
+        ({"cat/old/1.png": GREY}, "unread_files", "found 1 that are left out (cat/old/); convert"),
+        ({"README.md": b"1", "1.png": GREY}, "unread_files", "found 2 that are left out (1.png, README.md); convert"),
+        ({"dog/1.png/2.png": GREY}, "unread_files", "found 1 that are left out (dog/1.png/); convert"),
+    ],
+)  # fmt: skip
+def test_nothing_in_a_folder_of_images_is_lost_in_silence(
+    names: dict[str, Any], check: str | None, says: str, tmp_path: Path
+) -> None:
+    source = pictures(**names)(tmp_path)["source"]
+    rows = read(source, checks={"empty_class": "warn"}).known
+    assert (rows.count, rows.classes) == (20, ("cat", "dog"))
+    assert [found.check for found in rows.findings] == [check] * (check is not None)
+    assert all(says in found.sentence for found in rows.findings)
+    if check == "empty_class":
+        with pytest.raises(DataError, match="every class's folder must hold an image"):
+            read(source)
+
+
+@pytest.mark.parametrize(
+    ("names", "says"),
+    [
+        ({"cat/1.png": b"no image"}, "found 1 that are not (cat/1.png), the first because it holds no image"),
+        ({"cat/a.tif": Image.new("F", (6, 4))}, "(cat/a.tif), the first because a pixel of its mode F has 32 bits"),
+        ({"Cat/1.png": GREY}, "labels must differ in more than blanks, case or punctuation, found 'Cat' and 'cat'"),
+        ({"a\nb/1.png": GREY}, "a class's folder must have a printable name, found 'a\\nb'"),
+        ({"b\udcff/1.png": GREY}, "a class's folder must have a printable name, found 'b\\udcff'"),
+    ],
+)
+def test_an_image_that_cannot_be_read_is_one_sentence(names: dict[str, Any], says: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError) as error:
+        read(**pictures(**names)(tmp_path))
+    assert says in str(error.value)
+
+
+def test_a_folder_of_folders_of_classes_is_named(tmp_path: Path) -> None:
+    pictures(**{"a/x": b""})(tmp_path)
+    with pytest.raises(DataError, match=r"found no image but images/ \(a/, cat/, dog/\); fill it, or name the folder"):
+        read(tmp_path)
+
+
+def saved(image: Image.Image, name: str, folder: Path, **options: Any) -> NDArray[np.float32]:
+    """What is read of one image."""
+    for label in ("a", "b"):
+        (folder / "images" / label).mkdir(parents=True, exist_ok=True)
+        image.save(folder / "images" / label / name, **options)
+    pixels: NDArray[np.float32] = read(folder / "images", checks={"several_frames": "error"}).features[0]
+    return pixels
+
+
+def test_sixteen_bits_are_read_in_their_full_range(tmp_path: Path) -> None:
+    deep = np.array([[0, 255, 256], [1000, 40000, 65535]], dtype=np.uint16)
+    for name in ("1.png", "1.TIF", "1.tiff", "1.pgm"):
+        assert np.array_equal(saved(Image.fromarray(deep), name, tmp_path / name), deep[None] / np.float32(65535))
+    shallow = Image.fromarray((deep // 257).astype(np.uint8))
+    (tmp_path / "mixed" / "a").mkdir(parents=True)
+    Image.fromarray(deep).save(tmp_path / "mixed" / "a" / "1.png")
+    shallow.save(tmp_path / "mixed" / "a" / "2.png")
+    shallow.convert("RGB").save(tmp_path / "mixed" / "a" / "3.png")
+    (tmp_path / "mixed" / "b").symlink_to(tmp_path / "mixed" / "a")
+    mixed = read(tmp_path / "mixed").features
+    assert mixed.shape == (6, 3, 2, 3)
+    assert np.abs(mixed - deep / 65535).max() < 1 / 255
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [("1.png", "RGBA"), ("1.png", "LA"), ("1.png", "P"), ("1.webp", "RGBA"), ("1.gif", "RGBA"), ("1.tif", "RGBA"),
+     ("1.tif", "LA"), ("1.tif", "PA")],
+)  # fmt: skip
+def test_what_is_transparent_is_seen_over_white(name: str, mode: str, tmp_path: Path) -> None:
+    image = Image.new("RGBA", (6, 4), (0, 0, 0, 0))
+    image.paste((0, 0, 0, 255), (0, 0, 3, 4))
+    image = image.quantize(4) if mode == "P" else image.convert(mode)
+    pixels = saved(image, name, tmp_path, **({"lossless": True} if name == "1.webp" else {}))
+    assert np.allclose(pixels[:, :, :3], 0, atol=0.01)
+    assert np.allclose(pixels[:, :, 3:], 1, atol=0.01)
+    assert len(pixels) == (1 if mode == "LA" else 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"), [("1.jpg", "RGB"), ("1.JPEG", "CMYK"), ("1.tif", "I;16"), ("1.webp", "RGB"), ("1.png", "L")]
+)
+def test_an_image_is_turned_as_its_camera_says(name: str, mode: str, tmp_path: Path) -> None:
+    """Tag 274 is the orientation; 6: the camera was turned, so the first column is the picture's top."""
+    bright = np.zeros((8, 16), dtype=np.uint8)
+    bright[:, :8] = 255
+    if mode == "I;16":
+        image = Image.fromarray(bright.astype(np.uint16) * 257)
+    else:
+        image = Image.fromarray(bright).convert("RGB" if mode == "CMYK" else mode).convert(mode)
+    exif = Image.Exif()
+    exif[274] = 6
+    pixels = saved(image, name, tmp_path, exif=exif)
+    assert pixels.shape[1:] == (16, 8)
+    assert pixels[:, :7].min() > 0.9
+    assert pixels[:, 9:].max() < 0.1
+
+
+@pytest.mark.parametrize("name", ["1.gif", "1.tif", "1.webp", "1.png"])
+def test_of_several_frames_the_first_is_read_and_said(name: str, tmp_path: Path) -> None:
+    frames = [Image.new("RGB", (6, 4), (255 * (2 - place) // 2,) * 3) for place in range(3)]
+    with pytest.raises(DataError, match=r"found 2 of more frames or pages \(a/1\..*, b/1\..*\), of which the first"):
+        saved(frames[0], name, tmp_path, save_all=True, append_images=frames[1:])
+    rows = read(tmp_path / "images")
+    assert [found.check for found in rows.known.findings][:1] == ["several_frames"]
+    assert rows.features.min() > 0.99
+
+
 def test_a_file_that_unpacks_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(table_files, "LEAST_BOMB_BYTES", 2**22)
     with gzip.open(tmp_path / "rows.csv.gz", "wb") as file:
