@@ -21,6 +21,7 @@ from prefect.exceptions import ObjectNotFound
 from flows.cli import FLOW
 from infra.device import choose_device, describe_device, memory_bytes
 from infra.errors import ExpectedError
+from infra.records import LOOPBACK, why_not_free
 from infra.settings import Settings
 from infra.store import check_store, open_store
 from tasks.job import load_jobs
@@ -44,6 +45,7 @@ def diagnose(settings: Settings) -> Iterator[Check]:
     """Each check as soon as it is made. One that raises an ExpectedError has failed, and its sentence says why."""
     checks: tuple[Callable[[Settings], Check], ...] = (
         _disk,
+        _loopback,
         _packages,
         _device,
         _jobs,
@@ -76,6 +78,17 @@ def _disk(settings: Settings) -> Check:
         found=f"{free / 1e9:.1f} GB are free in {settings.home}",
         remedy="" if state == "ok" else "free some: `nightly gc` deletes old snapshots",
     )
+
+
+def _loopback(_: Settings) -> Check:
+    """An address that listens needs no free port of the usual ones: 0 is any."""
+    if (error := why_not_free(0)) is not None:
+        return Check(
+            name="loopback", state="fail",
+            found=f"no server can listen on {LOOPBACK}: {error.strerror}",
+            remedy=f"give the loopback that address: ip address add {LOOPBACK}/8 dev lo (::1 alone is not enough)",
+        )  # fmt: skip
+    return Check(name="loopback", state="ok", found=f"servers can listen on {LOOPBACK}")
 
 
 def _studies(settings: Settings) -> Check:

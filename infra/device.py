@@ -3,7 +3,6 @@
 import logging
 import os
 import resource
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -18,6 +17,8 @@ from infra.settings import CPU_PART
 POLL_SECONDS = 0.2
 MEMORY_SECONDS = 30
 MEMORY_TOLERANCE_BYTES = 64 * 2**20
+# Not the folder for temporary files that the environment names: that may be each user's own.
+DEVICES_OF_THE_HOST = Path("/tmp/nightly-tuner-devices")  # noqa: S108
 
 _MEMORY_LIMITS = (resource.RLIMIT_AS, resource.RLIMIT_DATA)
 
@@ -84,11 +85,12 @@ def hold_device(
 ) -> Iterator[None]:
     """Have the device to oneself: a second night waits here, and of those that wait the one of the lowest rank is next.
     The kernel frees a lock when its holder dies. Raises NotNeeded where `is_needed` says so while one waits."""
-    locks = _locks(device, home)
-    waiting = locks / f"waiting-{_identity(device)}"
-    waiting.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(locks / f"device-{_identity(device)}.lock")
-    place = FileLock(waiting / f"{rank}-{os.getpid()}")
+    # A GPU is one for the whole host and all its users; a CPU, which the system divides, for one home.
+    of_all_users = device.type == "cuda"
+    locks = _folder(DEVICES_OF_THE_HOST if of_all_users else home / "locks", of_all_users=of_all_users)
+    waiting = _folder(locks / f"waiting-{_identity(device)}", of_all_users=of_all_users)
+    lock = _file_lock(locks / f"device-{_identity(device)}.lock", of_all_users=of_all_users)
+    place = _file_lock(waiting / f"{rank}-{os.getpid()}", of_all_users=of_all_users)
     with place:
         if not _is_next(lock, waiting, rank):
             _logger.info("waiting for %s, which another night holds", device)
@@ -110,15 +112,18 @@ def _identity(device: torch.device) -> str:
     return f"cpu-{os.environ.get(CPU_PART, 'whole').replace(' ', '-')}"
 
 
-def _locks(device: torch.device, home: Path) -> Path:
-    """A GPU is one for the whole host; a CPU, which the system divides, for one home."""
-    if device.type != "cuda":
-        return home / "locks"
-    folder = Path(tempfile.gettempdir()) / "nightly-tuner-devices"
+def _folder(folder: Path, *, of_all_users: bool) -> Path:
+    """Without the sticky bit, under which Linux lets no one open a file for writing that another user made
+    (fs.protected_regular)."""
     with suppress(FileExistsError):
-        folder.mkdir()
-        folder.chmod(0o1777)
+        folder.mkdir(parents=True)
+        if of_all_users:
+            folder.chmod(0o777)
     return folder
+
+
+def _file_lock(path: Path, *, of_all_users: bool) -> FileLock:
+    return FileLock(path, mode=0o666) if of_all_users else FileLock(path)
 
 
 def _is_next(lock: FileLock, waiting: Path, rank: int) -> bool:

@@ -6,10 +6,14 @@ A record counts only while that very process lives, so a stale one is harmless. 
 import contextlib
 import json
 import os
+import socket
 from pathlib import Path
 from typing import Any
 
 import psutil
+
+LOOPBACK = "127.0.0.1"
+PORTS_TRIED = 100
 
 
 def write_record(path: Path, process: psutil.Process, **content: Any) -> None:
@@ -41,6 +45,28 @@ def left_behind(path: Path) -> list[psutil.Process]:
     """What a killed service left running: its children keep its session, whose id is the dead process's."""
     record = read_record(path)
     return [] if record is None else [process for process in psutil.process_iter() if _in_session(process, record)]
+
+
+def port_of(path: Path, usual: int) -> int:
+    """The port of the service that a record names, while any of its processes lives; else the first free one of the
+    recorded port, the usual one and those above it: another user's server may listen on the usual one."""
+    record = read_record(path) or {}
+    recorded = int(record.get("port") or usual)
+    if recorded_process(path) is not None or left_behind(path):
+        return recorded
+    ports = (recorded, *range(usual, usual + PORTS_TRIED))
+    return next((port for port in ports if why_not_free(port) is None), usual)
+
+
+def why_not_free(port: int) -> OSError | None:
+    """Why no server can listen on a port of loopback; None where one can."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((LOOPBACK, port))
+        except OSError as error:
+            return error
+    return None
 
 
 def _in_session(process: psutil.Process, record: dict[str, Any]) -> bool:

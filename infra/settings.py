@@ -11,16 +11,18 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
+from urllib.request import getproxies_environment
 
 from pydantic import AfterValidator, Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from infra.errors import ExpectedError
+from infra.records import LOOPBACK, port_of
 
-LOOPBACK = "127.0.0.1"
 LOOPBACK_NAMES = (LOOPBACK, "localhost", "::1")
 # Which part of the CPU a worker has, where it is divided; set by whoever starts the worker.
 CPU_PART = "NIGHTLY_CPU_PART"
+TEMPORARY = "tmp"
 OUR_LOGGERS = ("flows", "tasks", "models", "infra")
 
 _SECRET = re.compile(
@@ -28,7 +30,15 @@ _SECRET = re.compile(
     r"|MLFLOW_(TRACKING_(USERNAME|PASSWORD|TOKEN)|BACKEND_STORE_URI)"
 )
 
-AbsolutePath = Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())]
+
+def _absolute(path: Path) -> Path:
+    try:
+        return path.expanduser().absolute()
+    except RuntimeError as error:
+        raise ValueError("must be a path without ~ where the user has no home folder") from error
+
+
+AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
 Port = Annotated[int, Field(ge=1, le=65535)]
 
 
@@ -84,6 +94,14 @@ class Settings(BaseSettings):
     external_prefect_url: str | None = Field(default=None, validation_alias="PREFECT_API_URL")
     external_mlflow_url: str | None = Field(default=None, validation_alias="MLFLOW_TRACKING_URI")
 
+    @field_validator("home")
+    @classmethod
+    def _home_is_no_query(cls, home: Path) -> Path:
+        """Prefect and MLflow write a folder into URLs as it stands, in which these mean something."""
+        if set("?%") & set(str(home)):
+            raise ValueError("must be a path without ? and %")
+        return home
+
     @field_validator("store")
     @classmethod
     def _store_is_known(cls, store: str | None) -> str | None:
@@ -115,17 +133,20 @@ class Settings(BaseSettings):
             settings = cls()
         except ValidationError as error:
             raise _sentence(error, "NIGHTLY_") from error
-        try:
-            settings.home.mkdir(parents=True, exist_ok=True)
-            probe = settings.home / ".writable"
-            probe.touch()
-            probe.unlink()
-        except OSError as error:
-            raise SettingsError(
-                f"NIGHTLY_HOME must be a folder that can be written, found {settings.home} ({error.strerror}); "
-                "name another folder or mend its rights"
-            ) from error
-        return settings
+        _check_home(settings.home)
+        _check_proxies()
+        return settings._with_ports_of_its_own()
+
+    def _with_ports_of_its_own(self) -> Self:
+        """A server that this home runs keeps its port; one that is to be started takes the usual one, or where another
+        user has that, the next. What the environment says counts as it is."""
+        servers = {"prefect": self.external_prefect_url, "mlflow": self.external_mlflow_url}
+        ports = {
+            f"{name}_port": port_of(self.home / f"run/{name}.json", getattr(self, f"{name}_port"))
+            for name, elsewhere in servers.items()
+            if elsewhere is None and f"{name}_port" not in self.model_fields_set
+        }
+        return self.model_copy(update=ports)
 
     @property
     def store_url(self) -> str:
@@ -173,6 +194,10 @@ class Settings(BaseSettings):
         """The variables for each of our processes: the same home, servers and store, and no telemetry."""
         return {
             "NIGHTLY_HOME": str(self.home),
+            # Prefect and others keep files in the folder for temporary ones under names that two users share.
+            "TMPDIR": str(self.home / TEMPORARY),
+            **dict.fromkeys(("NO_PROXY", "no_proxy"), _reached_without_proxy(os.environ)),
+            **({} if _has_home_folder() else {"HOME": str(self.home)}),
             "NIGHTLY_STORE": self.store_url,
             "NIGHTLY_WORK_POOL": self.work_pool,
             **({"NIGHTLY_JOBS": str(self.jobs)} if self.jobs else {}),
@@ -198,6 +223,49 @@ class Settings(BaseSettings):
             "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
             "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
         }
+
+
+def _check_home(home: Path) -> None:
+    """Raises SettingsError where the home, or a folder in it, cannot be written."""
+    unwritable = home
+    try:
+        (home / TEMPORARY).mkdir(mode=0o700, parents=True, exist_ok=True)
+        for unwritable in (home, *(path for path in home.iterdir() if path.is_dir())):
+            probe = unwritable / ".writable"
+            probe.touch()
+            probe.unlink()
+    except OSError as error:
+        raise SettingsError(
+            f"NIGHTLY_HOME must be a folder that can be written, found {unwritable} ({error.strerror}); "
+            "name another folder or correct its rights"
+        ) from error
+
+
+def _check_proxies() -> None:
+    """Raises SettingsError for a proxy that Prefect's client cannot use, which it refuses for every address."""
+    for scheme, url in getproxies_environment().items():
+        kind = url.partition("://")[0].lower() if "://" in url else "http"
+        if scheme in ("http", "https", "all") and kind not in ("http", "https"):
+            raise SettingsError(
+                f"{scheme.upper()}_PROXY must start with http:// or https://, found {kind}://; name another or unset it"
+            )
+
+
+def _reached_without_proxy(environment: Mapping[str, str]) -> str:
+    """What the environment excepts from its proxies, and loopback, on which our servers listen."""
+    excepted = environment.get("no_proxy") or environment.get("NO_PROXY") or ""
+    if excepted.strip() == "*":
+        return "*"
+    names = [name.strip() for name in excepted.split(",") if name.strip()]
+    return ",".join([*names, *(name for name in LOOPBACK_NAMES if name not in names)])
+
+
+def _has_home_folder() -> bool:
+    try:
+        Path.home()
+    except RuntimeError:  # neither HOME nor an entry among the system's users
+        return False
+    return True
 
 
 def _sentence(error: ValidationError, prefix: str) -> SettingsError:

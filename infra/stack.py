@@ -5,6 +5,7 @@ lives, so a stale one is harmless. Knows nothing of jobs.
 """
 
 import contextlib
+import errno
 import hashlib
 import os
 import re
@@ -16,20 +17,25 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from pathlib import Path
+from types import MappingProxyType
 
 import httpx
 import psutil
 from filelock import FileLock, Timeout
 
 from infra.errors import ExpectedError
-from infra.records import left_behind, read_record, recorded_process, write_record
-from infra.settings import CPU_PART, LOOPBACK, Settings
+from infra.records import LOOPBACK, left_behind, read_record, recorded_process, why_not_free, write_record
+from infra.settings import CPU_PART, Settings
 
 START_SECONDS = 180
 STOP_SECONDS = 20
 # Of a machine without a GPU; a small model gains little from more.
 CORES_A_WORKER = 4
+MOST_LETTERS = 300
+
+_ERROR = re.compile(r"[\w.]*(Error|Exception)\b")
 
 
 class StackError(ExpectedError):
@@ -47,6 +53,7 @@ class Service:
     port: int | None = None
     port_variable: str = ""
     health_url: str = ""
+    polls: tuple[str, str] | None = None  # the work pool that a worker takes runs from, and its name there
     database: Path | None = None  # a SQLite file that others use beside it
 
     @property
@@ -67,6 +74,9 @@ class Running:
 
     @property
     def healthy(self) -> bool:
+        """Whether a server answers; whether a worker has told Prefect, since it started, that it waits for runs."""
+        if self.service.polls is not None:
+            return _polls(self, *self.service.polls)
         return not self.service.health_url or _answers(self.service.health_url)
 
 
@@ -109,13 +119,7 @@ def servers(settings: Settings) -> list[Service]:
 def worker(settings: Settings) -> Service:
     """The worker. It takes every night that is due; a deployment runs once at a time, and nights share the device one
     after the other (device.py)."""
-    return Service(
-        name="worker",
-        command=(
-            sys.executable, "-m", "prefect", "worker", "start", "--pool", settings.work_pool, "--type", "process",
-            "--name", f"{socket.gethostname()}-local",
-        ),
-    )  # fmt: skip
+    return _worker("worker", settings.work_pool, "local")
 
 
 def device_workers(pool: str, devices: str, cuda_devices: int) -> list[Service]:
@@ -156,13 +160,21 @@ def recorded_device_workers(settings: Settings) -> list[Service]:
 
 
 def _device_worker(pool: str, device: str, environment: Mapping[str, str]) -> Service:
+    return _worker(f"worker-{device}", pool, device, "--limit", "1", environment=environment)
+
+
+def _worker(
+    service: str, pool: str, part: str, *options: str, environment: Mapping[str, str] = MappingProxyType({})
+) -> Service:
+    name = f"{socket.gethostname()}-{part}"
     return Service(
-        name=f"worker-{device}",
+        name=service,
         command=(
-            sys.executable, "-m", "prefect", "worker", "start", "--pool", pool, "--type", "process", "--limit", "1",
-            "--name", f"{socket.gethostname()}-{device}",
+            sys.executable, "-m", "prefect", "worker", "start", "--pool", pool, "--type", "process", "--name", name,
+            *options,
         ),
         environment=environment,
+        polls=(pool, name),
     )  # fmt: skip
 
 
@@ -252,6 +264,7 @@ def _spawn(settings: Settings, service: Service) -> Running:
         with contextlib.closing(sqlite3.connect(service.database)) as database:
             database.execute("PRAGMA journal_mode = WAL")
     with log_file(settings, service).open("ab") as log:
+        log_begins = log.tell()
         spawned = subprocess.Popen(
             service.command,
             env={**os.environ, **settings.environment(), **service.environment},
@@ -261,7 +274,10 @@ def _spawn(settings: Settings, service: Service) -> Running:
             start_new_session=True,  # the terminal's Ctrl-C is not for a server
         )
     process = psutil.Process(spawned.pid)
-    write_record(_record(settings, service), process, settings=_read_settings(settings, service))
+    write_record(
+        _record(settings, service), process, settings=_read_settings(settings, service), port=service.port,
+        log_begins=log_begins,
+    )  # fmt: skip
     return Running(service=service, process=process)
 
 
@@ -282,33 +298,41 @@ def _changed_settings(settings: Settings, service: Service) -> list[str]:
 
 
 def _wait_until_healthy(settings: Settings, running: Running) -> None:
-    name = running.service.name
+    """Until it works: a server answers, a worker asks for runs."""
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
         if find(settings, running.service) is None:
-            raise StackError(
-                f"{name} ended while it started; the reason stands in {log_file(settings, running.service)}"
-            )
+            raise StackError(f"{running.service.name} ended while it started: {_last_words(settings, running.service)}")
         if running.healthy:
             return
         time.sleep(0.2)
     raise StackError(
-        f"{name} did not answer within {START_SECONDS} s; see {log_file(settings, running.service)} for the reason"
+        f"{running.service.name} did not answer within {START_SECONDS} s: {_last_words(settings, running.service)}"
     )
 
 
+def _last_words(settings: Settings, service: Service) -> str:
+    """The last line that names an error among those that a service wrote since it started, else the last of them, and
+    where the rest stands."""
+    log = log_file(settings, service)
+    with log.open("rb") as file:
+        file.seek((read_record(_record(settings, service)) or {}).get("log_begins", 0))
+        text = file.read().decode(errors="replace")
+    lines = ["".join(filter(str.isprintable, line)).strip() for line in text.splitlines()]
+    said = [line for line in lines if line] or ["it wrote nothing"]
+    named = next((line for line in reversed(said) if _ERROR.match(line)), said[-1])
+    return f"{named[:MOST_LETTERS]} (the whole log: {log})"
+
+
 def _require_free_port(service: Service) -> None:
-    if service.port is None:
+    if service.port is None or (error := why_not_free(service.port)) is None:
         return
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((LOOPBACK, service.port))
-        except OSError as error:
-            raise StackError(
-                f"{service.name} cannot listen on port {service.port} of {LOOPBACK} ({error.strerror}): "
-                f"stop what uses it or set {service.port_variable} to another port"
-            ) from error
+    remedy = f"stop what uses it or set {service.port_variable} to another port"
+    if error.errno == errno.EADDRNOTAVAIL:
+        remedy = f"give this machine's loopback that address (ip address add {LOOPBACK}/8 dev lo)"
+    raise StackError(
+        f"{service.name} cannot listen on port {service.port} of {LOOPBACK} ({error.strerror}): {remedy}"
+    ) from error
 
 
 def _kill(processes: list[psutil.Process]) -> None:
@@ -320,6 +344,29 @@ def _kill(processes: list[psutil.Process]) -> None:
 
 def _record(settings: Settings, service: Service) -> Path:
     return settings.home / "run" / f"{service.name}.json"
+
+
+def _polls(worker: Running, pool: str, name: str) -> bool:
+    """Whether Prefect has heard of a worker since its process started, which it does once all that it needs is there.
+    By the server's clock, which may be another than this machine's."""
+    from prefect.client.orchestration import get_client  # a second to import, which only this needs
+    from prefect.exceptions import PrefectException
+
+    running_for = datetime.now(UTC) - worker.since
+    try:
+        with get_client(sync_client=True) as client:
+            answer = client.request(
+                "POST", "/work_pools/{work_pool_name}/workers/filter", path_params={"work_pool_name": pool}, json={}
+            )
+    except (httpx.HTTPError, PrefectException):
+        return False
+    began = parsedate_to_datetime(answer.headers["date"]) - running_for
+    return any(
+        known["name"] == name
+        and known["status"] == "ONLINE"
+        and datetime.fromisoformat(known["last_heartbeat_time"]) > began
+        for known in answer.json()
+    )
 
 
 def _answers(url: str) -> bool:

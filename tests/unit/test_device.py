@@ -1,5 +1,7 @@
 """Who gets the device, and when."""
 
+import subprocess
+import sys
 import threading
 from functools import partial
 from pathlib import Path
@@ -7,12 +9,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from filelock import FileLock
 
 from infra import device
 from infra.device import NotNeeded, describe_device, hold_device, wait_for_memory
 from infra.settings import CPU_PART
-from tests.conftest import CPU
+from tests.conftest import CPU, require
 from tests.servers import wait_for
+from tests.users import as_other_user, other_user_cannot_be
 
 
 def test_the_lowest_rank_that_waits_is_next_and_a_dead_one_holds_nobody_up(tmp_path: Path) -> None:
@@ -45,6 +49,30 @@ def test_parts_of_a_cpu_are_devices_of_their_own(tmp_path: Path, monkeypatch: py
         with hold_device(CPU, tmp_path), pytest.raises(NotNeeded), hold_device(CPU, tmp_path, is_needed=lambda: False):
             pass
     assert "cpu part 1 of 2" in describe_device(CPU)
+
+
+def test_a_gpu_is_shared_by_the_users_of_a_host_one_after_the_other(tmp_path: Path) -> None:
+    """By a fake of the GPU's identity; the locks, and the two users, are real. Whoever was there first made the files
+    that the other one needs."""
+    if reason := other_user_cannot_be():
+        require(reason)
+    script = (
+        "import sys, torch; from pathlib import Path; from infra import device\n"
+        "device.DEVICES_OF_THE_HOST, device._identity = Path(sys.argv[1]), lambda _: 'cuda-fake'\n"
+        "def needed(): raise SystemExit('held')\n"
+        "with device.hold_device(torch.device('cuda', 0), Path(), is_needed=needed): print('free')\n"
+    )
+    locks = tmp_path / "locks"
+    ours = [sys.executable, "-c", script, str(locks)]
+    theirs = as_other_user(*ours, environment={"PYTHONPATH": str(Path.cwd())})
+
+    def ask(command: list[str]) -> str:
+        finished = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, umask=0o077)
+        return finished.stdout + finished.stderr
+
+    assert [ask(ours), ask(theirs), ask(ours)] == ["free\n"] * 3
+    with FileLock(locks / "device-cuda-fake.lock"):
+        assert ask(theirs) == "held\n"
 
 
 @pytest.mark.parametrize(("gigabytes", "looks", "warns"), [([9, 5, 1, 1], 3, False), ([9] * 10, 10, True)])

@@ -1,12 +1,18 @@
 """Settings: what the environment says, checked as it is read."""
 
+import json
+import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
+from infra.records import LOOPBACK, port_of, write_record
 from infra.settings import Settings, SettingsError
+from tests.servers import free_port
 
 
 @pytest.fixture(autouse=True)
@@ -37,6 +43,10 @@ def test_telemetry_is_off_and_pickles_are_refused() -> None:
         ("NIGHTLY_HOME", "/dev/null/home", "NIGHTLY_HOME must be a folder that can be written, found /dev/null/home"),
         ("NIGHTLY_PREFECT_PORT", "0", "NIGHTLY_PREFECT_PORT: Input should be greater than or equal to 1, found '0'"),
         ("NIGHTLY_MLFLOW_PORT", "http", "NIGHTLY_MLFLOW_PORT: Input should be a valid integer"),
+        ("NIGHTLY_HOME", "/data/what?", "NIGHTLY_HOME: must be a path without ? and %, found '/data/what?'"),
+        ("NIGHTLY_HOME", "/data/100%", "NIGHTLY_HOME: must be a path without ? and %, found '/data/100%'"),
+        ("ALL_PROXY", "socks5://10.0.0.1:1080", "ALL_PROXY must start with http:// or https://, found socks5://; name"),
+        ("https_proxy", "socks://proxy:1", "HTTPS_PROXY must start with http:// or https://, found socks://; name"),
         ("NIGHTLY_STORE", "ftp://x", "NIGHTLY_STORE: must start with file:// (a directory) or s3://"),
     ],
 )
@@ -45,6 +55,41 @@ def test_a_bad_setting_is_named(monkeypatch: pytest.MonkeyPatch, variable: str, 
     with pytest.raises(SettingsError) as error:
         Settings.read()
     assert says in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("excepted", "loopback_too"),
+    [
+        (None, "127.0.0.1,localhost,::1"),
+        ("", "127.0.0.1,localhost,::1"),
+        ("*", "*"),
+        (".example.org, 10.0.0.0/8", ".example.org,10.0.0.0/8,127.0.0.1,localhost,::1"),
+        ("localhost", "localhost,127.0.0.1,::1"),
+    ],
+)
+def test_loopback_is_reached_without_a_proxy(
+    monkeypatch: pytest.MonkeyPatch, excepted: str | None, loopback_too: str
+) -> None:
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    if excepted is not None:
+        monkeypatch.setenv("no_proxy", excepted)
+    environment = Settings.read().environment()
+    assert environment["NO_PROXY"] == environment["no_proxy"] == loopback_too
+
+
+def test_two_homes_have_ports_of_their_own(tmp_path: Path) -> None:
+    """Also where the other one's server runs at this one's usual port."""
+    usual = free_port()
+    record = tmp_path / "record.json"
+    with socket.socket() as theirs:
+        theirs.bind((LOOPBACK, usual))
+        theirs.listen()
+        assert usual < port_of(record, usual) < usual + 100
+        write_record(record, psutil.Process(), port=usual)  # a server of ours: this process
+        assert port_of(record, usual) == usual
+    record.write_text(json.dumps({"pid": os.getpid(), "create_time": 0.0, "port": usual}))
+    assert port_of(record, usual + 1) == usual, "where it is free, the port of before is kept"
 
 
 def test_servers_elsewhere_are_used_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
