@@ -15,8 +15,9 @@ from rich.table import Table
 
 from flows import cli_jobs, cli_versions, cli_workers
 from flows.cli_versions import JobArgument, point_champion
+from infra.services import servers, worker
 from infra.settings import Settings, enter
-from infra.stack import find, one_at_a_time, recorded_device_workers, servers, start, stop, worker
+from infra.stack import find, one_at_a_time, recorded_device_workers, start, stop
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient

@@ -10,8 +10,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from infra.services import device_workers, worker
 from infra.settings import Settings, enter
-from infra.stack import device_workers, one_at_a_time, recorded_device_workers, start, stop, worker
+from infra.stack import one_at_a_time, recorded_device_workers, start, stop
 
 app = typer.Typer(no_args_is_help=True, help="Workers of this machine's devices, one each.")
 console = Console(soft_wrap=True, highlight=False)
