@@ -8,12 +8,11 @@ what `solo.py` makes of each, within the rounding of another order of sums. Know
 
 import copy
 import logging
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
@@ -43,18 +42,10 @@ from models.solo import (
 from models.stacked_layers import ChainByHand, stacked_chain
 from models.stacked_optimizers import UPDATES, StackedOptimizer
 
-MEMORY_SHARE = 0.5
 # Of all members together, at once: small models, whose launches count.
 EVALUATED_ROWS = 32_768
 # Of the batches of a CPU's steps, so many values are copied at once.
 GATHERED_VALUES = 2**18
-# Operations of one training's forward step above which arithmetic, not launching, is what a step costs. Measured on one
-# core: 16 MLPs as one against one by one 8e4 operations 4.4 times as fast, 1e6 2.5, 1e7 1.4, 7e7 0.9; 8 CNNs, whose
-# vmapped convolutions are grouped ones, 5e5 2.0, 3e6 1.2, 9e6 0.8, 4e7 0.5. On an H200, 25 as one: MLPs 3e5 35, 4e7 10,
-# 1e9 1.8, 4e9 1.7; CNNs 1e7 18, 4e7 16, 5e8 4.4, 1.5e10 1.3.
-WORTHWHILE_OPERATIONS = {"cpu": 5e7, "cuda": 1e10}
-WORTHWHILE_WITH_CONVOLUTIONS = {"cpu": 5e6, "cuda": 1e10}
-
 _logger = logging.getLogger(__name__)
 
 Outcome = Trained | Exception
@@ -67,81 +58,6 @@ class NotFusable(Exception):
 
 class Stopped(Exception):
     """Whoever follows the training had seen enough of it."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Fusion:
-    """How many trainings like this one fit on the device as one computation; 1, and why, where it must be alone."""
-
-    members: int
-    reason: str = ""
-
-
-def fusion_signature(model: nn.Module, training: Training) -> Hashable:
-    """Equal where two trainings can be one computation: modules with equal attributes, tensors of equal shapes,
-    batches of one size, and as many epochs behind them. Buffers and weights may differ, an attribute may not."""
-    modules = tuple((name, type(module), _attributes(module)) for name, module in model.named_modules())
-    tensors = tuple(
-        (name, tensor.shape, tensor.dtype, tensor.requires_grad) for name, tensor in _tensors(model).items()
-    )
-    trained = 0
-    if (resumable := training.resumable) is not None:
-        checkpoint = Checkpoint.read(resumable.path, resumable.key)
-        trained = len(checkpoint.curve) if checkpoint else 0
-    return modules, tensors, training.hyperparameters.batch_size, trained
-
-
-def fusion_of(setting: Setting, model: nn.Module, training: Training) -> Fusion:
-    """Whether and how far a training can be fused, by trying: a vmapped pass over two rows must give what the model
-    gives alone; the operations and the memory of a whole batch are counted."""
-    if setting.training.is_streamed or setting.validation.is_streamed:
-        return Fusion(members=1, reason="their rows do not fit into memory and are streamed, each in its own order")
-    first = setting.training.first(training.hyperparameters.batch_size)
-    model = copy.deepcopy(model).to(setting.device).train()
-    if (obstacle := _obstacle(model, first.all_features[:2])) is not None:
-        return Fusion(members=1, reason=obstacle)
-    kept: dict[int, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    operations = 0
-
-    def count(module: nn.Module, _: Any, outputs: Any) -> None:
-        nonlocal operations
-        weight = getattr(module, "weight", None)
-        if isinstance(weight, Tensor) and weight.ndim > 1 and isinstance(outputs, Tensor):
-            operations += 2 * outputs.numel() * weight[0].numel()
-
-    for module in model.modules():
-        module.register_forward_hook(count)
-    try:
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            model(first.all_features)
-    except Exception as error:  # noqa: BLE001 a user's forward may raise anything
-        return Fusion(members=1, reason=_in_a_line(error))
-    convolutions = nn.Conv1d | nn.Conv2d | nn.Conv3d
-    has_convolutions = any(isinstance(module, convolutions) for module in model.modules())
-    limits = WORTHWHILE_WITH_CONVOLUTIONS if has_convolutions else WORTHWHILE_OPERATIONS
-    worthwhile = limits[setting.device.type]
-    if operations > worthwhile:
-        reason = (
-            f"a step of one takes {operations:.1e} operations forward, and above {worthwhile:.0e} it keeps the device "
-            "busy on its own"
-        )
-        return Fusion(members=1, reason=reason)
-    # Weights, gradients twice (as they come and stacked) and two moments, and what the backward pass needs.
-    weights = sum(tensor.nbytes for tensor in _tensors(model).values())
-    each = 5 * weights + sum(kept.values()) + first.all_features.nbytes
-    members = max(1, int(MEMORY_SHARE * _free_bytes(setting.device) / each))
-    return Fusion(members=members, reason="two of them do not fit into the free memory" if members == 1 else "")
-
-
-def gains_alone(device: torch.device, model: nn.Module) -> bool:
-    """Whether a training takes less time as a group of one than alone: on a GPU its step is replayed as a graph, on a
-    CPU a chain of layers is led by hand."""
-    return device.type == "cuda" or stacked_chain(model) is not None
 
 
 def train_fused(
@@ -203,7 +119,7 @@ def _only_not_fusable() -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        raise NotFusable(_in_a_line(error)) from error
+        raise NotFusable(in_a_line(error)) from error
 
 
 @dataclass(kw_only=True, eq=False)
@@ -238,7 +154,7 @@ class _Group:
         self._chain = stacked_chain(self._template)
         self._layout = _Layout(self._template)
         self._dropouts = [name for name, module in self._template.named_modules() if isinstance(module, SeededDropout)]
-        named = [_tensors(member.model) for member in self.members]
+        named = [tensors_of(member.model) for member in self.members]
         # Stacked before they are brought to the device: each copy to it waits for it.
         weights = torch.stack([self._layout.flat(tensors) for tensors in named]).to(setting.device)
         others = {
@@ -350,7 +266,7 @@ class _Group:
         tensors = member.best or self._tensors_of(row)
         model = member.model.to(self._setting.device)
         with torch.no_grad():
-            for name, tensor in _tensors(model).items():
+            for name, tensor in tensors_of(model).items():
                 tensor.copy_(tensors[name])
         outputs = predict_outputs(model, self._setting.validation.features)
         return Trained(
@@ -579,7 +495,7 @@ class _Layout:
     def __init__(self, model: nn.Module) -> None:
         trained = {name: one for name, one in model.named_parameters() if one.requires_grad}
         self.shapes = {name: one.shape for name, one in trained.items()}
-        self.others = [name for name in _tensors(model) if name not in trained]
+        self.others = [name for name in tensors_of(model) if name not in trained]
         # As `l1_norm` has it: not biases, nor the scales of a normalisation.
         self.penalised = torch.cat(
             [torch.full((one.numel(),), float(one.ndim > 1), device=one.device) for one in trained.values()]
@@ -616,56 +532,9 @@ def _cross_entropy(logs: Tensor, target: Tensor, smoothing: Tensor | None) -> Te
     return (1 - share) * losses - share * logs.mean(dim=(1, 2))
 
 
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     return dict(model.named_parameters()) | dict(model.named_buffers())
 
 
-def _obstacle(model: nn.Module, features: Tensor) -> str | None:
-    """Why two of a model cannot be one computation; None where they can."""
-    if not model.state_dict().keys() <= _tensors(model).keys():
-        return "its modules share tensors, or keep a state that is not a tensor"
-    tensors = {name: tensor.detach().clone() for name, tensor in _tensors(model).items()}
-    stacked = {name: torch.stack([tensor, tensor]) for name, tensor in tensors.items()}
-
-    def call(stacked: dict[str, Tensor], rows: Tensor) -> Any:
-        return functional_call(model, stacked, (rows,))
-
-    try:
-        with forked_random_state(features.device):
-            outputs = vmap(call, randomness="error")(stacked, torch.stack([features, features]))
-            expected = model(features)
-    except Exception as error:  # noqa: BLE001 a user's forward, and vmap itself, may raise anything
-        return _in_a_line(error)
-    if outputs.shape != (2, *expected.shape) or not torch.allclose(outputs, expected.expand_as(outputs), 1e-3, 1e-4):
-        return "several as one do not give what each gives alone"
-    return None
-
-
-def _in_a_line(error: Exception) -> str:
+def in_a_line(error: Exception) -> str:
     return " ".join([f"{type(error).__name__}:", *str(error).splitlines()[:1]])
-
-
-_INTERNAL = frozenset(vars(nn.Module()))
-
-
-def _attributes(module: nn.Module) -> Hashable:
-    own = {name: value for name, value in vars(module).items() if name not in _INTERNAL}
-    return _hashable(own)
-
-
-def _hashable(value: Any) -> Hashable:
-    """The value itself, or where it is a container its items; otherwise an object that is equal to nothing else."""
-    if isinstance(value, Mapping):
-        return tuple((key, _hashable(item)) for key, item in value.items())
-    if isinstance(value, list | tuple):
-        return tuple(_hashable(item) for item in value)
-    if isinstance(value, Hashable):
-        return value
-    return object()
-
-
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + cached
-    return psutil.virtual_memory().available

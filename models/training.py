@@ -6,17 +6,8 @@ from functools import cache
 
 from torch import nn
 
-from models.fused import (
-    Fusion,
-    NotFusable,
-    OnEpoch,
-    Outcome,
-    Stopped,
-    fusion_of,
-    fusion_signature,
-    gains_alone,
-    train_fused,
-)
+from models.fused import NotFusable, OnEpoch, Outcome, Stopped, train_fused
+from models.fusion import Fusion, fusion_of, fusion_signature, gains_alone
 from models.solo import Epoch, Setting, Training, forked_random_state, new_model, train
 
 _logger = logging.getLogger(__name__)

@@ -10,10 +10,12 @@ import torch
 from torch import nn
 
 import models.fused
+import models.fusion
 from models.batches import Split
 from models.dropout import SeededDropout
 from models.families import family_named
-from models.fused import NotFusable, Stopped, fusion_signature, train_fused
+from models.fused import NotFusable, Stopped, train_fused
+from models.fusion import fusion_signature
 from models.hyperparameters import OptimizerName
 from models.optimizers import build_optimizer
 from models.solo import Diverged, Epoch, Resumable, Setting, Trained, Training, new_model, train
@@ -532,8 +534,8 @@ def test_a_large_model_is_trained_alone_because_the_device_is_busy_with_one(
     """How large that is depends on the device; here it is a CPU's limit on each."""
     setting = setting_of(prepared, model)
     for name in ("WORTHWHILE_OPERATIONS", "WORTHWHILE_WITH_CONVOLUTIONS"):
-        limits = getattr(models.fused, name)
-        monkeypatch.setattr(models.fused, name, dict.fromkeys(limits, limits["cpu"]))
+        limits = getattr(models.fusion, name)
+        monkeypatch.setattr(models.fusion, name, dict.fromkeys(limits, limits["cpu"]))
     small, large = (trainings(setting, {size: value, "depth": 2})[0] for value in (least, most))
     assert fusion_for(setting, small).members > 100
     assert "keeps the device busy on its own" in fusion_for(setting, large).reason

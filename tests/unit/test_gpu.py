@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import models.fused
+import models.fusion
 import models.replay
 from infra.device import MEMORY_TOLERANCE_BYTES, used_bytes
 from models.families import family_named
@@ -76,7 +77,7 @@ def test_a_group_too_large_for_the_memory_is_halved_and_ends_as_it_would(
 ) -> None:
     """The process is allowed half of what sixteen large models took as one, and no model is kept meanwhile."""
     some = dict(enumerate(some_trainings(on_gpu, 16, width=2048, depth=3, epochs=1)))
-    monkeypatch.setattr(models.fused, "MEMORY_SHARE", 100.0)
+    monkeypatch.setattr(models.fusion, "MEMORY_SHARE", 100.0)
 
     def objectives() -> dict[int, float]:
         outcomes = models.fused.train_fused(on_gpu, some, lambda _: ())
