@@ -124,9 +124,12 @@ def metrics_of(problem: Problem) -> tuple[MetricName, ...]:
     return tuple(name for name, metric in METRICS.items() if metric.problem == problem)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def predict_outputs(model: nn.Module, features: Tensor | DiskRows) -> Tensor:
-    """Logits (rows, classes) or values (rows,) in evaluation mode; the model's own mode is put back."""
+    """Logits (rows, classes) or values (rows,) in evaluation mode; the model's own mode is put back.
+
+    Not in inference mode: what a user's model keeps from an evaluation, it may need in training.
+    """
     was_training = model.training
     model.eval()
     try:
@@ -164,7 +167,7 @@ def parameter_count(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def latency_ms(model: nn.Module, row: Tensor) -> float:
     """Median milliseconds from one row (1, ...) on the device to its outputs, of 30 runs after 5 to warm up."""
     was_training = model.training

@@ -4,6 +4,7 @@ MLP and CNN come with us; any other is a class of the user's own, named by file 
 the data's shape and returns a module from features to outputs. Knows nothing of training.
 """
 
+import copy
 import hashlib
 import importlib.util
 import math
@@ -27,6 +28,7 @@ from models.hyperparameters import (
     MLPHyperparameters,
     OwnHyperparameters,
 )
+from models.own_module import ModelError, OwnModule
 from models.shapes import DataShape
 from models.space import Domain, Range, Searchable, Value, contains, draw, parse_domain
 
@@ -43,10 +45,6 @@ class OwnModel(Protocol):
     def suggest(trial: optuna.Trial) -> Mapping[str, JsonValue]: ...
 
     def __init__(self, hyperparameters: Mapping[str, JsonValue], shape: DataShape) -> None: ...
-
-
-class ModelError(ValueError):
-    """A model cannot be found, loaded or built; the message names it and the remedy."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,26 +183,6 @@ class Ensemble(nn.Module):
         return outputs.log_softmax(dim=-1).logsumexp(dim=0) - math.log(len(self.members))
 
 
-class _CheckedOutputs(nn.Module):
-    """A user's model whose outputs have the shape that everything behind it relies on."""
-
-    def __init__(self, name: str, model: nn.Module, outputs: int) -> None:
-        super().__init__()
-        self.model = model
-        self._name = name
-        self._outputs = outputs
-
-    def forward(self, features: Tensor) -> Tensor:
-        outputs = self.model(features)
-        if torch.compiler.is_exporting():  # the program is for any number of rows, and what it gives was checked
-            return outputs  # type: ignore[no-any-return]
-        expected = (len(features), self._outputs)
-        if not isinstance(outputs, Tensor) or outputs.shape != expected:
-            found = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
-            raise ModelError(f"{self._name} must return outputs of shape {expected}, found {found}; mend its forward")
-        return outputs
-
-
 FAMILIES = {
     "mlp": Family(name="mlp", hyperparameters=MLPHyperparameters, build=MLP),
     "cnn": Family(name="cnn", hyperparameters=CNNHyperparameters, build=CNN),
@@ -257,7 +235,8 @@ def _own_family(path: str, class_name: str, code: str) -> Family:
     suggest = getattr(own, "suggest", None)
 
     def build(hyperparameters: OwnHyperparameters, shape: DataShape) -> nn.Module:
-        return _CheckedOutputs(name, own(hyperparameters.own, shape), shape.outputs)
+        # A copy, because a constructor may take out of it what it has read.
+        return OwnModule(name, own(copy.deepcopy(hyperparameters.own), shape), shape)
 
     return Family(
         name=name,

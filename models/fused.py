@@ -8,6 +8,7 @@ what `solo.py` makes of each, within the rounding of another order of sums. Know
 
 import copy
 import logging
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -22,6 +23,7 @@ from models.checkpoints import Checkpoint, random_states
 from models.dropout import SeededDropout, dropout_keys
 from models.evaluate import metrics_of, predict_outputs, score
 from models.optimizers import learning_rate_at
+from models.own_module import in_a_line, own_module_of
 from models.replay import Replay
 from models.solo import (
     Diverged,
@@ -35,6 +37,7 @@ from models.solo import (
     is_over,
     judged_epoch,
     kept_epoch,
+    loss_of,
     new_model,
     training_modes,
     unscale_of,
@@ -46,6 +49,8 @@ from models.stacked_optimizers import UPDATES, StackedOptimizer
 EVALUATED_ROWS = 32_768
 # Of the batches of a CPU's steps, so many values are copied at once.
 GATHERED_VALUES = 2**18
+# As far apart as rounding leaves the loss of a model in a group and on its own.
+SAME_LOSS = 1e-2
 _logger = logging.getLogger(__name__)
 
 Outcome = Trained | Exception
@@ -269,10 +274,15 @@ class _Group:
             for name, tensor in tensors_of(model).items():
                 tensor.copy_(tensors[name])
         outputs = predict_outputs(model, self._setting.validation.features)
+        kept = kept_epoch(member.epochs, member.chosen, self._setting.objective)
+        if own_module_of(model) is not None:
+            loss = loss_of(model)(outputs, self._setting.validation.target, 0.0).item()
+            if not math.isclose(loss, kept.validation_loss, rel_tol=SAME_LOSS, abs_tol=SAME_LOSS):
+                raise NotFusable("one alone does not give what it gave among others, so it keeps a state that is lost")
         return Trained(
             model=model.eval(),
             epochs=tuple(member.epochs),
-            kept=kept_epoch(member.epochs, member.chosen, self._setting.objective),
+            kept=kept,
             validation=score(outputs, self._setting.validation.target, metrics_of(self._setting.shape.problem)),
         )
 
@@ -534,7 +544,3 @@ def _cross_entropy(logs: Tensor, target: Tensor, smoothing: Tensor | None) -> Te
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     return dict(model.named_parameters()) | dict(model.named_buffers())
-
-
-def in_a_line(error: Exception) -> str:
-    return " ".join([f"{type(error).__name__}:", *str(error).splitlines()[:1]])

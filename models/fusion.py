@@ -4,19 +4,26 @@ A model is asked by trying: what several give as one must be what each gives alo
 trained.
 """
 
-import copy
-from collections.abc import Hashable, Mapping
-from dataclasses import dataclass
+import random
+import warnings
+from collections import deque
+from collections.abc import Callable, Collection, Hashable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
 
+from models.batches import Split
 from models.checkpoints import Checkpoint
-from models.fused import in_a_line, tensors_of
-from models.solo import Setting, Training, forked_random_state
+from models.evaluate import predict_outputs
+from models.fused import NotFusable, tensors_of, train_fused
+from models.hyperparameters import OwnHyperparameters
+from models.optimizers import trained_parameters
+from models.own_module import in_a_line
+from models.solo import Setting, Training, forked_random_state, new_model, train
 from models.stacked_layers import stacked_chain
 
 MEMORY_SHARE = 0.5
@@ -26,6 +33,10 @@ MEMORY_SHARE = 0.5
 # 1e9 1.8, 4e9 1.7; CNNs 1e7 18, 4e7 16, 5e8 4.4, 1.5e10 1.3.
 WORTHWHILE_OPERATIONS = {"cpu": 5e7, "cuda": 1e10}
 WORTHWHILE_WITH_CONVOLUTIONS = {"cpu": 5e6, "cuda": 1e10}
+
+# Three batches of two sizes, twice, with steps that are large enough to tell a wrong gradient from rounding.
+TRIED_ROWS = 20
+TRIED_WITH = {"epochs": 2, "batch_size": 8, "optimizer": "sgd", "learning_rate": 0.1, "gradient_clip_norm": 1.0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +50,10 @@ class Fusion:
 def fusion_signature(model: nn.Module, training: Training) -> Hashable:
     """Equal where two trainings can be one computation: modules with equal attributes, tensors of equal shapes,
     batches of one size, and as many epochs behind them. Buffers and weights may differ, an attribute may not."""
-    modules = tuple((name, type(module), _attributes(module)) for name, module in model.named_modules())
+    registered = {id(tensor) for tensor in tensors_of(model).values()}
+    modules = tuple(
+        (name, type(module), _comparable(_own(module), registered, _itself)) for name, module in model.named_modules()
+    )
     tensors = tuple(
         (name, tensor.shape, tensor.dtype, tensor.requires_grad) for name, tensor in tensors_of(model).items()
     )
@@ -51,14 +65,12 @@ def fusion_signature(model: nn.Module, training: Training) -> Hashable:
 
 
 def fusion_of(setting: Setting, model: nn.Module, training: Training) -> Fusion:
-    """Whether and how far a training can be fused, by trying: a vmapped pass over two rows must give what the model
-    gives alone; the operations and the memory of a whole batch are counted."""
+    """Say whether and how far a training can be fused: the operations and the memory of a whole batch are counted, and
+    a user's model is tried (`_difference`). The model is one to be tried out: nobody trains it afterwards."""
     if setting.training.is_streamed or setting.validation.is_streamed:
         return Fusion(members=1, reason="their rows do not fit into memory and are streamed, each in its own order")
     first = setting.training.first(training.hyperparameters.batch_size)
-    model = copy.deepcopy(model).to(setting.device).train()
-    if (obstacle := _obstacle(model, first.all_features[:2])) is not None:
-        return Fusion(members=1, reason=obstacle)
+    model = model.to(setting.device).train()
     kept: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -76,7 +88,10 @@ def fusion_of(setting: Setting, model: nn.Module, training: Training) -> Fusion:
     for module in model.modules():
         module.register_forward_hook(count)
     try:
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with (
+            forked_random_state(setting.device),
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        ):
             model(first.all_features)
     except Exception as error:  # noqa: BLE001 a user's forward may raise anything
         return Fusion(members=1, reason=in_a_line(error))
@@ -90,6 +105,8 @@ def fusion_of(setting: Setting, model: nn.Module, training: Training) -> Fusion:
             "busy on its own"
         )
         return Fusion(members=1, reason=reason)
+    if (obstacle := _obstacle(setting, model, training)) is not None:
+        return Fusion(members=1, reason=obstacle)
     # Weights, gradients twice (as they come and stacked) and two moments, and what the backward pass needs.
     weights = sum(tensor.nbytes for tensor in tensors_of(model).values())
     each = 5 * weights + sum(kept.values()) + first.all_features.nbytes
@@ -103,44 +120,115 @@ def gains_alone(device: torch.device, model: nn.Module) -> bool:
     return device.type == "cuda" or stacked_chain(model) is not None
 
 
-def _obstacle(model: nn.Module, features: Tensor) -> str | None:
-    """Why two of a model cannot be one computation; None where they can."""
+def _obstacle(setting: Setting, model: nn.Module, training: Training) -> str | None:
+    """Say why several of a model cannot be one computation; None where they can. Of ours each can."""
+    if not isinstance(training.hyperparameters, OwnHyperparameters):
+        return None
     if not model.state_dict().keys() <= tensors_of(model).keys():
         return "its modules share tensors, or keep a state that is not a tensor"
-    tensors = {name: tensor.detach().clone() for name, tensor in tensors_of(model).items()}
-    stacked = {name: torch.stack([tensor, tensor]) for name, tensor in tensors.items()}
+    if len({parameter.dtype for parameter in trained_parameters(model)}) > 1:
+        return "its parameters have several types"
+    built_from = training.hyperparameters.built_from
+    if built_from not in setting.obstacles:
+        try:
+            setting.obstacles[built_from] = _difference(setting, training)
+        except Exception as error:  # noqa: BLE001 a user's forward, and vmap itself, may raise anything
+            setting.obstacles[built_from] = str(error) if isinstance(error, NotFusable) else in_a_line(error)
+    return setting.obstacles[built_from]
 
-    def call(stacked: dict[str, Tensor], rows: Tensor) -> Any:
-        return functional_call(model, stacked, (rows,))
 
-    try:
-        with forked_random_state(features.device):
-            outputs = vmap(call, randomness="error")(stacked, torch.stack([features, features]))
-            expected = model(features)
-    except Exception as error:  # noqa: BLE001 a user's forward, and vmap itself, may raise anything
-        return in_a_line(error)
-    if outputs.shape != (2, *expected.shape) or not torch.allclose(outputs, expected.expand_as(outputs), 1e-3, 1e-4):
-        return "several as one do not give what each gives alone"
+def _difference(setting: Setting, training: Training) -> str | None:
+    """Train two such models on a few rows, as one and alone, and say what becomes another; None where nothing does.
+
+    A forward pass would not tell: buffers that are assigned, counters and globals show after a step, and only where
+    members have other data than each other. On a CPU, where no rounding is coarser than float32's; by SGD, which does
+    not divide by tiny gradients. Raises whatever the user's module raises, and Diverged.
+    """
+    few = replace(setting, training=_first_on_cpu(setting.training), validation=_first_on_cpu(setting.validation))
+    chosen = OwnHyperparameters.from_values(training.hyperparameters.model_dump(include={"own"}) | TRIED_WITH)
+    some = {seed: Training(hyperparameters=chosen, seed=seed) for seed in (training.seed, training.seed + 1)}
+    alone = {}
+    for seed, member in some.items():
+        with forked_random_state(few.device):
+            before = _plain_attributes(new_model(few, member))
+        drawn = _generators()
+        alone[seed] = train(few, member)
+        if _generators() != drawn:
+            return "it draws random numbers that do not come from torch"
+        after = _plain_attributes(alone[seed].model)
+        if changed := [name for name in after if after[name] != before.get(name)]:
+            return f"its attribute {changed[0]} changes as it is trained"
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "There is a performance drop")  # where vmap takes the members one by one
+        together = dict(train_fused(few, some, lambda _: ()))
+    for seed, outcome in together.items():
+        if isinstance(outcome, Exception):
+            raise outcome
+        tensors = tensors_of(alone[seed].model)
+        for name, tensor in tensors_of(outcome.model).items():
+            if not _is_near(tensor, tensors[name]):
+                return f"several as one do not train as each does alone: {name} becomes another"
+        outputs, expected = (predict_outputs(one.model, few.validation.features) for one in (outcome, alone[seed]))
+        if not _is_near(outputs, expected):
+            return "several as one do not give what each gives alone"
     return None
+
+
+def _first_on_cpu(split: Split) -> Split:
+    first = split.first(TRIED_ROWS)
+    return Split(features=first.all_features.cpu(), target=first.target.cpu())
+
+
+def _generators() -> Hashable:
+    """The states of Python's and NumPy's global generators, which members would share."""
+    return _comparable([random.getstate(), np.random.get_state()], (), type)
+
+
+def _is_near(one: Tensor, other: Tensor) -> bool:
+    return torch.allclose(one.double(), other.double(), rtol=1e-3, atol=1e-4, equal_nan=True)
+
+
+def _plain_attributes(model: nn.Module) -> dict[str, Hashable]:
+    """What a model's modules hold beside tensors that it registers, by name; of what cannot be compared, the type."""
+    registered = {id(tensor) for tensor in tensors_of(model).values()}
+    return {
+        f"{name}.{key}": _comparable(value, registered, type)
+        for name, module in model.named_modules()
+        for key, value in _own(module).items()
+    }
 
 
 _INTERNAL = frozenset(vars(nn.Module()))
 
 
-def _attributes(module: nn.Module) -> Hashable:
-    own = {name: value for name, value in vars(module).items() if name not in _INTERNAL}
-    return _hashable(own)
+def _own(module: nn.Module) -> dict[str, Any]:
+    return {name: value for name, value in vars(module).items() if name not in _INTERNAL}
 
 
-def _hashable(value: Any) -> Hashable:
-    """The value itself, or where it is a container its items; otherwise an object that is equal to nothing else."""
-    if isinstance(value, Mapping):
-        return tuple((key, _hashable(item)) for key, item in value.items())
-    if isinstance(value, list | tuple):
-        return tuple(_hashable(item) for item in value)
-    if isinstance(value, Hashable):
+def _comparable(value: Any, registered: Collection[int], opaque: Callable[[Any], Hashable]) -> Hashable:
+    """Return equal things for equal values: numbers and texts themselves, tensors and arrays by what is in them,
+    containers by their items, and anything else as `opaque` says. A registered tensor is compared elsewhere."""
+    if id(value) in registered:
+        return Tensor
+    if isinstance(value, str | bytes | int | float | complex | type | None):
         return value
-    return object()
+    if isinstance(value, Tensor) and value.layout is torch.strided:
+        content = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        return value.dtype, value.shape, content
+    if isinstance(value, np.ndarray):
+        return value.dtype.str, value.shape, value.tobytes()
+    if isinstance(value, Mapping):
+        return tuple((key, _comparable(item, registered, opaque)) for key, item in value.items())
+    if isinstance(value, list | tuple | deque):
+        return tuple(_comparable(item, registered, opaque) for item in value)
+    if isinstance(value, set | frozenset):
+        return frozenset(_comparable(item, registered, opaque) for item in value)
+    return opaque(value)
+
+
+def _itself(value: Any) -> Hashable:
+    """The value where it can be compared, otherwise an object that is equal to nothing else."""
+    return value if isinstance(value, Hashable) else object()
 
 
 def _free_bytes(device: torch.device) -> int:

@@ -4,6 +4,7 @@ A field's default is the textbook's: a class without arguments is the baseline t
 search, choose from or fix each of them by name. Knows nothing of how they are used.
 """
 
+import json
 from collections.abc import Mapping
 from typing import ClassVar, Literal
 
@@ -151,3 +152,8 @@ class OwnHyperparameters(Hyperparameters):
     """Training as for every model, and in `own` whatever the user's `suggest` returned."""
 
     own: dict[str, JsonValue] = Field(default_factory=dict)
+
+    @property
+    def built_from(self) -> str:
+        """All that the user's constructor gets, beside the shape of the rows."""
+        return json.dumps(self.own, sort_keys=True)

@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -73,13 +73,19 @@ class Resumable:
 @dataclass(frozen=True, kw_only=True)
 class Setting:
     """What several trainings have in common: the family of their models, the rows, and the metric they are judged by
-    on the validation rows."""
+    on the validation rows.
+
+    Of a user's module, by the JSON of what it is built from: `tried` are those that were tried out, and `obstacles` say
+    why several of one cannot be fused, None where they can be.
+    """
 
     family: Family
     shape: DataShape
     training: Split
     validation: Split
     objective: MetricName
+    tried: set[str] = field(default_factory=set, init=False, compare=False, repr=False)
+    obstacles: dict[str, str | None] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     @property
     def device(self) -> torch.device:
@@ -120,7 +126,7 @@ def mean_loss(model: nn.Module, split: Split) -> Tensor:
     was_training = model.training
     model.eval()
     try:
-        return _loss_of(model)(model(split.all_features), split.target, 0.0)
+        return loss_of(model)(model(split.all_features), split.target, 0.0)
     finally:
         model.train(was_training)
 
@@ -139,7 +145,7 @@ class _Run:
         self._order = torch.Generator().manual_seed(training.seed)
         self._model = _laid_out(new_model(setting, training).to(setting.device), setting)
         self._dropouts = [module for module in self._model.modules() if isinstance(module, SeededDropout)]
-        self._loss = _loss_of(self._model)
+        self._loss = loss_of(self._model)
         self._parameters = trained_parameters(self._model)
         self._optimizer = build_optimizer(self._parameters, training.hyperparameters)
         self._mixed_precision = gains_from_mixed_precision(self._model, self._device)
@@ -327,7 +333,7 @@ def unscale_of(model: nn.Module) -> Unscale | None:
     return next((module for module in model.modules() if isinstance(module, Unscale)), None)
 
 
-def _loss_of(model: nn.Module) -> Callable[[Tensor, Tensor, float], Tensor]:
+def loss_of(model: nn.Module) -> Callable[[Tensor, Tensor, float], Tensor]:
     """From outputs, target and label smoothing to the mean loss a row."""
     if (unscale := unscale_of(model)) is not None:
         variance = unscale.scale**2

@@ -8,6 +8,8 @@ from torch import nn
 
 from models.fused import NotFusable, OnEpoch, Outcome, Stopped, train_fused
 from models.fusion import Fusion, fusion_of, fusion_signature, gains_alone
+from models.hyperparameters import OwnHyperparameters
+from models.own_module import TRIED_ROWS, own_module_of
 from models.solo import Epoch, Setting, Training, forked_random_state, new_model, train
 
 _logger = logging.getLogger(__name__)
@@ -91,7 +93,16 @@ def _train_alone(setting: Setting, place: int, training: Training, on_epoch: OnE
 
 
 def _begin(setting: Setting, training: Training) -> nn.Module:
+    """A training's model as it begins. Raises ModelError where it is a user's module that cannot be trained or served,
+    which is found out once for whatever it is built from."""
     with forked_random_state(setting.device):
+        if isinstance(training.hyperparameters, OwnHyperparameters):
+            built_from = training.hyperparameters.built_from
+            if built_from not in setting.tried:
+                own = own_module_of(new_model(setting, training).to(setting.device))
+                assert own is not None
+                own.try_out(setting.validation.features[:TRIED_ROWS])
+                setting.tried.add(built_from)
         return new_model(setting, training)
 
 

@@ -16,7 +16,8 @@ from infra.store import Store, StoreError, open_store
 from models.batches import DiskRows
 from models.column import Column
 from models.evaluate import predict_outputs
-from models.families import ModelError, build_model, family_named
+from models.families import build_model, family_named
+from models.own_module import ModelError
 from models.preprocessing import Preprocessing, preprocessing_of
 from models.table import encode
 from models.weights import read_tensors

@@ -16,10 +16,12 @@ import torch
 from optuna.trial import FrozenTrial, TrialState
 from torch import nn
 
+from models.batches import Split
 from models.evaluate import METRICS, MetricName, metrics_of, predict_outputs, score, sharpness
 from models.families import Ensemble, Family
 from models.fused import Outcome
 from models.hyperparameters import Hyperparameters
+from models.own_module import own_module_of, probabilities_in_words
 from models.preprocessing import Preprocessing
 from models.solo import Diverged, Trained, Training, mean_loss
 from models.training import train_all
@@ -42,7 +44,8 @@ class Challenger:
     seeds that were trained together, those that diverged too; `shipped` are the seeds that the model is made of: the
     median's, or all of them for an ensemble, whose metrics are `validation`.
     `generalization_gap` is how much the shipped model's mean loss is higher on validation rows than on training rows;
-    `sharpness` how much its training loss rises close by (models.evaluate). Both are of 4,096 rows at most.
+    `sharpness` how much its training loss rises close by (models.evaluate). Both are of 4,096 rows at most. `remark`
+    says what is odd about its outputs, if anything is.
     """
 
     model: nn.Module
@@ -57,6 +60,7 @@ class Challenger:
     validation: dict[MetricName, float]
     generalization_gap: float
     sharpness: float
+    remark: str = ""
 
     @property
     def mean(self) -> float:
@@ -125,8 +129,11 @@ def confirm(
     challengers = [confirmed[trial.number] for trial in candidates if trial.number in confirmed]
     if not challengers:
         raise TuningFailed(f"no configuration of {job.name} could be trained a second time: each diverged")
+    challenger = _choose(challengers, job)
+    if challenger.remark:
+        _logger.warning("%s: %s", job.family.name, challenger.remark)
     return Confirmed(
-        challenger=_choose(challengers, job),
+        challenger=challenger,
         baseline=confirmed.get(baseline.number) if baseline else None,
         seconds=time.perf_counter() - began,
     )
@@ -177,7 +184,13 @@ def _retrain(trial: FrozenTrial, job: TuningJob, prepared: Prepared) -> Challeng
         validation=validation,
         generalization_gap=gap,
         sharpness=sharpness(model, lambda: mean_loss(model, measured)),
+        remark=_remark(trained[shipped[0]].model, unseen),
     )
+
+
+def _remark(model: nn.Module, unseen: Split) -> str:
+    """Of a model of ours there is nothing to say."""
+    return probabilities_in_words(predict_outputs(model, unseen.features)) if own_module_of(model) else ""
 
 
 def train_seeds(

@@ -226,7 +226,7 @@ def summarize(
 
 - **data**: {snapshot.source}, snapshot `{snapshot.fingerprint[:12]}`: {rows["train"]} training, {rows["validation"]} validation and {rows["test"]} test rows
 {changed}{_drift_in_words(moved)}- **search**: {tuned.complete} trials complete, {tuned.pruned} pruned, {tuned.failed} failed in {trained_seconds(study):.0f} s of training; ended by {tuned.ended_by}
-{_mishaps(tuned)}- **baseline**: {_baseline_in_words(job, tuned)}
+{_mishaps(tuned)}{_remark(challenger, job)}- **baseline**: {_baseline_in_words(job, tuned)}
 - **challenger**: trial {number_of(challenger.trial)}, validation {name} {challenger.trial.values[0]:.4f} in the search, {challenger.mean:.4f} ± {challenger.spread:.4f} confirmed with {len(challenger.seeds)} seeds ({_curse(challenger)}); generalization gap {challenger.generalization_gap:.4f}, sharpness {challenger.sharpness:.4f}
 - **on the test rows**: challenger {name} {verdict.challenger_test[name]:.4f}{theirs}{_left_out(verdict)}
 {_guard_rails(verdict)}- **trained on**: {challenger.trial.user_attrs[DEVICE]}
@@ -277,6 +277,10 @@ def _moved_in_a_table(moved: tuple[Change, ...]) -> str:
 
 def _mishaps(tuned: Tuned) -> str:
     return f"- **workers**: {'; '.join(tuned.mishaps)}\n" if tuned.mishaps else ""
+
+
+def _remark(challenger: Challenger, job: TuningJob) -> str:
+    return f"- **{job.family.name}**: {challenger.remark}\n" if challenger.remark else ""
 
 
 def _guard_rails(verdict: Verdict) -> str:

@@ -12,7 +12,8 @@ from torch import nn
 from infra.device import describe_device
 from infra.store import Store, StoreError
 from models.evaluate import METRICS, evaluate
-from models.families import ModelError, family_named
+from models.families import family_named
+from models.own_module import ModelError
 from tasks.champion import read_version
 from tasks.confirm import assemble, train_seeds
 from tasks.job import DataConfig

@@ -13,11 +13,11 @@ from models.families import (
     FAMILIES,
     MLP,
     Family,
-    ModelError,
     build_model,
     family_named,
 )
 from models.hyperparameters import CNNHyperparameters, MLPHyperparameters, OwnHyperparameters
+from models.own_module import ModelError
 from models.shapes import DataShape
 
 NET = """
