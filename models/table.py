@@ -35,6 +35,10 @@ _NUMBER = re.compile(
     rf"[{BLANKS}]*(?P<last>[-\u2212])?(?P<close>\))?"
 )
 
+_YEAR_FIRST = (
+    r"(?:\d{4}|\d{4}-\d{1,2}|\d{4}-\d{1,2}-\d{1,2}|\d{4}/\d{1,2}/\d{1,2}|\d{4}\.\d{1,2}\.\d{1,2}|\d{8})(?:[T ].*)?"
+)
+
 
 class WrittenNumber(NamedTuple):
     """What a text says of a number: digits with their marks, as `1.234,5`, a power of ten as `e3`, and the unit beside
@@ -164,6 +168,22 @@ def plain_digits(digits: str, decimal: str, thousands: str) -> str | None:
     return whole + (point and ".") + fraction if found.isascii() and found.isdigit() else None
 
 
+def read_moments(values: pd.Series[Any], column: Column) -> pd.Series[Any]:
+    """Moments in UTC, NaT where there is none: a day with its year first, as 2026-11-23, 2026/11/23 or 20261123, or as
+    `column.dates` says, and a time behind it. What pandas reads else, such as `today`, is none."""
+    if pd.api.types.is_datetime64_any_dtype(values):
+        return pd.to_datetime(values, utc=True)
+    texts = text_of(values).str.replace(r" ?(?:UTC|GMT)$", "Z", regex=True)
+    if column.dates != "year_first":
+        order = r"\3-\2-\1\4" if column.dates == "day_first" else r"\3-\1-\2\4"
+        for mark in "-./":
+            texts = texts.str.replace(
+                rf"^(\d{{1,2}})[{mark}](\d{{1,2}})[{mark}](\d{{4}})((?:\D.*)?)$", order, regex=True
+            )
+    is_date = texts.str.fullmatch(_YEAR_FIRST).fillna(False).astype(bool)
+    return pd.to_datetime(texts.where(is_date), errors="coerce", format="ISO8601", utc=True)
+
+
 def _plain(text: str, column: Column) -> str | None:
     written = written_number(text)
     # Brackets, and a minus behind, are written for some numbers of a column only.
@@ -210,8 +230,10 @@ def _codes(values: pd.Series[Any], column: Column) -> npt.NDArray[np.float64]:
 
 
 def _days(values: pd.Series[Any], column: Column) -> npt.NDArray[np.float64]:
-    moments = pd.to_datetime(values, errors="coerce", format="ISO8601", utc=True)
-    _refuse(values, moments.isna().to_numpy(), column, "a date such as 2026-11-23 or 2026-11-23T02:00:00Z")
+    moments = read_moments(values, column)
+    example = {"day_first": ", 23.11.2026", "month_first": ", 11/23/2026"}.get(column.dates, "")
+    rule = f"a date such as 2026-11-23{example} or 2026-11-23T02:00:00Z"
+    _refuse(values, moments.isna().to_numpy(), column, rule)
     return _floats((moments - EPOCH) / pd.Timedelta(days=1))
 
 

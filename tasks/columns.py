@@ -16,6 +16,7 @@ import pandas as pd
 
 from models.column import Column, Role
 from models.table import FALSE_WORDS, TRUE_WORDS, distinct, read_numbers, text_of
+from tasks.date_texts import DateTexts, are_days, numbers_in_words
 from tasks.findings import EXAMPLES, Described, Finding, finding
 from tasks.job import DataConfig
 from tasks.number_texts import NumberTexts, numeric_column, unit_of
@@ -37,7 +38,7 @@ class Survey:
     def __init__(self, name: str, data: DataConfig) -> None:
         self._name = name
         self._data = data
-        self._rows = self._missing = self._readable = self._dates = self._read_dates = 0
+        self._rows = self._missing = self._readable = 0
         self._kinds: set[str] = set()
         self._low, self._high, self._sum, self._whole = math.inf, -math.inf, 0.0, True
         self._first_text, self._last_text = "", ""
@@ -50,6 +51,8 @@ class Survey:
         self._grouped = self._with_zeros = ""
         self._odd_numbers: list[tuple[Any, Any]] = []
         self._written_numbers: list[tuple[Any, Any]] = []
+        self._date_texts = DateTexts(name, data)
+        self._are_days = True
         self._odd_dates: list[tuple[Any, Any]] = []
 
     def add(self, column: "pd.Series[Any]") -> None:
@@ -89,6 +92,8 @@ class Survey:
             return None
         if role == "numeric":
             return self._as_numbers
+        if role == "datetime":
+            return Column(name=self._name, role=role, missing=self._data.missing, dates=self._data.dates)
         categories = tuple(sorted(self._categories)) if role == "categorical" else ()
         return Column(name=self._name, role=role, categories=categories, missing=self._data.missing)
 
@@ -151,6 +156,7 @@ class Survey:
             self._low, self._high = min(self._low, found.min()), max(self._high, found.max())
             self._sum += float(found @ often)
             self._whole = self._whole and bool((found == found.round()).all())
+            self._are_days = self._are_days and are_days(found)
 
     def _add_ambiguous(self, texts: "pd.Series[Any]") -> None:
         """Look for 1.234, which may be thousands where all texts are so, and for 01067, which may be a code."""
@@ -163,12 +169,8 @@ class Survey:
     def _add_dates(
         self, column: "pd.Series[Any]", codes: npt.NDArray[np.int64], texts: "pd.Series[Any]", counts: npt.NDArray[Any]
     ) -> None:
-        """Nothing is read as a date before something looks like one."""
-        self._dates += int(counts[texts.str.match(r"\d{1,4}[-./]\d{1,2}[-./]\d{1,4}").to_numpy(dtype=bool)].sum())
-        if self._dates:
-            read = pd.to_datetime(texts, errors="coerce", format="ISO8601", utc=True).notna().to_numpy()
-            self._read_dates += int(counts[read].sum())
-            self._odd_dates += _examples(column, codes, texts, ~read, EXAMPLES - len(self._odd_dates))
+        is_read = self._date_texts.add(texts, counts)
+        self._odd_dates += _examples(column, codes, texts, ~is_read, EXAMPLES - len(self._odd_dates))
 
     def _add_categories(self, texts: "pd.Series[Any]") -> None:
         if self._too_many:
@@ -191,7 +193,10 @@ class Survey:
         name, data = self._name, self._data
         present = self._rows - self._missing
         if name in data.roles:
-            return data.roles[name], []
+            is_odd = data.roles[name] == "datetime" and self._kinds == {"text"} and self._date_texts.read < present
+            return data.roles[name], self._date_texts.findings(
+                _in_words(self._odd_dates[:2]), present
+            ) if is_odd else []
         if present == 0:
             return "ignored", finding(
                 "empty_column", data, f"column {name} must hold a value, found none in {self._rows} rows"
@@ -204,7 +209,7 @@ class Survey:
             # Whole numbers that count the rows are an identifier: 1, 2, 3 in any order, from anywhere.
             if self._is_identifier and self._high - self._low == self._rows - 1:
                 return "identifier", self._identifier()
-            return "numeric", self._ambiguous()
+            return "numeric", self._ambiguous() + self._may_be_dates()
         if self._number_texts.are_most(self._readable, present):
             examples = _in_words(self._written_numbers)
             return self._categorical(self._number_texts.finding(examples, self._readable, present))
@@ -212,10 +217,12 @@ class Survey:
             return self._categorical(self._mixed(self._odd_numbers, self._readable, "a finite number"))
         if not self._too_many and {text.casefold() for text in self._categories} <= {*TRUE_WORDS, *FALSE_WORDS}:
             return "boolean", []
-        if self._dates > MOSTLY * present:
-            if self._read_dates == present:
-                return "datetime", []
-            return self._categorical(self._mixed(self._odd_dates, self._read_dates, "a date such as 2026-11-23"))
+        if self._date_texts.read == present:
+            return "datetime", []
+        if found := self._date_texts.findings(_in_words(self._odd_dates[:2]), present):
+            return self._categorical(found)
+        if self._date_texts.read > MOSTLY * present:
+            return self._categorical(self._mixed(self._odd_dates, self._date_texts.read, "a date such as 2026-11-23"))
         if self._is_identifier:
             return "identifier", self._identifier()
         return self._categorical([])
@@ -253,6 +260,16 @@ class Survey:
             )  # fmt: skip
         return []
 
+    def _may_be_dates(self) -> list[Finding]:
+        if not self._whole or (words := numbers_in_words(self._low, self._high, are_days=self._are_days)) is None:
+            return []
+        remedy = f"{self._name}: datetime" if self._are_days else f"{self._name}: numeric if they are numbers"
+        return finding(
+            "dates_as_numbers", self._data,
+            f"column {self._name} must hold dates such as 2026-11-23T02:00:00Z for a model to know of days, weeks and "
+            f"years, found {words}, and is used as a number; write them so, or set data.roles.{remedy}",
+        )  # fmt: skip
+
     def _mixed(self, odd: list[tuple[Any, Any]], read: int, rule: str) -> list[Finding]:
         present = self._rows - self._missing
         return finding(
@@ -269,7 +286,7 @@ class Survey:
         if column.categories:
             more = len(column.categories) - EXAMPLES
             return ", ".join(column.categories[:EXAMPLES]) + (f" and {more} more" if more > 0 else "")
-        if self._readable:
+        if self._readable and column.role != "datetime":
             unit = f" {column.unit}" if column.unit else ""
             return f"{self._low:g} to {self._high:g}{unit}, mean {self._sum / self._readable:.4g}{self._marks}"
         return f"{self._first_text} to {self._last_text}"

@@ -18,6 +18,8 @@ SEVERITIES: Mapping[CheckName, Severity] = {
     "mixed_values": "error",
     "numbers_as_text": "error",
     "ambiguous_numbers": "warn",
+    "dates_as_text": "error",
+    "dates_as_numbers": "warn",
     "labels_alike": "error",
     "missing_target": "error",
     "small_class": "warn",

@@ -135,11 +135,14 @@ class _Table:
         return Chunk(features=matrix, target=target, content=content, identity=identity, days=days)
 
     def _days(self, frame: pd.DataFrame, name: str) -> npt.NDArray[np.float64]:
-        column = Column(name=name, role="datetime", missing=self._data.missing)
+        column = Column(name=name, role="datetime", missing=self._data.missing, dates=self._data.dates)
         try:
             days = encode(frame, [column])[:, 0].astype(np.float64)
         except ValueError as error:
-            raise DataError(f"{self._data.source}: {error}; mend it, or split by something else") from error
+            raise DataError(
+                f"{self._data.source}: {error}; correct it, set data.dates where days or months come first, or split "
+                "by something else"
+            ) from error
         if np.isnan(days).any():
             row = frame.index[int(np.flatnonzero(np.isnan(days))[0])]
             raise DataError(
@@ -165,6 +168,8 @@ class _Table:
                 f"{data.source} must have a column to learn from, found none beside the target {self._target}; add "
                 f"one{why}"
             )
+        if any(found.severity == "error" for found in findings):
+            return findings  # they stop the night, and say more than a column that cannot be read
         frame, target = self._with_target(self._sample.frame())
         self._sample = _Sample()
         return findings + _leaks(self._encoded(frame), target, self.columns, self._problem, data)

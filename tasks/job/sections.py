@@ -12,7 +12,7 @@ from zoneinfo import available_timezones
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from models.column import MISSING, Role
+from models.column import MISSING, DateOrder, Role
 from models.evaluate import MetricName
 
 SamplerName = Literal["auto", "tpe", "gp", "cmaes", "random", "qmc", "grid"]
@@ -30,6 +30,8 @@ CheckName = Literal[
     "mixed_values",
     "numbers_as_text",
     "ambiguous_numbers",
+    "dates_as_text",
+    "dates_as_numbers",
     "labels_alike",
     "missing_target",
     "small_class",
@@ -61,13 +63,14 @@ class DataConfig(Section):
     has columns 0, 1, 2. `labels` is the file of labels beside an IDX file of images, `query` what is selected from
     a database. `missing` are the texts that mean that there is no value. Of numbers in texts `decimal` is the mark
     before a fraction (a point, unless it is said) and `thousands` the one between groups of digits, a blank for any
-    blank. `roles` override what is found in a column; a number with a unit, such as $25 or 12 kg, is read where its
-    role is numeric. Rows with the same value of `split_by` (an id, a customer) stay on one side of the split, and
-    it is no feature; without it a row's whole content decides. With a `time_column`, which is no feature either,
-    rows from `test_from` on are the test rows, and all before them are split as usual. `tidy_labels` makes one
-    class of labels that differ in blanks, case or a full stop only. `checks` says which rule stops a night, warns,
-    or is not looked at; `max_rows_lost` is the share of the last snapshot's rows that may be gone. `unchanged` says
-    what a night does that finds the rows and the search of the last one: continue from what was learned, or skip.
+    blank; `dates` says what comes first in a day that does not begin with its year. `roles` override what is found
+    in a column; a number with a unit, such as $25 or 12 kg, is read where its role is numeric. Rows with the same
+    value of `split_by` (an id, a customer) stay on one side of the split, and it is no feature; without it a row's
+    whole content decides. With a `time_column`, which is no feature either, rows from `test_from` on are the test
+    rows, and all before them are split as usual. `tidy_labels` makes one class of labels that differ in blanks,
+    case or a full stop only. `checks` says which rule stops a night, warns, or is not looked at; `max_rows_lost` is
+    the share of the last snapshot's rows that may be gone. `unchanged` says what a night does that finds the rows
+    and the search of the last one: continue from what was learned, or skip.
     """
 
     source: str
@@ -79,6 +82,7 @@ class DataConfig(Section):
     missing: tuple[str, ...] = MISSING
     decimal: Literal[".", ","] | None = None
     thousands: Literal[",", ".", " ", "'"] | None = None
+    dates: DateOrder = "year_first"
     roles: dict[str, Role | Literal["ignored"]] = {}
     split_by: str | None = None
     time_column: str | None = None
