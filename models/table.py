@@ -8,8 +8,11 @@ is fitted on training rows (means, which categories are rare) is preprocessing.p
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+import unicodedata
+from collections.abc import Callable, Collection, Sequence
+from datetime import datetime
+from decimal import Decimal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -50,6 +53,16 @@ class WrittenNumber(NamedTuple):
     unit: str | None
 
 
+Form = Literal["number", "truth", "moment"]
+FORMS: tuple[Form, ...] = ("number", "truth", "moment")
+# With a needless zero in front (007) it is a code.
+_DECIMAL = re.compile(r"[+-]?(?:(?:0|[1-9][0-9]*)(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3})?")
+_SHORTEST = re.compile(r"0|-?[1-9][0-9]*|-?(?:0|[1-9][0-9]*)\.[0-9]*[1-9]")
+_MOMENT = re.compile(
+    r"[0-9]{4}-[0-9]{2}-[0-9]{2}([ T][0-9]{2}:[0-9]{2}(:[0-9]{2}([.][0-9]+)?)?(Z|[+-][0-9]{2}:?[0-9]{2})?)?"
+)
+
+
 def encode(frame: pd.DataFrame, columns: Sequence[Column]) -> npt.NDArray[np.float32]:
     """Raw rows to a matrix (rows, columns) float32, NaN where a value is missing.
 
@@ -59,9 +72,10 @@ def encode(frame: pd.DataFrame, columns: Sequence[Column]) -> npt.NDArray[np.flo
     its column's role: the message names the column, the row by the frame's index, and the value.
     """
     matrix = np.full((len(frame), len(columns)), np.nan, dtype=np.float32)
+    held = {column_name(name): name for name in frame.columns}
     for place, column in enumerate(columns):
-        if column.name in frame.columns:
-            matrix[:, place] = _read(frame[column.name], column)
+        if column.name in held:
+            matrix[:, place] = _read(frame[held[column.name]], column)
     return matrix
 
 
@@ -84,6 +98,11 @@ def recode(
     return recoded
 
 
+def column_name(name: object) -> str:
+    """Give a column's name as a text, in the Unicode form that is usual (NFC)."""
+    return unicodedata.normalize("NFC", str(name))
+
+
 def without_missing(values: pd.Series[Any], missing: Sequence[str]) -> pd.Series[Any]:
     """Texts without blanks around them, NaN for those that mean that there is no value; numbers and dates as they
     are."""
@@ -93,16 +112,44 @@ def without_missing(values: pd.Series[Any], missing: Sequence[str]) -> pd.Series
         stripped = values.map(lambda value: value.strip() if isinstance(value, str) else value)
     else:
         return values
-    return stripped.mask(stripped.isin(missing))
+    written = [unicodedata.normalize(form, text) for text in missing for form in ("NFC", "NFD")]
+    return stripped.mask(stripped.isin(written))
 
 
 def text_of(values: pd.Series[Any]) -> pd.Series[Any]:
-    """Values as the texts that name their categories: without blanks around them, and a whole number without `.0`, as
-    it is read where a column has gaps and where it has none."""
+    """Values as texts, each by itself whatever the column's type and its other values: texts without blanks around
+    them, a number as its shortest decimal (1 and 1.0 are `1`), a truth as `true` or `false`, a moment in UTC as
+    `2026-11-23` or `2026-11-23 02:00:00`."""
     if pd.api.types.is_bool_dtype(values):
         return values.map({True: "true", False: "false"})
+    if values.dtype == object or pd.api.types.is_datetime64_any_dtype(values):
+        return values.map(_text_of_object, na_action="ignore").astype("string")
     texts = values.astype("string").str.strip()
-    return texts.str.removesuffix(".0") if pd.api.types.is_float_dtype(values) else texts
+    return texts.map(_shortened, na_action="ignore") if pd.api.types.is_float_dtype(values) else texts
+
+
+def forms_of(texts: Collection[str]) -> tuple[Form, ...]:
+    """The form that all texts of a column have in common, by which `by_value` names them; none where they are texts.
+
+    Numbers: `1`, `1.0`, `+1` and `1e0` are one value. Truths: `true` and `false` in any case, and 1 and 0 beside them.
+    Moments: ISO dates, with a time or without; without a zone they are UTC. A single text of another kind makes the
+    whole column one of texts, in which `1.0` and `1` differ, as they do beside `1.0.1`; so does `007` beside `7`.
+    """
+    return next(((form,) for form in FORMS if all(_NAMED[form](text) is not None for text in texts)), ())
+
+
+def by_value(texts: pd.Series[Any], *forms: Form) -> pd.Series[Any]:
+    """Texts as the names of their values: in the usual Unicode form (NFC), and where they have one of the forms, by it.
+
+    Labels and categories take the form that their whole column has. What only tells rows apart, as ids do, may take
+    all forms, each value by itself: that does not change as a column grows, and to hold two ids for one hurts no split.
+    """
+
+    def named(text: str) -> str:
+        usual = unicodedata.normalize("NFC", text)
+        return next((name for form in forms if (name := _NAMED[form](usual)) is not None), usual)
+
+    return texts.map(named, na_action="ignore").astype("string")
 
 
 def distinct(values: pd.Series[Any], missing: Sequence[str]) -> tuple[npt.NDArray[np.int64], pd.Series[Any]]:
@@ -217,15 +264,15 @@ def _numbers(values: pd.Series[Any], column: Column) -> npt.NDArray[np.float64]:
 
 def _truths(values: pd.Series[Any], column: Column) -> npt.NDArray[np.float64]:
     words = {"1": 1.0, "0": 0.0} | dict.fromkeys(TRUE_WORDS, 1.0) | dict.fromkeys(FALSE_WORDS, 0.0)
-    truths = text_of(values).str.casefold().map(words).astype("float64")
+    truths = by_value(text_of(values), "number").str.casefold().map(words).astype("float64")
     _refuse(values, truths.isna().to_numpy(), column, "true or false")
     return _floats(truths)
 
 
 def _codes(values: pd.Series[Any], column: Column) -> npt.NDArray[np.float64]:
-    texts = text_of(values)
-    codes: npt.NDArray[np.float64] = pd.Index(column.categories, dtype="string").get_indexer(texts).astype(np.float64)
-    codes[texts.isna().to_numpy()] = np.nan
+    names = by_value(text_of(values), *forms_of(column.categories))
+    codes: npt.NDArray[np.float64] = pd.Index(column.categories, dtype="string").get_indexer(names).astype(np.float64)
+    codes[names.isna().to_numpy()] = np.nan
     return codes
 
 
@@ -253,4 +300,45 @@ def _refuse(values: pd.Series[Any], unread: Any, column: Column, rule: str) -> N
         )
 
 
+def _text_of_object(value: object) -> str:
+    if isinstance(value, str):
+        return value.strip()
+    if isinstance(value, bool | np.bool_):
+        return "true" if value else "false"
+    if isinstance(value, datetime):
+        moment = pd.Timestamp(value)
+        in_utc = moment if moment.tzinfo is None else moment.tz_convert("UTC").tz_localize(None)
+        return str(in_utc).removesuffix(" 00:00:00")
+    return _shortened(str(value))
+
+
+def _shortened(text: str) -> str:
+    """A number as its shortest decimal, whatever is none as it is."""
+    return _as_number(text) or text
+
+
+def _as_number(text: str) -> str | None:
+    if _SHORTEST.fullmatch(text):
+        return text
+    if not _DECIMAL.fullmatch(text):
+        return None
+    decimals = f"{Decimal(text):f}"
+    shortest = decimals.rstrip("0").rstrip(".") if "." in decimals else decimals
+    return "0" if shortest == "-0" else shortest
+
+
+def _as_truth(text: str) -> str | None:
+    return {"true": "true", "false": "false", "1": "true", "0": "false"}.get(_shortened(text).casefold())
+
+
+def _as_moment(text: str) -> str | None:
+    if not _MOMENT.fullmatch(text):
+        return None
+    try:
+        return _text_of_object(pd.Timestamp(text))
+    except ValueError:  # the 31st of February
+        return None
+
+
+_NAMED: dict[Form, Callable[[str], str | None]] = {"number": _as_number, "truth": _as_truth, "moment": _as_moment}
 _READERS = {"numeric": _numbers, "boolean": _truths, "categorical": _codes, "datetime": _days}

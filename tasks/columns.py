@@ -6,7 +6,8 @@ at a time, so that a table may be larger than the memory. Knows nothing of files
 
 import math
 import re
-from collections.abc import Iterable
+import unicodedata
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from models.column import Column, Role
-from models.table import FALSE_WORDS, TRUE_WORDS, distinct, read_numbers, text_of
+from models.table import FALSE_WORDS, TRUE_WORDS, by_value, distinct, forms_of, read_numbers, text_of
 from tasks.date_texts import DateTexts, are_days, numbers_in_words
 from tasks.findings import EXAMPLES, Described, Finding, finding
 from tasks.job import DataConfig
@@ -42,7 +43,8 @@ class Survey:
         self._kinds: set[str] = set()
         self._low, self._high, self._sum, self._whole = math.inf, -math.inf, 0.0, True
         self._first_text, self._last_text = "", ""
-        self._categories: set[str] = set()
+        # As they are written: what names a value is known when all have been seen.
+        self._texts: set[str] = set()
         self._too_many = False
         self._hashes: npt.NDArray[np.uint64] | None = np.array([], dtype=np.uint64)
         self._as_numbers = numeric_column(name, data)
@@ -78,8 +80,8 @@ class Survey:
         if kind == "text":
             self._add_ambiguous(texts)
             self._add_dates(column, codes, texts, counts)
-        self._add_categories(texts)
-        self._add_hashes(texts, counts)
+        self._add_texts(texts)
+        self._add_hashes(by_value(texts, "number"), counts)
 
     @property
     def role(self) -> Role | Any:
@@ -94,7 +96,7 @@ class Survey:
             return self._as_numbers
         if role == "datetime":
             return Column(name=self._name, role=role, missing=self._data.missing, dates=self._data.dates)
-        categories = tuple(sorted(self._categories)) if role == "categorical" else ()
+        categories = self._categories if role == "categorical" else ()
         return Column(name=self._name, role=role, categories=categories, missing=self._data.missing)
 
     @property
@@ -104,14 +106,18 @@ class Survey:
     @property
     def findings(self) -> list[Finding]:
         _, found = self._role_and_findings()
-        is_constant = len(self._categories) == 1
-        if self.column is None or not is_constant:
+        if self.column is None or self._too_many or len(categories := self._categories) != 1:
             return found
-        (value,) = self._categories
+        (value,) = categories
         return found + finding(
             "constant_column", self._data,
             f"column {self._name} must vary, found {value!r} only; set data.roles.{self._name}: ignored",
         )  # fmt: skip
+
+    @property
+    def _categories(self) -> tuple[str, ...]:
+        """The names of the values that there are."""
+        return tuple(sorted(set(by_value(pd.Series(list(self._texts)), *forms_of(self._texts)))))
 
     @property
     def _is_identifier(self) -> bool:
@@ -172,12 +178,12 @@ class Survey:
         is_read = self._date_texts.add(texts, counts)
         self._odd_dates += _examples(column, codes, texts, ~is_read, EXAMPLES - len(self._odd_dates))
 
-    def _add_categories(self, texts: "pd.Series[Any]") -> None:
+    def _add_texts(self, texts: "pd.Series[Any]") -> None:
         if self._too_many:
             return
-        self._categories.update(texts)
-        if len(self._categories) > MOST_CATEGORIES and self._data.roles.get(self._name) != "categorical":
-            self._categories, self._too_many = set(), True
+        self._texts.update(texts)
+        if len(self._texts) > MOST_CATEGORIES and self._data.roles.get(self._name) != "categorical":
+            self._texts, self._too_many = set(), True
 
     def _add_hashes(self, texts: "pd.Series[Any]", counts: npt.NDArray[Any]) -> None:
         """None from the first value on that is there twice, and of numbers that are not whole."""
@@ -215,7 +221,7 @@ class Survey:
             return self._categorical(self._number_texts.finding(examples, self._readable, present))
         if self._readable > MOSTLY * present:
             return self._categorical(self._mixed(self._odd_numbers, self._readable, "a finite number"))
-        if not self._too_many and {text.casefold() for text in self._categories} <= {*TRUE_WORDS, *FALSE_WORDS}:
+        if not self._too_many and {text.casefold() for text in self._texts} <= {*TRUE_WORDS, *FALSE_WORDS}:
             return "boolean", []
         if self._date_texts.read == present:
             return "datetime", []
@@ -302,24 +308,34 @@ class Survey:
         return f", read with {' and '.join(marks)}" if marks and "text" in self._kinds else ""
 
 
-def labels_alike(labels: Iterable[str], data: DataConfig) -> list[Finding]:
-    """Labels that would be one class if nobody looked at blanks, case and a full stop."""
+def labels_alike(labels: Collection[str], data: DataConfig) -> list[Finding]:
+    """Labels as they are written that would be one class if no one looked at blanks, case, a full stop and the form of
+    letters in Unicode; none of a column of numbers, truths or moments, which are told by their values."""
+    if forms_of(labels):
+        return []
     groups: dict[str, list[str]] = {}
-    for label in labels:
+    for label in sorted(labels):
         groups.setdefault(tidy(label), []).append(label)
-    alike = [sorted(group) for group in groups.values() if len(group) > 1]
+    alike = [group for group in groups.values() if len(group) > 1]
     if not alike:
         return []
-    pairs = "; ".join(" and ".join(repr(label) for label in group) for group in alike[:EXAMPLES])
+    pairs = "; ".join(" and ".join(_shown(label) for label in group) for group in alike[:EXAMPLES])
     return finding(
         "labels_alike", data,
-        f"labels must differ in more than blanks, case or punctuation, found {pairs}; set data.tidy_labels: true",
+        "labels must differ in more than blanks, case, punctuation or the form of their letters in Unicode, found "
+        f"{pairs}; set data.tidy_labels: true",
     )  # fmt: skip
 
 
 def tidy(label: str) -> str:
     """A label without what people do not mean by it."""
-    return re.sub(r"\s+", " ", label).strip().rstrip(".,;:!").strip().casefold()
+    spaced = re.sub(r"\s+", " ", unicodedata.normalize("NFC", label))
+    return spaced.strip().rstrip(".,;:!").strip().casefold()
+
+
+def _shown(label: str) -> str:
+    """A label between quotes; its accents by their codes where they stand beside their letters."""
+    return repr(label) if unicodedata.is_normalized("NFC", label) else ascii(label)
 
 
 def _kind_of(values: "pd.Series[Any]") -> str:

@@ -1,8 +1,8 @@
 """Where rows come from: files (CSV, Parquet, NumPy, IDX, folders of images) here or in S3, a database's query, a
 built-in scikit-learn set, or a Python function of the user's own.
 
-Files of tables are table_files.py's, those of arrays array_files.py's and image_files.py's, and functions
-source_functions.py's. Knows nothing of what is in a column, and of splits.
+Files of tables are table_files.py's, queries table_queries.py's, files of arrays array_files.py's and image_files.py's,
+and functions source_functions.py's. Knows nothing of what is in a column, and of splits.
 """
 
 import importlib.metadata
@@ -16,7 +16,6 @@ from typing import Any
 import numpy.typing as npt
 import pandas as pd
 import pyarrow as pa
-import sqlalchemy
 
 from infra.downloads import download, is_in_s3, object_tags
 from models.shapes import Problem
@@ -29,19 +28,15 @@ from tasks.source_functions import rows_of
 from tasks.table_files import (
     CHUNK_BYTES,
     CSV_SUFFIXES,
-    alike,
     chunk_rows,
-    first_repeated,
     frames_of_files,
     matching,
-    parquet_frames,
-    with_row_numbers,
 )
+from tasks.table_queries import frames_of_query
 from tasks.table_rows import table_rows
 
 SKLEARN_SETS = ("digits", "iris", "wine", "breast_cancer", "diabetes")
 DATABASES = ("postgresql", "sqlite")
-QUERY_ROWS = 2**15
 
 
 def read_rows(data: DataConfig, problem: Problem, downloads: Path, scratch: Path) -> Rows:
@@ -94,7 +89,7 @@ def _read(data: DataConfig, problem: Problem, scratch: Path) -> Rows:
         if source.startswith("sklearn://"):
             return array_rows(_slices(*_built_in(source)), data, problem)
         if source.partition(":")[0].partition("+")[0] in DATABASES:
-            return table_rows(_frames_of_query(data, scratch), data, problem)
+            return table_rows(frames_of_query(data, scratch), data, problem)
         if ".py:" in source:
             found = rows_of(source)
             if isinstance(found, pd.DataFrame):
@@ -148,39 +143,3 @@ def _built_in(source: str) -> tuple[Any, Any]:
 def _frames_of(frame: pd.DataFrame) -> Frames:
     numbered, step = frame.reset_index(drop=True), chunk_rows(frame.columns)
     return lambda: (numbered.iloc[begin : begin + step] for begin in range(0, max(1, len(numbered)), step))
-
-
-def _frames_of_query(data: DataConfig, scratch: Path) -> Frames:
-    """What the query gives, copied to Parquet files in chunks and read from there: two runs of it may give two
-    tables."""
-    if data.query is None:
-        raise DataError(f"data.query must say what to select from {data.source}, found none; add it")
-    paths: list[Path] = []
-    try:
-        url = sqlalchemy.make_url(data.source)
-        if url.drivername == "postgresql":
-            url = url.set(drivername="postgresql+psycopg")
-        engine = sqlalchemy.create_engine(url, poolclass=sqlalchemy.NullPool)
-        with engine.connect().execution_options(stream_results=True) as connection:
-            for frame in pd.read_sql_query(sqlalchemy.text(data.query), connection, chunksize=QUERY_ROWS):
-                if (repeated := first_repeated(frame.columns)) is not None:
-                    raise DataError(
-                        f"data.query must name each column once, found {repeated!r} twice; rename one with AS"
-                    )
-                paths.append(scratch / f"{len(paths):06}.parquet")
-                _plain(frame).to_parquet(paths[-1])
-    except (sqlalchemy.exc.SQLAlchemyError, pd.errors.DatabaseError, ImportError) as error:
-        # The database's own words, without the query around them.
-        cause = error.__cause__ if isinstance(error, pd.errors.DatabaseError) else error
-        reason = str(getattr(cause, "orig", None) or cause).strip().partition("\n")[0]
-        raise DataError(
-            f"data.query must be answered by {data.source}, but {reason}; mend the query, the URL or the password "
-            "(PGPASSWORD, ~/.pgpass)"
-        ) from error
-    return lambda: with_row_numbers(alike((path, parquet_frames(path, data)) for path in paths))
-
-
-def _plain(frame: pd.DataFrame) -> pd.DataFrame:
-    """Numbers, truths, moments and texts; whatever else a database has (UUIDs, dates, decimals) as its text."""
-    odd = [name for name, dtype in frame.dtypes.items() if pd.api.types.is_object_dtype(dtype)]
-    return frame.astype(dict.fromkeys(odd, "string"))

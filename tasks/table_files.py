@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 
+from models.table import column_name
 from tasks.findings import EXAMPLES
 from tasks.job import DataConfig
 from tasks.rows import DataError, Frames
@@ -31,9 +32,11 @@ CHUNK_BYTES = 2**24
 MOST_INFLATION = 200
 LEAST_BOMB_BYTES = 2**30
 
+# Types with a gap of their own: whole numbers with gaps are no floats, which hold 15 digits.
 NUMPY_TYPES = {
     pa.bool_(): pd.BooleanDtype(),
     **{kind: pd.Int64Dtype() for kind in (pa.int8(), pa.int16(), pa.int32(), pa.int64())},
+    **{kind: pd.UInt64Dtype() for kind in (pa.uint8(), pa.uint16(), pa.uint32(), pa.uint64())},
 }
 
 
@@ -49,16 +52,17 @@ def frames_of_files(data: DataConfig) -> Frames:
 
 def alike(files: Iterable[tuple[Path, Iterable[pd.DataFrame]]]) -> Iterator[pd.DataFrame]:
     """The frames of all files. Raises DataError where one has other columns than the first."""
-    known: list[Any] = []
+    known: list[str] = []
     first = ""
     for path, frames in files:
         for frame in frames:
-            known, first = known or list(frame.columns), first or path.name
-            if list(frame.columns) != known:
-                odd = sorted(set(frame.columns) ^ set(known))
+            names = [column_name(name) for name in frame.columns]
+            known, first = known or names, first or path.name
+            if names != known:
+                odd = sorted(set(names) ^ set(known))
                 raise DataError(
                     f"{path} must have the columns of {first}, found a difference in "
-                    f"{', '.join(map(str, odd[:EXAMPLES])) or 'their order'}; mend it or match fewer files"
+                    f"{', '.join(odd[:EXAMPLES]) or 'their order'}; mend it or match fewer files"
                 )
             yield frame
 
@@ -82,7 +86,9 @@ def _csv_frames(path: Path, data: DataConfig) -> Iterator[pd.DataFrame]:
             raise DataError(f"{path} must be text in UTF-8, but {error}; convert it") from error
     if not first:
         raise DataError(f"{path} must hold rows, found an empty first line; give a file with rows")
-    names = [name.strip() for name in first] if data.header else [str(place) for place in range(len(first))]
+    names = (
+        [column_name(name.strip()) for name in first] if data.header else [str(place) for place in range(len(first))]
+    )
     if (repeated := first_repeated(names)) is not None:
         raise DataError(f"{path}: each column must have a name of its own, found {repeated!r} twice; rename one")
     text = pa.dictionary(pa.int32(), pa.string())

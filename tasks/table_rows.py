@@ -13,7 +13,7 @@ import pandas as pd
 
 from models.column import Column
 from models.shapes import Problem
-from models.table import distinct, encode, text_of
+from models.table import FORMS, by_value, column_name, distinct, encode, text_of
 from tasks.columns import Survey
 from tasks.findings import Described, Finding, finding
 from tasks.job import DataConfig
@@ -71,7 +71,7 @@ class _Table:
     def chunks(self) -> Iterator[Chunk]:
         for frame in self._frames():
             try:
-                frame, target = self._with_target(frame.rename(columns=str))
+                frame, target = self._with_target(frame.rename(columns=column_name))
             except KeyError as error:
                 raise DataError(
                     f"{self._data.source} must stay as it is while it is read, found {error}, which was not there at "
@@ -85,7 +85,7 @@ class _Table:
         surveys: dict[str, Survey] = {}
         rows = 0
         for frame in self._frames():
-            frame = frame.rename(columns=str)
+            frame = frame.rename(columns=column_name)
             _check_types(frame, source)
             if not surveys:
                 self._target = data.target or str(frame.columns[-1])
@@ -127,8 +127,8 @@ class _Table:
         identity = days = None
         if data.split_by is not None:
             codes, values = distinct(frame[data.split_by], data.missing)
-            names = [str(value).encode() for value in [*text_of(values), pd.NA]]
-            identity = hash_bytes(names)[codes]
+            names = by_value(text_of(values), *FORMS)
+            identity = hash_bytes([str(name).encode() for name in [*names, pd.NA]])[codes]
         if data.time_column is not None:
             days = self._days(frame, data.time_column)
         content = _content(matrix, self.columns)

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from models.shapes import Problem
-from models.table import distinct, read_numbers, text_of
+from models.table import by_value, distinct, forms_of, read_numbers, text_of
 from tasks.columns import labels_alike, tidy
 from tasks.findings import EXAMPLES, Described, Finding, finding
 from tasks.job import DataConfig
@@ -77,7 +77,7 @@ class Target:
         return () if self._problem == "regression" else _in_order(set(self._spelled.values()))
 
     def described(self, column: str) -> Described:
-        values = f"{self._ends[0]:g} to {self._ends[1]:g}" if self._ends else ", ".join(sorted(self._labels)[:EXAMPLES])
+        values = f"{self._ends[0]:g} to {self._ends[1]:g}" if self._ends else ", ".join(self.classes[:EXAMPLES])
         return Described(name=column, role="target", missing=self._missing, values=values)
 
     def findings(self) -> list[Finding]:
@@ -121,7 +121,7 @@ class Target:
 
     @cached_property
     def _spelled(self) -> dict[str, str]:
-        return _spelled(self._labels) if self._data.tidy_labels else {label: label for label in self._labels}
+        return _spelled(self._labels, tidied=self._data.tidy_labels)
 
     @cached_property
     def _codes(self) -> dict[str, int]:
@@ -153,12 +153,19 @@ class Target:
         return numbers
 
 
-def _spelled(counts: Counter[str]) -> dict[str, str]:
-    """Each label's most frequent spelling; the first in the alphabet where two are as frequent."""
+def _spelled(counts: Counter[str], *, tidied: bool) -> dict[str, str]:
+    """The class of each label as it is written: the name of its value; tidied, the most frequent name of those that are
+    alike, and the first in the alphabet where two are as frequent."""
+    names = dict(zip(counts, by_value(pd.Series(list(counts)), *forms_of(counts)), strict=True))
+    if not tidied:
+        return names
+    rows: Counter[str] = Counter()
+    for label, name in names.items():
+        rows[name] += counts[label]
     spelled: dict[str, str] = {}
-    for label in sorted(counts, key=lambda label: (-counts[label], label)):
-        spelled.setdefault(tidy(label), label)
-    return {label: spelled[tidy(label)] for label in counts}
+    for name in sorted(rows, key=lambda name: (-rows[name], name)):
+        spelled.setdefault(tidy(name), name)
+    return {label: spelled[tidy(name)] for label, name in names.items()}
 
 
 def _in_order(names: set[str]) -> tuple[str, ...]:

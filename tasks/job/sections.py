@@ -4,13 +4,14 @@ Knows nothing of the steps, nor of how a file is read.
 """
 
 import math
+import unicodedata
 from contextlib import suppress
 from datetime import UTC, date, datetime
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 from zoneinfo import available_timezones
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from models.column import MISSING, DateOrder, Role
 from models.evaluate import MetricName
@@ -22,6 +23,8 @@ PromotionMode = Literal["automatic", "ask", "never"]
 Shipped = Literal["median", "ensemble"]
 PresetName = Literal["smoke", "nightly", "deep"]
 Priority = Literal["high", "normal", "low"]
+# In the Unicode form in which a table's names are held.
+ColumnName = Annotated[str, AfterValidator(lambda name: unicodedata.normalize("NFC", name))]
 CheckName = Literal[
     "empty_column",
     "constant_column",
@@ -74,7 +77,7 @@ class DataConfig(Section):
     """
 
     source: str
-    target: str | None = None
+    target: ColumnName | None = None
     labels: str | None = None
     query: str | None = None
     header: bool = True
@@ -83,9 +86,9 @@ class DataConfig(Section):
     decimal: Literal[".", ","] | None = None
     thousands: Literal[",", ".", " ", "'"] | None = None
     dates: DateOrder = "year_first"
-    roles: dict[str, Role | Literal["ignored"]] = {}
-    split_by: str | None = None
-    time_column: str | None = None
+    roles: dict[ColumnName, Role | Literal["ignored"]] = {}
+    split_by: ColumnName | None = None
+    time_column: ColumnName | None = None
     test_from: AwareDatetime | None = None
     tidy_labels: bool = False
     checks: dict[CheckName, Severity] = {}
