@@ -15,6 +15,7 @@ from rich.table import Table
 
 from flows import cli_jobs, cli_versions, cli_workers
 from flows.cli_versions import JobArgument, point_champion
+from flows.console import errors, readable_jobs, say, say_hints
 from infra.services import servers, worker
 from infra.settings import Settings, enter
 from infra.stack import find, one_at_a_time, recorded_device_workers, start, stop
@@ -35,33 +36,28 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 console = Console(highlight=False, soft_wrap=True)
-errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 @app.command()
 def up() -> None:
     """Start the local stack (Prefect, MLflow, one worker) and apply the deployment of every job."""
     settings = enter()
-    from tasks.job import load_jobs
-
-    jobs = load_jobs(settings.jobs)  # before anything starts
-    with one_at_a_time(settings):
+    with readable_jobs(settings) as jobs, one_at_a_time(settings):  # files are read before anything starts
         with console.status("Starting the servers"):
             start(settings, servers(settings), console.print)
         _apply(settings, jobs)
         if not recorded_device_workers(settings):  # which stand in for it
             with console.status("Starting the worker"):
                 start(settings, [worker(settings)], console.print)
-    console.print(f"Prefect {settings.prefect_page}  MLflow {settings.mlflow_url}  state in {settings.home}")
+        console.print(f"Prefect {settings.prefect_page}  MLflow {settings.mlflow_url}  state in {settings.home}")
 
 
 @app.command()
 def apply() -> None:
     """Apply the deployment of every job to the Prefect server that runs already, here or elsewhere."""
     settings = enter()
-    from tasks.job import load_jobs
-
-    _apply(settings, load_jobs(settings.jobs))
+    with readable_jobs(settings) as jobs:
+        _apply(settings, jobs)
 
 
 def _apply(settings: Settings, jobs: Sequence["TuningJob"]) -> None:
@@ -74,6 +70,7 @@ def _apply(settings: Settings, jobs: Sequence["TuningJob"]) -> None:
         apply_work_pool(client, settings.work_pool)
         apply_zombie_automation(client)
         for job in jobs:
+            say_hints(job)
             if no_worker_here:
                 _settle_dead_runs(client, job, settings)
             apply_deployment(client, deployment_of(job), settings.work_pool)
@@ -144,7 +141,7 @@ def run(
     given: dict[str, Any] = {
         "preset": preset, "trials": trials, "minutes": minutes, "sampler": sampler, "promotion": promotion,
     }  # fmt: skip
-    load_job(job, settings.jobs, **given)
+    say_hints(load_job(job, settings.jobs, **given))
     from flows.follow import follow_night, pages, submit_night
 
     overrides = {name: value for name, value in given.items() if value not in (None, "nightly")}
@@ -169,15 +166,17 @@ def check(
     from rich.markdown import Markdown
 
     from tasks.data_card import data_card
-    from tasks.job import load_job
+    from tasks.job import check_shape, load_job
     from tasks.prepare import prepare
     from tasks.study import last_snapshot
 
     tuning_job = load_job(job, settings.jobs)
+    say_hints(tuning_job)
     snapshots = settings.home / "snapshots"
     with errors.status(f"Reading {tuning_job.data.source}"):
         last = last_snapshot(tuning_job.name, settings.studies, snapshots)
         snapshot = prepare(tuning_job.data, tuning_job.objective.problem, snapshots, last)
+        check_shape(tuning_job, snapshot.shape)
     if as_json:
         console.print_json(json.dumps(asdict(snapshot), default=str))
     else:
@@ -197,7 +196,7 @@ def main() -> None:
     try:
         app()
     except ExpectedError as error:
-        errors.print(f"nightly: {error}", markup=False)
+        say(error)
         sys.exit(1)
 
 

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from flows.cli_versions import AsJson, JobArgument
+from flows.console import readable_jobs
 from infra.errors import ExpectedError
 from infra.settings import enter
 
@@ -126,32 +127,32 @@ def ls(as_json: AsJson = False) -> None:
     """List the jobs: schedule, champion, how the last night ended, and when the next begins."""
     settings = enter()
     from infra.store import open_store
-    from tasks.job import load_jobs
     from tasks.promotions import latest_promotion
 
     store = open_store(settings.store_url)
     nights = _nights()
-    rows = []
-    for job in load_jobs(settings.jobs):
-        promotion = latest_promotion(store, job.name)
-        rows.append(
-            {
-                "job": job.name,
-                "model": job.model if ".py:" not in job.model else Path(job.model).name,
-                "schedule": f"{job.schedule.cron} {job.schedule.timezone}",
-                "champion": promotion.version if promotion else None,
-                **nights.get(job.name, dict.fromkeys(("last night", "began", "next night"))),
-            }
-        )
-    if as_json:
-        console.print_json(json.dumps(rows))
-        return
-    table = Table(*rows[0], box=None)
-    for row in rows:
-        table.add_row(*(str(value or "") for value in row.values()))
-    console.print(table)
-    if not nights:
-        console.print(f"no Prefect server answers at {settings.prefect_api_url}, so nothing is known of nights")
+    with readable_jobs(settings) as jobs:
+        rows = []
+        for job in jobs:
+            promotion = latest_promotion(store, job.name)
+            rows.append(
+                {
+                    "job": job.name,
+                    "model": job.model if ".py:" not in job.model else Path(job.model).name,
+                    "schedule": f"{job.schedule.cron} {job.schedule.timezone}",
+                    "champion": promotion.version if promotion else None,
+                    **nights.get(job.name, dict.fromkeys(("last night", "began", "next night"))),
+                }
+            )
+        if as_json:
+            console.print_json(json.dumps(rows))
+            return
+        table = Table(*rows[0], box=None)
+        for row in rows:
+            table.add_row(*(str(value or "") for value in row.values()))
+        console.print(table)
+        if not nights:
+            console.print(f"no Prefect server answers at {settings.prefect_api_url}, so nothing is known of nights")
 
 
 def logs(job: JobArgument, as_json: AsJson = False) -> None:
@@ -233,7 +234,7 @@ def _ask(option: str, question: str, default: str) -> str:
 def _job_text(name: str, source: str, target: str | None, model: str, *, regression: bool) -> str:
     said = f"  target: {json.dumps(target)}\n" if target else ""
     return JOB.format(
-        name=name,
+        name=json.dumps(name),
         description=json.dumps(f"Made by nightly init for {source}."),
         source=json.dumps(source),
         target=said,

@@ -7,6 +7,7 @@ import json
 import logging
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +16,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
 
+from flows.console import readable_jobs
 from infra.settings import OUR_LOGGERS, Settings, enter
 
 console = Console(highlight=False, soft_wrap=True)
@@ -206,15 +208,16 @@ def reconcile(
     from mlflow import MlflowClient
 
     from infra.store import open_store
-    from tasks.job import load_job, load_jobs
+    from tasks.job import load_job
     from tasks.reconcile import only_night_of
     from tasks.reconcile import reconcile as settle
 
     store = open_store(settings.store_url)
-    for each in [load_job(job, settings.jobs)] if job else load_jobs(settings.jobs):
-        with only_night_of(each.name, settings.home):
-            found = settle(each, store, MlflowClient(settings.mlflow_url), settings.studies, torch.device("cpu"))
-        console.print(f"{each.name}: champion {found.promotion.version if found else 'none yet'}")
+    with nullcontext([load_job(job, settings.jobs)]) if job else readable_jobs(settings) as jobs:
+        for each in jobs:
+            with only_night_of(each.name, settings.home):
+                found = settle(each, store, MlflowClient(settings.mlflow_url), settings.studies, torch.device("cpu"))
+            console.print(f"{each.name}: champion {found.promotion.version if found else 'none yet'}")
 
 
 def gc(as_json: AsJson = False) -> None:

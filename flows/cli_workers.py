@@ -4,15 +4,19 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from flows.console import readable_jobs
 from infra.services import device_workers, worker
 from infra.settings import Settings, enter
 from infra.stack import one_at_a_time, recorded_device_workers, start, stop
+
+if TYPE_CHECKING:
+    from tasks.job import TuningJob
 
 app = typer.Typer(no_args_is_help=True, help="Workers of this machine's devices, one each.")
 console = Console(soft_wrap=True, highlight=False)
@@ -63,7 +67,11 @@ def stop_workers() -> None:
 def list_workers(as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False) -> None:
     """Who is there, on this machine and elsewhere, and what they train."""
     settings = enter()
-    rows = [*_waiting(settings), *_training(settings)]
+    with readable_jobs(settings) as jobs:
+        _show([*_waiting(settings), *_training(settings, jobs)], as_json)
+
+
+def _show(rows: list[dict[str, Any]], as_json: bool) -> None:
     if as_json:
         console.print_json(json.dumps(rows))
         return
@@ -85,15 +93,14 @@ def _waiting(settings: Settings) -> Iterator[dict[str, Any]]:
             yield {"worker": known.name, "device": "", "state": state, "study": "", "trials": ""}
 
 
-def _training(settings: Settings) -> Iterator[dict[str, Any]]:
+def _training(settings: Settings, jobs: "list[TuningJob]") -> Iterator[dict[str, Any]]:
     """Those that work on the last study of a job."""
     from optuna.trial import TrialState
 
-    from tasks.job import load_jobs
     from tasks.leases import workers_of
     from tasks.study import ENDED, WORKER, last_study, number_of, tonights_trials
 
-    for job in load_jobs(settings.jobs):
+    for job in jobs:
         study = last_study(job.name, settings.studies)
         if study is None or ENDED in study.user_attrs:
             continue

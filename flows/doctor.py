@@ -135,7 +135,17 @@ def _device(_: Settings) -> Check:
 
 
 def _jobs(settings: Settings) -> Check:
-    return Check(name="jobs", state="ok", found=", ".join(job.name for job in load_jobs(settings.jobs)))
+    jobs, wrong = load_jobs(settings.jobs)
+    names = ", ".join(job.name for job in jobs)
+    if not wrong:
+        return Check(name="jobs", state="ok", found=names)
+    sentences = [sentence for error in wrong for sentence in str(error).splitlines()]
+    return Check(
+        name="jobs",
+        state="fail",
+        found=f"{names} are right, {len(wrong)} more are not: {' | '.join(sentences)}",
+        remedy="they are left out until their files are corrected",
+    )
 
 
 def _prefect(settings: Settings) -> Check:
@@ -192,7 +202,7 @@ def _worker(settings: Settings) -> Check:
 def _deployments(settings: Settings) -> Check:
     missing = []
     with get_client(sync_client=True) as client:
-        for job in load_jobs(settings.jobs):
+        for job in load_jobs(settings.jobs)[0]:
             try:
                 client.read_deployment_by_name(f"{FLOW}/{job.name}")
             except ObjectNotFound:

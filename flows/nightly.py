@@ -52,6 +52,8 @@ from tasks.job import (
     SamplerName,
     Trials,
     TuningJob,
+    check_shape,
+    hints,
     load_job,
 )
 from tasks.leases import check_still_ours, lost_flow_runs, workers_of
@@ -190,9 +192,12 @@ def _night(job: TuningJob, settings: Settings, device: torch.device, started: Pr
     with get_client(sync_client=True) as prefect:
         crash_dead_runs(prefect, job.name, states=(StateType.RUNNING, StateType.CANCELLING), spare=UUID(flow_run_id))
     _logger.info(forecast(job, studies, device))
+    for hint in hints(job):
+        _logger.warning("%s", hint)
     champion = reconcile_step(job, store, client, studies, device)
     snapshots = settings.home / "snapshots"
     snapshot = _snapshot(job, snapshots, studies, store)
+    check_shape(job, snapshot.shape)
     if may_skip and job.data.unchanged == "skip" and (night := unchanged_night(job, snapshot.fingerprint, studies)):
         reason = (
             f"nothing has changed since {night}: the same search, and the same {snapshot.rows} rows (snapshot "

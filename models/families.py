@@ -20,6 +20,7 @@ import torch
 from pydantic import JsonValue
 from torch import Tensor, nn
 
+from models.evaluate import parameter_count
 from models.hyperparameters import (
     ActivationName,
     CNNHyperparameters,
@@ -29,6 +30,7 @@ from models.hyperparameters import (
     OwnHyperparameters,
 )
 from models.own_module import ModelError, OwnModule
+from models.rules import Refused, unknown_name
 from models.shapes import DataShape
 from models.space import Domain, Range, Searchable, Value, contains, draw, parse_domain
 
@@ -70,17 +72,31 @@ class Family:
     def search_space(self, overrides: Mapping[str, Any]) -> dict[str, Domain]:
         """Domains by name: the defaults with a job's overrides; of the own hyperparameters only what is overridden.
 
-        Raises ValueError: an unknown name (the known ones are listed), or a domain that cannot be.
+        Raises Refused, with every mistake: an unknown name, or a domain that cannot be.
         """
         known = (*self.hyperparameters.default_space, *self.own_names)
-        for name in overrides:
-            if name not in known:
-                raise ValueError(f"{name} is not a hyperparameter of {self.name}; known are {', '.join(known)}")
-        own = {name: parse_domain(name, domain) for name, domain in overrides.items() if name in self.own_names}
-        return self.hyperparameters.search_space(_without(overrides, self.own_names)) | own
+        mistakes = [
+            unknown_name((name,), f"a hyperparameter of {self.name}", known, domain)
+            for name, domain in overrides.items()
+            if name not in known
+        ]
+        own: dict[str, Domain] = {}
+        for name in self.own_names:
+            try:
+                own |= {name: parse_domain(name, overrides[name])} if name in overrides else {}
+            except Refused as error:
+                mistakes += error.mistakes
+        ours = {name: domain for name, domain in overrides.items() if name in self.hyperparameters.default_space}
+        try:
+            space = self.hyperparameters.search_space(ours)
+        except Refused as error:
+            raise Refused(*mistakes, *error.mistakes) from error
+        if mistakes:
+            raise Refused(*mistakes)
+        return space | own
 
     def grid_space(self, overrides: Mapping[str, Any]) -> dict[str, Domain]:
-        """The space with each range cut into points. Raises ValueError where a range does not say how many."""
+        """The space with each range cut into points. Raises Refused where ranges do not say how many."""
         space = self.search_space(overrides)
         own = {name: space[name] for name in self.own_names if name in space}
         return self.hyperparameters.grid_space(_without(space, self.own_names)) | Searchable.grid_space(own)
@@ -213,6 +229,20 @@ def build_model(family: Family, hyperparameters: Hyperparameters, shape: DataSha
         return Ensemble([build_model(family, hyperparameters, shape) for _ in range(members)])
     model = family.build(hyperparameters, shape)
     return nn.Sequential(model, Unscale()) if shape.problem == "regression" else model
+
+
+def least_parameters(family: Family, space: Mapping[str, Domain], shape: DataShape) -> int:
+    """How many parameters the smallest model of a space has, of a family of ours."""
+    sizes = {
+        name: _least(space[name]) for name in ("depth", "width", "taper", "channels", "batch_norm") if name in space
+    }
+    with torch.device("meta"):
+        model = family.build(family.hyperparameters.from_values(sizes), shape)
+    return parameter_count(model)
+
+
+def _least(domain: Domain) -> Value:
+    return domain.low if isinstance(domain, Range) else min(domain) if isinstance(domain, tuple) else domain
 
 
 @lru_cache(maxsize=32)

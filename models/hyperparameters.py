@@ -18,6 +18,8 @@ ActivationName = Literal["relu", "leaky_relu", "elu", "gelu", "silu", "tanh"]
 InitialisationName = Literal["pytorch", "kaiming", "xavier", "orthogonal"]
 
 MAX_DEPTH = 10
+# Above these no machine has the memory, or no night the time.
+MOST_EPOCHS, MOST_BATCH, MOST_WIDTH, MOST_CHANNELS = 100_000, 2**20, 2**16, 2**12
 
 
 class Hyperparameters(Searchable):
@@ -26,8 +28,8 @@ class Hyperparameters(Searchable):
     Durations within a training are shares of it, so that they keep their meaning when `epochs` changes.
     """
 
-    epochs: int = Field(default=10, ge=1)
-    batch_size: int = Field(default=64, ge=1)
+    epochs: int = Field(default=10, ge=1, le=MOST_EPOCHS)
+    batch_size: int = Field(default=64, ge=1, le=MOST_BATCH)
     learning_rate: float = Field(default=0.01, gt=0)
     # linear: learning_rate is meant for a batch of 256 and grows with the batch (Goyal et al., arXiv 1706.02677).
     learning_rate_scaling: Literal["none", "linear"] = "none"
@@ -104,7 +106,7 @@ class MLPHyperparameters(Hyperparameters):
     depth 3 and taper 0.5 make 512-256-128)."""
 
     depth: int = Field(default=1, ge=1, le=MAX_DEPTH)
-    width: int = Field(default=50, ge=1)
+    width: int = Field(default=50, ge=1, le=MOST_WIDTH)
     taper: float = Field(default=1.0, gt=0, le=1)
     activation: ActivationName = "relu"
     initialisation: InitialisationName = "pytorch"
@@ -130,7 +132,7 @@ class CNNHyperparameters(Hyperparameters):
     """Blocks of convolution, activation and pooling whose channels double from block to block (64-128-256)."""
 
     depth: int = Field(default=2, ge=1, le=4)
-    channels: int = Field(default=32, ge=1)
+    channels: int = Field(default=32, ge=1, le=MOST_CHANNELS)
     batch_norm: bool = False
     activation: ActivationName = "relu"
     initialisation: InitialisationName = "pytorch"

@@ -4,36 +4,45 @@ The one idea: every hyperparameter has a domain, and some are drawn only when an
 A job overrides domains by name, in the same vocabulary. Knows nothing of which hyperparameters there are.
 """
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Self, cast
 
 import numpy as np
 import optuna
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
+
+from models.rules import Declared, Mistake, Refused, mistakes_of
+
+MOST_POINTS = 1000
 
 Value = bool | int | float | str
 
 
-class Range(BaseModel):
+class Range(Declared):
     """Every value from low to high, both included; with `log`, spread evenly over the orders of magnitude.
 
     `points` is how many of them a grid takes, the ends among them.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    noun: ClassVar[str] = "a range"
 
     low: float
     high: float
     log: bool = False
-    points: int | None = Field(default=None, ge=2)
+    points: int | None = Field(default=None, ge=2, le=MOST_POINTS, examples=[5])
 
     @model_validator(mode="after")
     def _low_below_high(self) -> "Range":
-        if self.low >= self.high:
+        if self.low == self.high:
+            raise ValueError(f"low must be below high, found {self.low:g} for both; write that value alone to fix it")
+        if self.low > self.high:
             raise ValueError(f"low must be below high, found low {self.low:g} and high {self.high:g}; swap them")
         if self.log and self.low <= 0:
             raise ValueError(f"a log range must begin above 0, found low {self.low:g}; raise low or drop log")
+        if not math.isfinite(self.high - self.low):
+            raise ValueError(f"high less low must be finite, found {self.low:g} to {self.high:g}; narrow the range")
         return self
 
     def spread(self, points: int, *, whole: bool) -> tuple[float, ...]:
@@ -57,11 +66,9 @@ class When:
     values: Collection[Value]
 
 
-class Searchable(BaseModel):
+class Searchable(Declared):
     """Hyperparameters with a domain each. A field's default is its value where it does not matter, and in the
     baseline."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     default_space: ClassVar[Space] = {}
     conditions: ClassVar[Mapping[str, When]] = {}
@@ -70,19 +77,36 @@ class Searchable(BaseModel):
     def search_space(cls, overrides: Mapping[str, Any]) -> dict[str, Domain]:
         """The default domains with a job's overrides by name.
 
-        Raises ValueError: a value that the hyperparameter cannot take, or an override that could never matter.
+        Raises Refused, with every mistake: a value that the hyperparameter cannot take, or an override that could never
+        matter.
         """
-        space = {
-            name: cls._parse_domain(name, overrides[name]) if name in overrides else cls.default_space[name]
-            for name in cls.default_space
-        }
-        for name in overrides:
+        space: dict[str, Domain] = dict(cls.default_space)
+        mistakes: list[Mistake] = []
+        for name, domain in overrides.items():
+            try:
+                space[name] = cls._parse_domain(name, domain)
+            except Refused as error:
+                mistakes += error.mistakes
+        wrong = {mistake.field[0] for mistake in mistakes}
+        for name, domain in overrides.items():
             when = cls.conditions.get(name)
-            if when is not None and not any(value in when.values for value in _values(space[when.parent])):
-                raise ValueError(
-                    f"{name} matters only where {when.parent} is {' or '.join(str(value) for value in when.values)}, "
-                    f"found {when.parent} {space[when.parent]}; remove {name} or widen {when.parent}"
+            if (
+                when is None
+                or when.parent in wrong
+                or any(value in when.values for value in _values(space[when.parent]))
+            ):
+                continue
+            fitting = " or ".join(str(value) for value in when.values)
+            mistakes.append(
+                Mistake(
+                    field=(name,),
+                    rule=f"matters only where {when.parent} is {fitting}, which it never is here",
+                    found=domain,
+                    remedy=f"remove {name} or widen {when.parent}",
                 )
+            )
+        if mistakes:
+            raise Refused(*mistakes)
         return space
 
     @classmethod
@@ -115,13 +139,18 @@ class Searchable(BaseModel):
 
     @classmethod
     def grid_space(cls, space: Space) -> dict[str, Domain]:
-        """The space with each range cut into its points. Raises ValueError where a range does not say how many."""
+        """The space with each range cut into its points. Raises Refused where ranges do not say how many."""
         missing = [name for name, domain in space.items() if isinstance(domain, Range) and domain.points is None]
         if missing:
-            raise ValueError(
-                f"{missing[0]}: a grid takes points of a range, found none; add for example `points: 5`"
-                + (f", and to {', '.join(missing[1:])} too" if missing[1:] else "")
-            )
+            raise Refused(
+                *(
+                    Mistake(
+                        field=(name,), rule="a grid takes points of a range, found none",
+                        remedy="add for example `points: 5`",
+                    )
+                    for name in missing
+                )
+            )  # fmt: skip
         return {
             name: domain.spread(domain.points, whole=cls._is_whole(name))
             if isinstance(domain, Range) and domain.points is not None
@@ -135,11 +164,11 @@ class Searchable(BaseModel):
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> Self:
-        """Validate values by name. Raises ValueError that names the field, the rule and the value found."""
+        """Validate values by name. Raises Refused, which is a ValueError, with every mistake."""
         try:
             return cls.model_validate(dict(values))
         except ValidationError as error:
-            raise ValueError(f"{_first_reason(error)}, found {error.errors()[0]['input']!r}") from error
+            raise Refused(*mistakes_of(cls, error)) from error
 
     @classmethod
     def _is_whole(cls, name: str) -> bool:
@@ -148,37 +177,43 @@ class Searchable(BaseModel):
 
     @classmethod
     def _parse_domain(cls, name: str, domain: Any) -> Domain:
+        if not isinstance(domain, Mapping | list | tuple):
+            return cls._check_value(name, domain)
         parsed = parse_domain(name, domain)
         if isinstance(parsed, Range):
             for end in (parsed.low, parsed.high):
                 cls._check_value(name, end)
             return parsed
-        if isinstance(parsed, tuple):
-            return tuple(cls._check_value(name, value) for value in parsed)
-        return cls._check_value(name, parsed)
+        assert isinstance(parsed, tuple)
+        return tuple(cls._check_value(name, value) for value in parsed)
 
     @classmethod
-    def _check_value(cls, name: str, value: Value) -> Value:
-        field = cls.model_fields[name]
-        rule: TypeAdapter[Value] = TypeAdapter(Annotated[field.annotation, field])  # type: ignore[arg-type]
-        try:
-            return rule.validate_python(value)
-        except ValidationError as error:
-            raise ValueError(f"{name}: {_first_reason(error)}, found {value!r}") from error
+    def _check_value(cls, name: str, value: Any) -> Value:
+        return cast(Value, getattr(cls.from_values({name: value}), name))
 
 
 def parse_domain(name: str, domain: Any) -> Domain:
-    """A domain as a job writes it: `{low, high}`, a list, or one value. Raises ValueError with the rule it breaks."""
+    """A domain as a job writes it: `{low, high}`, a list, or one value. Raises Refused with the rule it breaks."""
     if isinstance(domain, Mapping):
         try:
             return Range.model_validate(dict(domain))
         except ValidationError as error:
-            raise ValueError(f"{name}: {_first_reason(error)}") from error
-    if isinstance(domain, list | tuple):
-        if not domain:
-            raise ValueError(f"{name}: choices must not be empty; give one at least")
-        return tuple(domain)
-    return cast(Value, domain)
+            raise Refused(*(mistake.below(name) for mistake in mistakes_of(Range, error))) from error
+    values = tuple(domain) if isinstance(domain, list | tuple) else (domain,)
+    if not values:
+        raise Refused(
+            Mistake(
+                field=(name,), rule="choices must not be empty", found=domain, remedy="give two at least, or one value"
+            )
+        )
+    for place, value in enumerate(values):
+        if not isinstance(value, Value) or (isinstance(value, float) and not math.isfinite(value)):
+            rule = "must be a number, text, true or false, a list of these, or {low, high}"
+            raise Refused(Mistake(field=(name,), rule=rule, found=value, remedy="write one of them"))
+        if value in values[:place]:
+            rule = "choices must differ"
+            raise Refused(Mistake(field=(name,), rule=rule, found=value, remedy="name it once"))
+    return values if isinstance(domain, list | tuple) else values[0]
 
 
 def draw(trial: optuna.Trial, name: str, domain: Domain, *, whole: bool) -> Value:
@@ -217,10 +252,3 @@ def _nearest(domain: Domain, wished: Any) -> Value:
     if numbers and isinstance(wished, int | float):
         return min(numbers, key=lambda value: abs(value - wished))
     return domain[0]
-
-
-def _first_reason(error: ValidationError) -> str:
-    problem = error.errors()[0]
-    where = ".".join(str(part) for part in problem["loc"])
-    reason = problem["msg"].removeprefix("Value error, ")
-    return f"{where}: {reason}" if where else reason

@@ -1,6 +1,7 @@
 """The job: one YAML file that says what is tuned, on which data, with what budget, and when it is promoted."""
 
-from tasks.job.files import JobError, job_files, load_job, load_jobs, parse_job
+from tasks.job.files import job_files, load_job, load_jobs
+from tasks.job.parse import JobError, check_shape, parse_job
 from tasks.job.schema import NAME_PATTERN, TuningJob
 from tasks.job.sections import (
     BudgetConfig,
@@ -16,6 +17,7 @@ from tasks.job.sections import (
     Severity,
     Trials,
 )
+from tasks.job.together import hints
 
 __all__ = [
     "NAME_PATTERN",
@@ -33,6 +35,8 @@ __all__ = [
     "Severity",
     "Trials",
     "TuningJob",
+    "check_shape",
+    "hints",
     "job_files",
     "load_job",
     "load_jobs",

@@ -1,28 +1,21 @@
-"""Job files: found by name, read, merged with a night's overrides, and validated as one TuningJob.
+"""Job files: found by name, read, merged with a night's overrides, and validated before anything starts.
 
-All of that is before anything starts; what is wrong is said in one sentence.
+One bad file is an error of its own job only.
 """
 
-import re
-from collections.abc import Mapping
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
 
-import yaml
-from pydantic import ValidationError
-
-from infra.errors import ExpectedError
+from models.rules import Refused
+from tasks.job.parse import JobError, parse_text
 from tasks.job.schema import TuningJob
 from tasks.job.sections import MOST_MINUTES, MOST_TRIALS, PresetName
+from tasks.job.yaml_text import Text, read_text
 
 OWN_JOBS = Path(__file__).parents[2] / "flows" / "jobs"
-MAX_JOB_BYTES = 64 * 1024
+SUFFIXES = (".yaml", ".yml")
 SMOKE_TRIALS, SMOKE_MINUTES, SMOKE_SEEDS = 8, 5, 2
 DEEP = 4  # times the budget of the job's file
-
-
-class JobError(ExpectedError):
-    """A job is wrong; the message names the file or field, the rule, the value found and the remedy."""
 
 
 def load_job(
@@ -43,33 +36,24 @@ def load_job(
     """
     files = job_files(extra_folder)
     if name not in files:
-        raise JobError(f"no job is named {name!r}; known are {', '.join(files)}")
-    content = _read_mapping(files[name])
+        near = get_close_matches(name, files, n=1)
+        raise JobError(f"no job is named {name!r}; {f'write {near[0]}; ' if near else ''}known are {', '.join(files)}")
+    text, path = _read(files[name])
+    written = parse_text(text, path)
     given: dict[tuple[str, str], object] = {
         ("budget", "trials"): trials,
         ("budget", "minutes"): minutes,
         ("search", "sampler"): sampler,
         ("promotion", "mode"): promotion,
     }
-    overrides = {place: value for place, value in given.items() if value is not None}
-    if preset != "nightly":
-        written = parse_job(content, files[name])
-        # Prefect's form sends every field, changed or not.
-        changed = {
-            (section, field): value
-            for (section, field), value in overrides.items()
-            if value != getattr(getattr(written, section), field)
-        }
-        overrides = _preset(preset, written) | changed
-    for (section, field), value in overrides.items():
-        content[section] = {**(content.get(section) or {}), field: value}
-    try:
-        return parse_job(content, files[name])
-    except JobError as error:
-        if not overrides:
-            raise
-        chosen = ", ".join(f"{section}.{field} {value}" for (section, field), value in overrides.items())
-        raise JobError(f"{error} (the file was overridden with {chosen})") from error
+    # Prefect's form sends every field, changed or not.
+    changed = {
+        (section, field): value
+        for (section, field), value in given.items()
+        if value is not None and value != getattr(getattr(written, section), field)
+    }
+    overrides = changed if preset == "nightly" else _preset(preset, written) | changed
+    return parse_text(text, path, overrides) if overrides else written
 
 
 def _preset(preset: PresetName, job: TuningJob) -> dict[tuple[str, str], object]:
@@ -87,75 +71,39 @@ def _preset(preset: PresetName, job: TuningJob) -> dict[tuple[str, str], object]
     }
 
 
-def load_jobs(extra_folder: Path | None) -> list[TuningJob]:
-    """Every job: those that come with us and those in the extra folder. Raises JobError for the first bad file."""
-    return [load_job(name, extra_folder) for name in job_files(extra_folder)]
+def load_jobs(extra_folder: Path | None) -> tuple[list[TuningJob], list[JobError]]:
+    """Every job whose file is right, those that come with us and those in the extra folder; and what is wrong with the
+    others. Raises JobError where the extra folder is none."""
+    jobs, errors = [], []
+    for name in job_files(extra_folder):
+        try:
+            jobs.append(load_job(name, extra_folder))
+        except JobError as error:
+            errors.append(error)
+    return jobs, errors
 
 
-def job_files(extra_folder: Path | None) -> dict[str, Path]:
-    """Job files by name; a job in the extra folder hides one of ours with the same name.
-
-    Raises JobError where the extra folder is none.
-    """
+def job_files(extra_folder: Path | None) -> dict[str, list[Path]]:
+    """The files of each job by its name, more than one where it is not known which counts; a job in the extra folder
+    hides one of ours with the same name. Raises JobError where the extra folder is none."""
     if extra_folder is not None and not extra_folder.is_dir():
         raise JobError(f"NIGHTLY_JOBS must be a folder of job files, found {extra_folder}; create it or unset it")
-    folders = [OWN_JOBS] if extra_folder is None else [OWN_JOBS, extra_folder]
-    return {path.stem: path for folder in folders for path in sorted(folder.glob("*.yaml"))}
+    files: dict[str, list[Path]] = {}
+    for folder in [OWN_JOBS] if extra_folder is None else [OWN_JOBS, extra_folder]:
+        here: dict[str, list[Path]] = {}
+        # Hidden files are an editor's, or a Mac's.
+        for path in sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES and path.name[0] != "."):
+            here.setdefault(path.stem, []).append(path)
+        files |= here
+    return files
 
 
-def parse_job(content: Mapping[str, Any], path: Path) -> TuningJob:
-    """Validate a job file's content. Raises JobError with every problem in one sentence each."""
-    if content.get("name") != path.stem:
-        raise JobError(f"{path}: name must equal the file's name {path.stem!r}, found {content.get('name')!r}")
-    # A path in a job file means the same wherever the night runs.
-    data, model = content.get("data"), content.get("model")
-    if isinstance(data, dict):
-        places = {
-            name: str(path.parent / place)
-            for name in ("source", "labels")
-            if isinstance(place := data.get(name), str) and "://" not in place
-        }
-        if str(data.get("source")).startswith("sqlite:///"):
-            database = data["source"].removeprefix("sqlite:///")
-            places["source"] = f"sqlite:///{(path.parent / database).absolute()}"
-        content = {**content, "data": {**data, **places}}
-    if isinstance(model, str) and ".py:" in model:
-        content = {**content, "model": str(path.parent / model)}
+def _read(paths: list[Path]) -> tuple[Text, Path]:
+    """Raises JobError: the job has two files, or its file is none that can be read."""
+    path, *others = paths
+    if others:
+        raise JobError(f"{path}: a job must have one file, found {others[0].name} too; rename or remove one of them")
     try:
-        return TuningJob.model_validate(content)
-    except ValidationError as error:
-        raise JobError("; ".join(_sentence(path, problem) for problem in error.errors())) from error
-
-
-def _read_mapping(path: Path) -> dict[str, Any]:
-    if (size := path.stat().st_size) > MAX_JOB_BYTES:
-        raise JobError(f"{path}: a job file may have {MAX_JOB_BYTES} bytes at most, found {size}; shorten it")
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_PlainLoader)  # noqa: S506 a SafeLoader
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = re.sub(r"\s+", " ", str(error))
-        raise JobError(f"{path}: must be YAML without anchors or tags, but {reason}; mend it") from error
-    if not isinstance(content, dict):
-        raise JobError(f"{path}: must be a mapping of fields such as `name: ...`, found {type(content).__name__}")
-    return content
-
-
-class _PlainLoader(yaml.SafeLoader):
-    """YAML without aliases: nested ones grow a small file without limit (billion laughs)."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.events.AliasEvent):
-            raise yaml.YAMLError("an alias (*name) stands in it")
-        return super().compose_node(parent, index)
-
-
-def _sentence(path: Path, problem: Any) -> str:
-    field = ".".join(str(part) for part in problem["loc"])
-    reason = problem["msg"].removeprefix("Value error, ")
-    if problem["type"] == "extra_forbidden":
-        return f"{path}: {field} is not a field of a job; remove it or correct its name"
-    if problem["type"] == "missing":
-        return f"{path}: {field} is missing; add it"
-    # A validator of ours across fields names the field and the value by itself, and has no single input.
-    found = "" if not field or ", found " in reason else f", found {problem['input']!r}"
-    return f"{path}: {field}{': ' if field else ''}{reason}{found}"
+        return read_text(path), path
+    except Refused as error:
+        raise JobError.of(path, list(error.mistakes)) from error

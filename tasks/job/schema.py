@@ -4,6 +4,7 @@ A name and a data source are enough. Knows nothing of the steps, nor of how a fi
 """
 
 import hashlib
+import re
 from functools import cached_property
 from typing import Self
 
@@ -11,6 +12,7 @@ from pydantic import Field, field_validator, model_validator
 
 from models.evaluate import METRICS, Metric
 from models.families import Family, family_named
+from models.rules import Declared, Refused
 from models.space import Domain, Range
 from tasks.job.sections import (
     BudgetConfig,
@@ -20,25 +22,33 @@ from tasks.job.sections import (
     PromotionConfig,
     ScheduleConfig,
     SearchConfig,
-    Section,
+    Text,
 )
 
 NAME_PATTERN = r"[a-z0-9][a-z0-9._-]{0,63}"
 
 
-class TuningJob(Section):
+class TuningJob(Declared):
     """A named tuning set-up. One YAML file, one Prefect deployment and one MLflow experiment each."""
 
-    name: str = Field(pattern=f"^{NAME_PATTERN}$")
+    name: str = Field(examples=["my-job"])
     description: str = ""
     seed: int = Field(default=0, ge=0, lt=2**32)
     data: DataConfig
-    model: str = "mlp"
+    model: Text = "mlp"
     search: SearchConfig = SearchConfig()
     budget: BudgetConfig = BudgetConfig()
     confirm: ConfirmConfig = ConfirmConfig()
     promotion: PromotionConfig = PromotionConfig()
     schedule: ScheduleConfig = ScheduleConfig()
+
+    @field_validator("name")
+    @classmethod
+    def _name_is_one_of_files(cls, name: str) -> str:
+        if re.fullmatch(NAME_PATTERN, name) is None:
+            rule = "must be of small letters, digits, dots, dashes and underscores, 64 at most, a letter or digit first"
+            raise ValueError(f"{rule}; rename the job and its file")
+        return name
 
     @field_validator("model")
     @classmethod
@@ -50,8 +60,8 @@ class TuningJob(Section):
     def _space_fits_the_model(self) -> Self:
         try:
             _ = self.space
-        except ValueError as error:
-            raise ValueError(f"search.space.{error}") from error
+        except Refused as error:
+            raise Refused(*(mistake.below("search", "space") for mistake in error.mistakes)) from error
         return self
 
     @cached_property

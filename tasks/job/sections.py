@@ -4,17 +4,23 @@ Knows nothing of the steps, nor of how a file is read.
 """
 
 import math
+import re
 import unicodedata
+from collections.abc import Mapping
 from contextlib import suppress
 from datetime import UTC, date, datetime
-from typing import Annotated, Any, Literal, Self
+from difflib import get_close_matches
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 from zoneinfo import available_timezones
 
-from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, AwareDatetime, Field, field_validator, model_validator
+from pydantic_core import PydanticKnownError
 
 from models.column import MISSING, DateOrder, Role
 from models.evaluate import MetricName
+from models.rules import Declared
+from tasks.job.kinds import kind_of
 
 SamplerName = Literal["auto", "tpe", "gp", "cmaes", "random", "qmc", "grid"]
 PrunerName = Literal["none", "median", "halving", "hyperband", "patient", "wilcoxon"]
@@ -24,7 +30,7 @@ Shipped = Literal["median", "ensemble"]
 PresetName = Literal["smoke", "nightly", "deep"]
 Priority = Literal["high", "normal", "low"]
 # In the Unicode form in which a table's names are held.
-ColumnName = Annotated[str, AfterValidator(lambda name: unicodedata.normalize("NFC", name))]
+ColumnName = Annotated[str, Field(min_length=1), AfterValidator(lambda name: unicodedata.normalize("NFC", name))]
 CheckName = Literal[
     "empty_column",
     "constant_column",
@@ -51,15 +57,12 @@ Severity = Literal["error", "warn", "ignore"]
 MOST_TRIALS = 100_000
 MOST_MINUTES = 7 * 24 * 60
 
+Text = Annotated[str, Field(min_length=1)]
 Trials = Annotated[int, Field(ge=1, le=MOST_TRIALS)]
 Minutes = Annotated[float, Field(gt=0, le=MOST_MINUTES)]
 
 
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class DataConfig(Section):
+class DataConfig(Declared):
     """Where the rows come from, how a table's columns are read, and which share of the rows is held out.
 
     `target` names a table's column that is predicted (the last, unless it is named); a CSV file without a `header`
@@ -76,22 +79,24 @@ class DataConfig(Section):
     and the search of the last one: continue from what was learned, or skip.
     """
 
-    source: str
-    target: ColumnName | None = None
-    labels: str | None = None
-    query: str | None = None
+    source: Text = Field(examples=["rows.csv"])
+    target: ColumnName | None = Field(default=None, examples=["price"])
+    labels: Text | None = Field(default=None, examples=["labels-idx1-ubyte.gz"])
+    query: Text | None = Field(default=None, examples=["SELECT * FROM rows"])
     header: bool = True
     delimiter: str = Field(default=",", min_length=1, max_length=1)
-    missing: tuple[str, ...] = MISSING
+    missing: tuple[str, ...] = Field(default=MISSING, examples=['["", "?"]'])
     decimal: Literal[".", ","] | None = None
     thousands: Literal[",", ".", " ", "'"] | None = None
     dates: DateOrder = "year_first"
-    roles: dict[ColumnName, Role | Literal["ignored"]] = {}
-    split_by: ColumnName | None = None
-    time_column: ColumnName | None = None
-    test_from: AwareDatetime | None = None
+    roles: dict[ColumnName, Role | Literal["ignored"]] = Field(
+        default_factory=dict, examples=["{zip_code: categorical}"]
+    )
+    split_by: ColumnName | None = Field(default=None, examples=["customer"])
+    time_column: ColumnName | None = Field(default=None, examples=["day"])
+    test_from: AwareDatetime | None = Field(default=None, examples=["2026-10-01"])
     tidy_labels: bool = False
-    checks: dict[CheckName, Severity] = {}
+    checks: dict[CheckName, Severity] = Field(default_factory=dict, examples=["{small_class: error}"])
     max_rows_lost: float = Field(default=0.2, ge=0, le=1)
     unchanged: Literal["continue", "skip"] = "continue"
     validation_fraction: float = Field(default=0.2, gt=0, lt=0.5)
@@ -99,51 +104,36 @@ class DataConfig(Section):
 
     @field_validator("source")
     @classmethod
-    def _holds_no_password(cls, source: str) -> str:
+    def _source_is_of_a_known_kind(cls, source: str) -> str:
         if "://" in source and urlsplit(source).password is not None:
             raise ValueError(
                 f"must hold no password, found one for {urlsplit(source).username}; put it into PGPASSWORD or ~/.pgpass"
             )
+        kind_of(source)
         return source
+
+    @field_validator("delimiter")
+    @classmethod
+    def _delimiter_divides(cls, delimiter: str) -> str:
+        if delimiter in '"\r\n':
+            raise ValueError("must be a letter that is no quote and ends no line; write for example ';'")
+        return delimiter
 
     @field_validator("test_from", mode="before")
     @classmethod
     def _is_utc_without_a_zone(cls, moment: Any) -> Any:
-        """As a table's times are; YAML reads a plain date as one."""
+        """As a table's times are; YAML reads a plain date as one. A number is no date, whatever it counts."""
         if isinstance(moment, str):
             with suppress(ValueError):
                 moment = datetime.fromisoformat(moment)
         if isinstance(moment, date) and not isinstance(moment, datetime):
             moment = datetime(moment.year, moment.month, moment.day, tzinfo=UTC)
-        if isinstance(moment, datetime) and moment.tzinfo is None:
-            return moment.replace(tzinfo=UTC)
-        return moment
-
-    @model_validator(mode="after")
-    def _marks_differ(self) -> Self:
-        if self.thousands == (self.decimal or "."):
-            raise ValueError(
-                f"decimal and thousands must be two marks, found {self.thousands!r} for both"
-                f"{'' if self.decimal else ' (decimal is a point unless it is said)'}; correct one"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _time_splits_alone(self) -> Self:
-        if (self.time_column is None) != (self.test_from is None):
-            raise ValueError(
-                f"time_column and test_from belong together, found {self.time_column} and {self.test_from}; "
-                "give both or neither"
-            )
-        if self.time_column is not None and self.split_by is not None:
-            raise ValueError(
-                f"time_column {self.time_column} puts rows of one {self.split_by} on two sides, found split_by too; "
-                "leave out one of them"
-            )
-        return self
+        if not isinstance(moment, datetime | None):
+            raise PydanticKnownError("datetime_type")
+        return moment.replace(tzinfo=UTC) if moment is not None and moment.tzinfo is None else moment
 
 
-class SearchConfig(Section):
+class SearchConfig(Declared):
     """How the study looks for good hyperparameters; `space` overrides the model's domains by name.
 
     The first trial is the baseline: the textbook's hyperparameters, as near as the space allows. With `memory` the
@@ -159,25 +149,22 @@ class SearchConfig(Section):
     memory: bool = True
     cost: CostName = "none"
     cost_tolerance: float = Field(default=0.005, ge=0)
-    max_parameters: int | None = Field(default=None, ge=1)
-    max_latency_ms: float | None = Field(default=None, gt=0)
-    space: dict[str, Any] = {}
+    max_parameters: int | None = Field(default=None, ge=1, examples=[100_000])
+    max_latency_ms: float | None = Field(default=None, gt=0, examples=[5])
+    space: dict[str, Any] = Field(
+        default_factory=dict, examples=["{learning_rate: {low: 0.001, high: 0.1, log: true}}"]
+    )
 
-    @model_validator(mode="after")
-    def _a_cost_fits_the_method(self) -> Self:
-        if self.cost == "none":
-            return self
-        if self.pruner != "none":
-            raise ValueError(
-                f"pruner must be none where cost is {self.cost}, found {self.pruner}: "
-                "Optuna prunes by a single objective; set pruner: none"
-            )
-        if self.sampler == "cmaes":
-            raise ValueError(f"sampler cmaes knows a single objective, found cost {self.cost}; choose tpe or gp")
-        return self
+    @model_validator(mode="before")
+    @classmethod
+    def _what_learns_from_complete_trials_only_prunes_none(cls, content: Any) -> Any:
+        if not isinstance(content, Mapping) or "pruner" in content:
+            return content
+        takes_none = content.get("sampler") == "gp" or content.get("cost", "none") != "none"
+        return {**content, "pruner": "none"} if takes_none else content
 
 
-class BudgetConfig(Section):
+class BudgetConfig(Declared):
     """Whichever is used up first ends the tuning; minutes are tested between trials.
 
     `finish_by` is a time of day in the schedule's time zone: the search ends early enough that the whole night is done
@@ -189,17 +176,18 @@ class BudgetConfig(Section):
 
     trials: Trials = 60
     minutes: Minutes = 60
-    finish_by: str | None = Field(default=None, pattern=r"^([01]\d|2[0-3]):[0-5]\d$")
+    finish_by: str | None = Field(default=None, examples=['"06:00"'])
     workers: int = Field(default=1, ge=1, le=256)
-    device_hours: float | None = Field(default=None, gt=0)
-    price_per_hour: float | None = Field(default=None, gt=0)
-    max_cost: float | None = Field(default=None, gt=0)
+    device_hours: float | None = Field(default=None, gt=0, examples=[8])
+    price_per_hour: float | None = Field(default=None, gt=0, examples=[2.5])
+    max_cost: float | None = Field(default=None, gt=0, examples=[4])
 
-    @model_validator(mode="after")
-    def _a_cost_has_a_price(self) -> Self:
-        if self.max_cost is not None and self.price_per_hour is None:
-            raise ValueError(f"max_cost needs a price_per_hour, found {self.max_cost:g} without one; add it")
-        return self
+    @field_validator("finish_by")
+    @classmethod
+    def _finish_by_is_a_time_of_day(cls, finish_by: str | None) -> str | None:
+        if finish_by is not None and re.fullmatch(r"([01]\d|2[0-3]):[0-5]\d", finish_by) is None:
+            raise ValueError('must be a time of day from 00:00 to 23:59; write it as "06:00"')
+        return finish_by
 
     @property
     def most_device_seconds(self) -> float:
@@ -219,7 +207,7 @@ class BudgetConfig(Section):
         return hours
 
 
-class ConfirmConfig(Section):
+class ConfirmConfig(Declared):
     """How many of the best trials are trained again, each with how many fresh seeds, and what of the winner ships: the
     model of the median seed, or all seeds' models as one ensemble."""
 
@@ -228,7 +216,7 @@ class ConfirmConfig(Section):
     ship: Shipped = "median"
 
 
-class PromotionConfig(Section):
+class PromotionConfig(Declared):
     """What the gate asks of a challenger, and whether a winner is promoted.
 
     It is promoted where it is better with `confidence`, unless it is as surely better by less than `min_improvement`
@@ -241,14 +229,14 @@ class PromotionConfig(Section):
     mode: PromotionMode = "automatic"
     min_improvement: float = Field(default=0.0, ge=0)
     confidence: float = Field(default=0.95, ge=0.5, lt=1)
-    max_slice_fall: float | None = Field(default=0.1, ge=0)
-    max_calibration_error: float | None = Field(default=None, gt=0, le=1)
-    max_latency_ms: float | None = Field(default=None, gt=0)
-    max_megabytes: float | None = Field(default=None, gt=0)
+    max_slice_fall: float | None = Field(default=0.1, ge=0, le=1)
+    max_calibration_error: float | None = Field(default=None, gt=0, le=1, examples=[0.05])
+    max_latency_ms: float | None = Field(default=None, gt=0, examples=[5])
+    max_megabytes: float | None = Field(default=None, gt=0, examples=[100])
     ask_minutes: Minutes = 8 * 60
 
 
-class ScheduleConfig(Section):
+class ScheduleConfig(Declared):
     """When a night starts, and what a second one does while the first still runs: wait for it, or be refused.
 
     Of nights that were `missed`, because the machine or its worker was off, the last one is made up for `once`, or all
@@ -263,21 +251,28 @@ class ScheduleConfig(Section):
 
     @field_validator("cron")
     @classmethod
-    def _cron_parses(cls, cron: str) -> str:
+    def _cron_comes(cls, cron: str) -> str:
         rule = "must be five cron fields such as '0 2 * * *'"
-        if len(cron.split(" ")) != 5:  # Prefect's parser also takes six, with seconds, and @daily
-            raise ValueError(rule)
-        from prefect.schedules import Cron  # takes a second to import, which what only trains is spared
+        if len(cron.split()) != 5:  # Prefect's parser also takes six, with seconds, and @daily
+            raise ValueError(f"{rule}; write minute, hour, day, month and weekday")
+        # A second to import, which what only trains is spared. Prefect's own copy is what will fire the schedule.
+        from prefect._vendor.croniter import croniter  # type: ignore[attr-defined]
+        from prefect.schedules import Cron
 
         try:
             Cron(cron)
         except ValueError as error:
-            raise ValueError(rule) from error
+            raise ValueError(f"{rule}; see crontab(5), and write * for any") from error
+        try:
+            croniter(cron, datetime.now(UTC)).get_next()  # type: ignore[no-untyped-call]
+        except ValueError as error:
+            raise ValueError("must come at some time, but no month has such a day; write another day") from error
         return cron
 
     @field_validator("timezone")
     @classmethod
     def _timezone_exists(cls, timezone: str) -> str:
-        if timezone not in available_timezones():
-            raise ValueError("must be an IANA time zone such as Europe/Berlin")
+        if timezone not in (known := available_timezones()):
+            near = get_close_matches(timezone, sorted(known), n=1)
+            raise ValueError(f"must be an IANA time zone such as Europe/Berlin; write {near[0] if near else 'UTC'}")
         return timezone

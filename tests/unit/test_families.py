@@ -176,7 +176,10 @@ def test_a_job_overrides_what_an_own_class_suggests(tmp_path: Path) -> None:
         assert "kind" not in trial.params
     with pytest.raises(ModelError, match=r"search\.space\.kind must be among \('narrow', 'wide'\), found 'huge'"):
         draw_one(family, {"kind": ["huge"]})
-    with pytest.raises(ValueError, match=r"slop is not a hyperparameter of net\.py:Net; known are .*units_narrow"):
+    with pytest.raises(
+        ValueError,
+        match=r"slop is not a hyperparameter of net\.py:Net, found 1; write slope \(known are .*units_narrow",
+    ):
         family.search_space({"slop": 1})
 
 

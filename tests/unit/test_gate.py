@@ -51,7 +51,7 @@ def make_challenger(prepared: Prepared, epochs: int) -> Challenger:
 
 def as_champion(challenger: Challenger, snapshot: Snapshot, **lineage_fields: Any) -> Champion:
     lineage = Lineage(
-        snapshot=snapshot.fingerprint, source="", study="", trial=0, seed=0, device="cpu", mlflow_run_id="",
+        snapshot=snapshot.fingerprint, source="rows.csv", study="", trial=0, seed=0, device="cpu", mlflow_run_id="",
         prefect_flow_run_id=None, git_commit=None, python="", packages={}, **lineage_fields,
     )  # fmt: skip
     manifest = Manifest(

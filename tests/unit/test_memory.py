@@ -189,7 +189,7 @@ def test_only_recent_nights_are_remembered(prepared: Prepared, tmp_path: Path) -
         ({"space": {"dropout": {"low": 0.1, "high": 0.2}}}, "outside the present space"),
         ({"objective": "log_loss"}, "they had another objective"),
         ({"cost": "parameters"}, "they had another objective"),
-        ({"max_parameters": 10}, "their parameters was not measured"),
+        ({"max_parameters": 1000}, "their parameters was not measured"),
     ],
 )
 def test_what_does_not_fit_tonights_space_is_dropped_and_said(

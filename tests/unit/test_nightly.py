@@ -24,7 +24,7 @@ from tests.conftest import CPU, make_job
 
 def test_the_run_form_is_as_it_was() -> None:
     """Flat, each field with a help text, bounds and a default: a change of it should be meant."""
-    (job,) = (job for job in load_jobs(None) if job.name == "digits-mlp")
+    (job,) = (job for job in load_jobs(None)[0] if job.name == "digits-mlp")
     form = form_schema(nightly_tuning.parameters.model_dump(), deployment_of(job).form_defaults)
     assert form == json.loads(Path(__file__).with_name("run_form.json").read_text())
     assert all("description" in field for field in form["properties"].values())

@@ -380,7 +380,10 @@ def test_whatever_a_users_model_does_costs_its_trial_only(prepared: Prepared, tm
         "nan": reasons["nan"],
         "exploding": "diverged at epoch 1: the loss is not finite",
     }
-    assert "own.scale.float: Input should be a finite number, found nan" in reasons["nan"]
+    assert (
+        "own.scale must be a finite number, text, true, false, or a list or names of these, found .nan"
+        in reasons["nan"]
+    )
     broken = [trial for trial in study.trials if trial.params.get("mood") == "raising"]
     assert "net.py" in broken[0].user_attrs[TRACEBACK]
 

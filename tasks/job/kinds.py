@@ -1,0 +1,50 @@
+"""What kind of source a job names, by its text alone: before any file is looked at, and wherever it lies.
+
+Knows nothing of how a source is read.
+"""
+
+from collections.abc import Mapping
+from pathlib import PurePosixPath
+from typing import Literal
+from urllib.parse import urlsplit
+
+Kind = Literal["csv", "parquet", "npz", "idx", "images", "database", "built_in", "function"]
+
+IN_WORDS: Mapping[Kind, str] = {
+    "csv": "a CSV file",
+    "parquet": "a Parquet file",
+    "npz": "a NumPy file",
+    "idx": "an IDX file",
+    "images": "a folder of images",
+    "database": "a database",
+    "built_in": "a scikit-learn set",
+    "function": "a function",
+}
+# A function may return a table.
+TABLES: tuple[Kind, ...] = ("csv", "parquet", "database", "function")
+
+_BY_SUFFIX: Mapping[str, Kind] = {
+    **dict.fromkeys((".csv", ".csv.gz", ".tsv", ".tsv.gz", ".data", ".txt"), "csv"),
+    ".parquet": "parquet",
+    ".npz": "npz",
+    **dict.fromkeys(("ubyte", "ubyte.gz", ".idx", ".idx.gz"), "idx"),
+}
+_BY_SCHEME: Mapping[str, Kind] = {"sklearn": "built_in", "postgresql": "database", "sqlite": "database"}
+
+
+def kind_of(source: str) -> Kind:
+    """The kind of a source; a name without a known ending is a folder. Raises ValueError where nothing reads it."""
+    scheme = urlsplit(source).scheme.partition("+")[0] if "://" in source else ""
+    if scheme in _BY_SCHEME:
+        return _BY_SCHEME[scheme]
+    if scheme not in ("", "s3"):
+        remedy = "fetch the file first and name its path" if scheme in ("http", "https", "ftp") else "name its path"
+        raise ValueError(
+            f"must be a path, s3://..., postgresql://..., sqlite:///... or sklearn://..., found {source!r}; {remedy}"
+        )
+    if ".py:" in source:
+        return "function"
+    name = PurePosixPath(source).name.lower()
+    if name.endswith(".py"):
+        raise ValueError(f"must name a function of the file, found {source!r}; write {name}:rows")
+    return next((kind for suffix, kind in _BY_SUFFIX.items() if name.endswith(suffix)), "images")

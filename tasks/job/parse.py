@@ -1,0 +1,127 @@
+"""From what a job file holds to a TuningJob, with all that is wrong said at once, a line each.
+
+The one idea: what is wrong is taken out and the rest is validated again, so that no mistake hides another. Knows
+nothing of where job files lie.
+"""
+
+import copy
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from infra.errors import ExpectedError
+from models.rules import Mistake, Place, mistakes_of
+from models.shapes import DataShape
+from tasks.job.schema import TuningJob
+from tasks.job.together import contradictions, contradictions_of_shape, without_effect
+from tasks.job.yaml_text import Text
+
+# What takes the place of a wrong value that there must be, so that the rest can be validated.
+STAND_INS: Mapping[Place, Any] = {("name",): "job", ("data",): {"source": "x.py:rows"}, ("data", "source"): "x.py:rows"}
+
+Overrides = Mapping[tuple[str, str], object]
+
+
+class JobError(ExpectedError):
+    """A job is wrong; each line of the message names the file, the field, the rule, the value found and the remedy."""
+
+    @classmethod
+    def of(cls, path: Path, mistakes: list[Mistake], after: str = "") -> "JobError":
+        return cls("\n".join(f"{path}: {mistake.sentence}{after}" for mistake in mistakes))
+
+
+def parse_job(content: Mapping[str, Any], path: Path) -> TuningJob:
+    """The job that a file of this content would be. Raises JobError with every mistake."""
+    return parse_text(Text(content=content), path)
+
+
+def parse_text(text: Text, path: Path, overrides: Overrides | None = None) -> TuningJob:
+    """The job of a file, with a night's overrides by section and field merged in. Raises JobError with every mistake.
+
+    A field that has no effect is a mistake in a file, but not where an override is why.
+    """
+    content = copy.deepcopy(dict(text.content))
+    for (section, field), value in (overrides or {}).items():
+        content.setdefault(section, {})[field] = value
+    written = {place: letters for place, letters in text.written.items() if place not in (overrides or {})}
+    mistakes = list(text.mistakes)
+    if isinstance(name := content.get("name"), str) and name != path.stem:
+        rule, remedy = f"must equal the file's name {path.stem!r}", "rename one of them"
+        mistakes.append(Mistake(field=("name",), rule=rule, found=name, remedy=remedy))
+        content["name"] = path.stem
+    content = _anchored(content, path)
+    job = None
+    while job is None:
+        try:
+            job = TuningJob.model_validate(content)
+        except ValidationError as error:
+            found = [each for each in mistakes_of(TuningJob, error, written) if each not in mistakes]
+            mistakes += found
+            if not found:
+                break
+            _take_out(content, [mistake.field for mistake in found])
+    if job is not None:
+        wrong = {mistake.field for mistake in mistakes}
+        together = [*contradictions(job), *([] if overrides else without_effect(job))]
+        mistakes += [mistake for mistake in together if not wrong & {mistake.field, mistake.field[:1]}]
+    if job is None or mistakes:
+        said = ", ".join(f"{section}.{field} {value}" for (section, field), value in (overrides or {}).items())
+        raise JobError.of(path, mistakes, f" (the file was overridden with {said})" if said else "")
+    return job
+
+
+def check_shape(job: TuningJob, shape: DataShape) -> None:
+    """Refuse a job that cannot be trained on rows of this shape, before anything is. Raises JobError."""
+    if sentences := [mistake.sentence for mistake in contradictions_of_shape(job, shape)]:
+        raise JobError("\n".join(sentences))
+
+
+def _take_out(content: dict[str, Any], places: Iterable[Place]) -> None:
+    """Remove what lies at each place, or would lie in it; what there must be is replaced."""
+    for place in {_nearest(content, place) for place in places}:
+        inner: Any = content
+        for part in place[:-1]:
+            inner = inner[part]
+        if place in STAND_INS:
+            inner[place[-1]] = copy.deepcopy(STAND_INS[place])
+        else:
+            inner.pop(place[-1], None)
+
+
+def _nearest(content: Mapping[str, Any], place: Place) -> Place:
+    """The place itself if its section is a mapping that has it, or must have it; else the nearest that it lies in."""
+    inner: Any = content
+    for length, part in enumerate(place, 1):
+        if place[:length] == place and place in STAND_INS and isinstance(inner, dict):
+            return place
+        if not isinstance(inner, dict) or part not in inner:
+            return place[: max(1, length - 1)]
+        inner = inner[part]
+    return place
+
+
+def _anchored(content: dict[str, Any], path: Path) -> dict[str, Any]:
+    """With paths that mean the same wherever the night runs: relative ones are relative to the job's file, and ~ is the
+    home of whoever reads it."""
+    data, model = content.get("data"), content.get("model")
+    if isinstance(data, dict):
+        places = {
+            name: str(_path(path, place))
+            for name in ("source", "labels")
+            if isinstance(place := data.get(name), str) and place and "://" not in place
+        }
+        if str(data.get("source")).startswith("sqlite:///"):
+            places["source"] = f"sqlite:///{_path(path, data['source'].removeprefix('sqlite:///')).absolute()}"
+        content = {**content, "data": {**data, **places}}
+    if isinstance(model, str) and ".py:" in model:
+        content = {**content, "model": str(_path(path, model))}
+    return content
+
+
+def _path(file: Path, place: str) -> Path:
+    try:
+        return file.parent / Path(place).expanduser()
+    except RuntimeError:  # no such user; the path as it stands is not there either
+        return file.parent / place
