@@ -42,6 +42,7 @@ from tasks.ask import ask
 from tasks.champion import Champion, read_champion
 from tasks.confirm import Challenger, Confirmed, confirm
 from tasks.drift import since
+from tasks.fresh import FreshProcess
 from tasks.gate import Verdict, gate
 from tasks.job import (
     DataConfig,
@@ -57,6 +58,7 @@ from tasks.job import (
     load_job,
 )
 from tasks.leases import check_still_ours, lost_flow_runs, workers_of
+from tasks.loaded_back import rehearse
 from tasks.memory import recall
 from tasks.prepare import prepare
 from tasks.prepared import Prepared
@@ -133,10 +135,11 @@ def nightly_tuning(
 
     1. reconcile: the store is usable, what earlier nights left open is settled
     2. prepare: rows become an immutable snapshot
-    3. tune: a study of trials, each tracked in MLflow
+    3. tune: a study of trials, each tracked in MLflow, once it is known that such a model can be published
     4. confirm: the best are trained again with fresh seeds
     5. gate: challenger against champion on the same test rows
-    6. promote: the winner is published in the artifact store, where the job says so after a person was asked
+    6. promote: the winner is published in the artifact store, where the job says so after a person was asked, and
+       gives what was judged when it is loaded from there
     7. report: what happened, in Prefect and MLflow
 
     Args:
@@ -161,10 +164,11 @@ def nightly_tuning(
         device = choose_device()
         with (
             only_night_of(tuning_job.name, settings.home),
-            started_ahead(processes_for(tuning_job, device)) as started,
+            FreshProcess() as fresh,
+            started_ahead(processes_for(tuning_job, device), fresh) as started,
         ):
             may_skip = preset == "nightly" and trials is None and minutes is None
-            return _night(tuning_job, settings, device, started, may_skip=may_skip)
+            return _night(tuning_job, settings, device, started, fresh, may_skip=may_skip)
     except (ExpectedError, *STORAGE_IS_AWAY) as failure:
         error = failure if isinstance(failure, ExpectedError) else StudiesUnavailable.after(failure)
         _logger.error("%s", error)  # noqa: TRY400 the sentence says it all; a traceback would bury it
@@ -183,7 +187,15 @@ def _warn_if_studies_are_away(job: TuningJob, settings: Settings) -> None:
         _tell(settings, {"event": "waiting", "job": job.name, "reason": str(error)})
 
 
-def _night(job: TuningJob, settings: Settings, device: torch.device, started: ProcessGroup, *, may_skip: bool) -> Any:
+def _night(
+    job: TuningJob,
+    settings: Settings,
+    device: torch.device,
+    started: ProcessGroup,
+    fresh: FreshProcess,
+    *,
+    may_skip: bool,
+) -> Any:
     flow_run_id = runtime.flow_run.id
     client = MlflowClient(settings.mlflow_url)
     store = open_store(settings.store_url)
@@ -222,12 +234,16 @@ def _night(job: TuningJob, settings: Settings, device: torch.device, started: Pr
     _logger.info("this night in MLflow: %s", mlflow_page)
     with night_ends_with_its_run(client, run_id), system_metrics(run_id):
         with hold_device(device, settings.home, RANKS[job.schedule.priority]):
-            tuned = tune_step(study, job, trainer_of(job, snapshot, device, started), settings, client, run_id)
+            trainer = trainer_of(job, snapshot, device, started)
+            rehearse(job, snapshot, trainer, fresh)
+            tuned = tune_step(study, job, trainer, settings, client, run_id)
             searched = _now()
             prepared = Prepared.load(snapshot, device)
             baseline = tuned.baseline if champion is None else None
             confirmed = confirm_step(study, job, prepared, baseline, client, run_id)
-        verdict, promotion = _judge_and_promote(job, study, snapshot, confirmed, champion, store, device, settings)
+        verdict, promotion = _judge_and_promote(
+            job, study, snapshot, confirmed, champion, store, device, settings, fresh
+        )
         _notify(settings, job, verdict, promotion)
         study.set_user_attr(AFTER_SEARCH_SECONDS, (_now() - searched).total_seconds())
         return report_step(job, study, snapshot, moved, tuned, confirmed, verdict, promotion, settings, client, _now())
@@ -283,6 +299,7 @@ def _judge_and_promote(
     store: Store,
     device: torch.device,
     settings: Settings,
+    fresh: FreshProcess,
 ) -> tuple[Verdict, Promotion | None]:
     """Whoever comes second to the promotion log compares with the champion that came first, three times at most."""
     client = MlflowClient(settings.mlflow_url)
@@ -294,7 +311,7 @@ def _judge_and_promote(
         verdict = ask(job, verdict)
         check_still_ours(study, runtime.flow_run.id)
         try:
-            return verdict, promote_step(job, study, snapshot, verdict, store, client, _now())
+            return promote_step(job, study, snapshot, verdict, store, client, fresh, _now())
         except StaleJudgement as error:
             if judgements == JUDGEMENTS:
                 raise

@@ -49,6 +49,11 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
 
 def read_tensors(content: bytes) -> dict[str, Tensor]:
     """The tensors of such a file's content. Raises SafetensorError where it is none, KeyError where one is missing."""
-    tensors = load(content)
+    return under_every_name(load(content), json.loads(metadata_of(content).get(_SHARED, "{}")))
+
+
+def metadata_of(content: bytes) -> dict[str, str]:
+    """What a safetensors file says beside its tensors."""
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-    return under_every_name(tensors, json.loads(header.get("__metadata__", {}).get(_SHARED, "{}")))
+    metadata: dict[str, str] = header.get("__metadata__", {})
+    return metadata

@@ -4,8 +4,8 @@ Knows nothing of how a version was trained or judged.
 """
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-import pandas as pd
 import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError
@@ -19,7 +19,6 @@ from models.evaluate import predict_outputs
 from models.families import build_model, family_named
 from models.own_module import ModelError
 from models.preprocessing import Preprocessing, preprocessing_of
-from models.table import encode
 from models.weights import read_tensors
 from tasks.promotions import Promotion, latest_promotion, taken_back
 from tasks.versions import (
@@ -31,6 +30,9 @@ from tasks.versions import (
     read_file,
     read_manifest,
 )
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,11 +52,13 @@ class Version:
         """Raw features (rows, ...), or a table's matrix, to logits (rows, classes) or a regression's values (rows,)."""
         return predict_outputs(nn.Sequential(self.preprocessing, self.model), features)
 
-    def predict(self, rows: Tensor | pd.DataFrame) -> list[str] | list[float]:
+    def predict(self, rows: "Tensor | pd.DataFrame") -> list[str] | list[float]:
         """Raw rows to the name of each one's class, or to a regression's values: features (rows, ...), or a DataFrame
         where the model was trained on a table, with columns in any order. Raises ValueError where a value cannot be
         read as its column was in training."""
-        if isinstance(rows, pd.DataFrame):
+        if not isinstance(rows, Tensor):
+            from models.table import encode  # with pandas, which takes its time to import and only tables need
+
             rows = torch.from_numpy(encode(rows, self.columns)).to(self.preprocessing.mean.device)
         outputs = self.outputs(rows)
         if self.manifest.problem == "regression":

@@ -6,7 +6,7 @@ when it looks better: a tie keeps the champion. Knows nothing of how either was 
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -18,6 +18,7 @@ from models.evaluate import MetricName, latency_ms, metrics_of, predict_outputs,
 from models.table import recode
 from tasks.champion import Champion
 from tasks.confirm import Challenger, Confirmed
+from tasks.fresh import MOST_ROWS
 from tasks.job import DataConfig, PromotionConfig, TuningJob
 from tasks.prepare import days_since_epoch, names_and_roles
 from tasks.snapshots import Snapshot
@@ -43,7 +44,8 @@ class Verdict:
 
     `winner` is what is published where the decision is PROMOTE: the challenger, or on a job's first night the baseline
     where nothing better than that was found. `opponent` says whom the challenger was compared with. `judged` is the
-    number of the promotion that made that champion, 0 before the first.
+    number of the promotion that made that champion, 0 before the first. `winner_outputs` are what the winner gave for
+    the first test rows, 4,096 at most, on the CPU.
     """
 
     decision: Decision
@@ -53,6 +55,7 @@ class Verdict:
     winner: Challenger
     challenger_test: dict[MetricName, float]
     winner_intervals: dict[MetricName, tuple[float, float]]
+    winner_outputs: Tensor = field(repr=False, compare=False)
     opponent: Literal["champion", "baseline", "nobody"] = "nobody"
     opponent_test: dict[MetricName, float] | None = None
     comparison: Comparison | None = None
@@ -168,6 +171,14 @@ def judge(
     return "PROMOTE", "the challenger is better"
 
 
+def with_rail(verdict: Verdict, rail: GuardRail) -> Verdict:
+    """The verdict with one guard rail more, which rejects what breaks it."""
+    verdict = replace(verdict, guard_rails=(*verdict.guard_rails, rail))
+    if rail.holds:
+        return verdict
+    return replace(verdict, decision="REJECT", reason=f"a guard rail is broken ({_broken((rail,))})")
+
+
 def in_words(comparison: Comparison, opponent: str) -> str:
     """`test accuracy 0.9750 against the champion's 0.9583 on 360 rows, a gain of 0.0167 (0.0028 to 0.0306; ...)`."""
     provable = comparison.detectable
@@ -233,7 +244,10 @@ class _TestRows:
         return self.all_targets[self.chosen]
 
     def outputs(self, found: Challenger) -> Tensor:
-        return predict_outputs(nn.Sequential(found.preprocessing, found.model), self.features)[self.chosen]
+        return self._all_outputs(found)[self.chosen]
+
+    def _all_outputs(self, found: Challenger) -> Tensor:
+        return predict_outputs(nn.Sequential(found.preprocessing, found.model), self.features)
 
     def recoded_for(self, champion: Champion) -> DiskRows:
         """The features, all of them, with the champion's own columns and list of categories."""
@@ -250,16 +264,17 @@ class _TestRows:
         return score(outputs, self.target, metrics_of(self.job.objective.problem))
 
     def verdict(self, challenger: Challenger, winner: Challenger | None = None, **found: Any) -> Verdict:
-        ours = self.outputs(challenger)
-        outputs = ours if winner is None else self.outputs(winner)
+        ours = self._all_outputs(challenger)
+        outputs = ours if winner is None else self._all_outputs(winner)
         return Verdict(
             challenger=challenger,
-            challenger_test=self.metrics(ours),
+            challenger_test=self.metrics(ours[self.chosen]),
             winner=winner or challenger,
             winner_intervals={
-                name: interval(outputs, self.target, name, seed=derived_seed(self.job.seed, "interval", 0))
+                name: interval(outputs[self.chosen], self.target, name, seed=derived_seed(self.job.seed, "interval", 0))
                 for name in metrics_of(self.job.objective.problem)
             },
+            winner_outputs=outputs[:MOST_ROWS].cpu(),
             **found,
         )
 
@@ -313,10 +328,12 @@ class _TestRows:
                 )
             )
         rails = []
-        for name, field, limit, measure in limits:
+        for name, job_field, limit, measure in limits:
             if limit is not None:
                 value = measure()
-                rails.append(GuardRail(name=name, holds=value <= limit, evidence=f"{value:.4g} of {field} {limit:g}"))
+                rails.append(
+                    GuardRail(name=name, holds=value <= limit, evidence=f"{value:.4g} of {job_field} {limit:g}")
+                )
         return tuple(rails)
 
 

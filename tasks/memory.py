@@ -15,6 +15,7 @@ from typing import Any
 import optuna
 from optuna.trial import FixedTrial, FrozenTrial, TrialState
 
+from models.hyperparameters import Hyperparameters
 from models.space import Range
 from tasks.champion import Champion
 from tasks.drift import drift
@@ -79,6 +80,15 @@ def _baseline(job: TuningJob) -> dict[str, Any]:
     entry = _entry(BASELINE, job.family.nearest({}, job.space))
     entry["attributes"][FIXED] = fixed
     return entry
+
+
+def baseline_hyperparameters(job: TuningJob) -> Hyperparameters:
+    """The baseline's; what a user's class draws by itself is drawn at random. Raises what is wrong with that."""
+    entry = _baseline(job)
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=job.seed))
+    study.enqueue_trial(entry["params"])
+    drawn = job.family.draw(study.ask(), job.space)
+    return type(drawn).from_values({**drawn.model_dump(), **entry["attributes"][FIXED]})
 
 
 def _champion_entry(job: TuningJob, champion: Champion) -> dict[str, Any] | None:

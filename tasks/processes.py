@@ -6,30 +6,29 @@ credentials: a user's model runs in them.
 """
 
 import itertools
-import json
 import logging
 import os
 import pickle
-import select
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import optuna
 import torch
 
 from infra.device import used_bytes, wait_for_memory
-from infra.settings import OUR_LOGGERS, without_secrets
+from infra.settings import OUR_LOGGERS
 from models.fused import OnEpoch
 from models.hyperparameters import Hyperparameters
 from models.solo import Epoch, Training
+from tasks.fresh import FreshProcess, end_with_the_other_end, start_python, stay_fresh
 from tasks.job import TuningJob
 from tasks.prepared import Prepared
 from tasks.snapshots import Snapshot
@@ -51,10 +50,10 @@ NICENESS = 10
 
 
 @contextmanager
-def started_ahead(processes: int) -> Iterator["ProcessGroup"]:
+def started_ahead(processes: int, fresh: FreshProcess | None = None) -> Iterator["ProcessGroup"]:
     """Processes that import what a training needs while the night finds out what it is to train on. They end with the
     block, if they have not before."""
-    started = ProcessGroup(processes)
+    started = ProcessGroup(processes, fresh)
     try:
         started.start()
         yield started
@@ -115,6 +114,9 @@ class TrainerProcesses:
     def costs(self, hyperparameters: Hyperparameters, needed: Collection[str]) -> dict[str, float]:
         return dict(self._processes[0].ask("costs", (hyperparameters, tuple(needed))))
 
+    def rehearse(self, training: Training, folder: Path) -> None:
+        self._processes[0].ask("rehearse", (training, folder))
+
     def train(self, trainings: Sequence[Training], on_epoch: OnEpoch) -> Iterator[tuple[int, Ended]]:
         if not trainings:
             return
@@ -152,10 +154,12 @@ class ProcessGroup:
     """Processes that train, `most` at most. The first imports what all of them need, and the others are its forks: so
     they start in the time that one takes (1.6 s of a core), and share its memory. They live and die together.
 
-    What they train on is told them once that is known: what is to be imported takes longer than all the rest.
+    What they train on is told them once that is known: what is to be imported takes longer than all the rest. Before
+    that one more is forked from the first, if one is needed that stays `fresh`; it outlives them.
     """
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int, fresh: FreshProcess | None = None) -> None:
+        self._fresh = fresh
         self.processes = [TrainerProcess(self) for _ in range(most)]
         self._content: bytes | None = None
         self._first: subprocess.Popen[bytes] | None = None
@@ -169,23 +173,13 @@ class ProcessGroup:
         if self._first is not None:
             return
         with ExitStack() as theirs:
-            file_descriptors = []
+            spare = self._fresh and self._fresh.offer()
+            file_descriptors = [theirs.enter_context(spare).fileno() if spare else -1]
             for process in self.processes:
                 ours, other_end = socket.socketpair()
                 file_descriptors.append(theirs.enter_context(other_end).fileno())
                 process.connect(Connection(ours.detach()))
-            program = (
-                "import json, sys; sys.path[:], ends = json.loads(sys.argv[1]); "
-                "from tasks.processes import serve; serve(ends)"
-            )
-            self._first = subprocess.Popen(  # noqa: S603 our own program
-                [sys.executable, "-c", program, json.dumps([sys.path, file_descriptors])],
-                pass_fds=file_descriptors,
-                stdin=subprocess.DEVNULL,
-                # NumPy would start threads as it is imported, with which no process should fork.
-                env=without_secrets(os.environ) | {"OPENBLAS_NUM_THREADS": "1"},
-                start_new_session=True,  # a group of its own, which the terminal's Ctrl-C is not for
-            )
+            self._first = start_python("tasks.processes:serve", *file_descriptors)
         if self._content is not None:
             self._tell(self._content)
 
@@ -296,11 +290,18 @@ class TrainerProcess:
         return TrainerDied(f"the process that trained ended by itself ({self._group.ended()})")
 
 
-def serve(file_descriptors: list[int]) -> None:
+def serve(fresh: int, *file_descriptors: int) -> None:
     """What the first process does: become as many as are wanted, each of which trains for whoever holds the other end,
-    and ends when that is gone."""
+    and ends when that is gone; and one that stays fresh, unless its descriptor is -1."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     ends = [Connection(descriptor) for descriptor in file_descriptors]
+    if fresh >= 0:
+        if os.fork() == 0:
+            os.setpgid(0, 0)  # the others' group is killed when the search is over
+            for end in ends:
+                end.close()
+            stay_fresh(fresh)
+        os.close(fresh)
     try:
         wanted, content, snapshot, device = pickle.loads(ends[0].recv_bytes())  # noqa: S301 from whoever started this process
     except EOFError:
@@ -311,7 +312,7 @@ def serve(file_descriptors: list[int]) -> None:
     connection = ends[place]
     for end in ends[:place] + ends[place + 1 :]:
         end.close()
-    threading.Thread(target=_end_with_the_other_end, args=(connection.fileno(),), daemon=True).start()
+    end_with_the_other_end(connection)
     for name in OUR_LOGGERS:
         logging.getLogger(name).addHandler(_LogLines(connection))
         # The first one's lines stand for all: it says of a model what the others would.
@@ -335,7 +336,7 @@ def serve(file_descriptors: list[int]) -> None:
             connection.send(("done", None))
             continue
         try:
-            value: Any = trainer.members(content) if kind == "members" else trainer.costs(*content)
+            value: Any = trainer.members(content) if kind == "members" else getattr(trainer, kind)(*content)
         except Exception as error:  # noqa: BLE001 whatever a user's model raises is told
             connection.send(("error", failed(error)))
         else:
@@ -361,14 +362,6 @@ def _end_as(fork: int) -> None:
     if code < 0:
         signal.raise_signal(-code)
     os._exit(code)
-
-
-def _end_with_the_other_end(file_descriptor: int) -> None:
-    """Also in the middle of a training: a device must not be held for nobody."""
-    poll = select.poll()
-    poll.register(file_descriptor, select.POLLRDHUP)
-    poll.poll()
-    os.killpg(os.getpgrp(), signal.SIGKILL)
 
 
 class _LogLines(logging.Handler):

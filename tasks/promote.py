@@ -21,8 +21,10 @@ from torch import nn
 from infra.device import describe_device
 from infra.store import Store
 from models.weights import write_tensors
-from tasks.gate import Verdict
+from tasks.fresh import FreshProcess
+from tasks.gate import Verdict, with_rail
 from tasks.job import TuningJob
+from tasks.loaded_back import load_back
 from tasks.model_card import model_card
 from tasks.promotions import Promotion, append_promotion
 from tasks.serving import SERVABLE, write_servable
@@ -61,9 +63,12 @@ def promote(
     verdict: Verdict,
     store: Store,
     client: MlflowClient,
+    fresh: FreshProcess,
     now: datetime,
-) -> Promotion | None:
-    """Promote where the verdict and the job say so; None where the champion stays, and MLflow keeps the challenger.
+) -> tuple[Verdict, Promotion | None]:
+    """Promote where the verdict and the job say so, and what was published gives the judged outputs where it is loaded
+    (tasks.loaded_back): else the verdict becomes REJECT. Without a promotion the champion stays, and MLflow keeps the
+    challenger. Returns what became of the verdict.
 
     Raises StaleJudgement where the champion changed since the gate, StoreError where the store fails; StoreUnavailable
     among those may be tried again, which finds what was done already.
@@ -72,21 +77,28 @@ def promote(
         folder = Path(name)
         manifest = write_version(job, study, snapshot, verdict, folder, now)
         run_id = manifest.lineage.mlflow_run_id
-        if verdict.decision != "PROMOTE" or job.promotion.mode == "never":
+        promotion = None
+        if verdict.decision == "PROMOTE" and job.promotion.mode != "never":
+            version = publish_version(store, manifest, folder)
+            verdict = with_rail(verdict, load_back(store, job.name, version, verdict, snapshot, fresh))
+            if verdict.decision == "PROMOTE":
+                promotion = append_promotion(
+                    store, job.name, version=version, judged=verdict.judged, run=run_id, reason=verdict.reason, now=now
+                )
+                _logger.info("version %s is champion of %s (promotion %d)", version, job.name, promotion.number)
+            else:
+                _logger.warning("version %s is not promoted: %s", version, verdict.reason)
+                manifest = manifest.model_copy(update={"gate": verdict.evidence()})
+        if promotion is None:
             with mlflow_may_be_away("the challenger"):
                 _log_model(client, run_id, folder, CHALLENGER_ALIAS, manifest)
                 point_challenger(client, job.name, run_id, verdict.reason)
-            return None
-        version = publish_version(store, manifest, folder)
-        promotion = append_promotion(
-            store, job.name, version=version, judged=verdict.judged, run=run_id, reason=verdict.reason, now=now
-        )
-        _logger.info("version %s is champion of %s (promotion %d)", version, job.name, promotion.number)
-        with mlflow_may_be_away("the champion's alias"):
-            _log_model(client, run_id, folder, CHAMPION_ALIAS, manifest)
-            point_champion(client, manifest, version)
-            drop_challenger(client, job.name)
-    return promotion
+        else:
+            with mlflow_may_be_away("the champion's alias"):
+                _log_model(client, run_id, folder, CHAMPION_ALIAS, manifest)
+                point_champion(client, manifest, promotion.version)
+                drop_challenger(client, job.name)
+    return verdict, promotion
 
 
 def _log_model(client: MlflowClient, run_id: str, folder: Path, artifact_path: str, manifest: Manifest) -> None:

@@ -13,6 +13,8 @@ from importlib.metadata import version as package_version
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
+import onnxruntime
 import pandas as pd
 import torch
 import yaml
@@ -22,9 +24,11 @@ from mlflow.types.schema import AnyType
 from torch import Tensor, nn
 
 from models.column import Column
-from models.table import EPOCH
+from models.evaluate import EVALUATION_BATCH
+from models.table import EPOCH, UNSEEN, encode
 
 SERVABLE = "mlflow"
+PROGRAM = f"{SERVABLE}/artifacts/model.onnx"
 TABLE_CODE = Path(__file__).parents[1] / "models" / "table.py"
 CODE = Path(__file__).with_name("onnx_model.py")
 OPSET = 20
@@ -51,7 +55,10 @@ def write_servable(
     program = folder / "model.onnx"
     try:
         export_onnx(served, example, program)
+        for rows in (example[:1], torch.cat([example, example])):  # it may hold a number of rows as a constant
+            run_onnx(program, rows)
     except Exception as error:  # noqa: BLE001 torch raises whatever the user's model raises
+        program.unlink(missing_ok=True)
         _logger.warning("the version holds no ONNX program: %s", str(error).strip().partition("\n")[0])
         return False
     with warnings.catch_warnings():
@@ -90,6 +97,36 @@ def export_onnx(served: nn.Module, example: Tensor, path: Path) -> None:
     program.save(str(path))
 
 
+def run_onnx(program: Path, features: Tensor) -> Tensor:
+    """What an ONNX program gives for raw features (rows, ...), or a table's matrix. Raises whatever ONNX Runtime
+    does."""
+    session = onnxruntime.InferenceSession(str(program), providers=["CPUExecutionProvider"])
+    pieces = (
+        session.run(None, {"features": rows.numpy()})[0] for rows in torch.split(features, EVALUATION_BATCH["cpu"])
+    )
+    return torch.cat([torch.from_numpy(outputs) for outputs in pieces])
+
+
+def mlflow_predictions(
+    folder: Path, features: Tensor, classes: tuple[str, ...], columns: tuple[Column, ...]
+) -> npt.NDArray[np.float64]:
+    """What MLflow's model of a version's folder predicts for such features, a table's as a table: probabilities (rows,
+    classes), or a regression's values (rows,)."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about our class's type hints, as where it is saved
+        import mlflow.pyfunc
+
+        model = mlflow.pyfunc.load_model(str(folder / SERVABLE))
+        table = model.predict(_frame_of(features, columns) if columns else features.numpy())
+    wanted = [f"probability of {name}" for name in classes]
+    return np.array(table[wanted] if classes else table["prediction"], dtype=np.float64)
+
+
+def read_as_table(matrix: Tensor, columns: tuple[Column, ...]) -> Tensor:
+    """A matrix's rows, written as a table and read again."""
+    return torch.from_numpy(encode(_frame_of(matrix, columns), columns))
+
+
 def signature_of(example: Tensor, classes: tuple[str, ...], columns: tuple[Column, ...]) -> ModelSignature:
     """Inputs by type and shape, or a table's columns, each of which may be left out; outputs as `onnx_model` returns
     them."""
@@ -114,7 +151,8 @@ def _frame_of(matrix: Tensor, columns: tuple[Column, ...]) -> pd.DataFrame:
 def _written(value: float, column: Column) -> float | str:
     match column.role:
         case "categorical":
-            return column.categories[int(value)]
+            unseen = max(column.categories, key=len, default="") + "?"
+            return unseen if value == UNSEEN else column.categories[int(value)]
         case "boolean":
             return "true" if value else "false"
         case "datetime":

@@ -4,21 +4,28 @@
 
 import traceback
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Protocol
 
 import torch
+from torch import nn
 
 from infra.errors import stopped_by
 from models.diagnosis import Diagnosis, diagnose
-from models.evaluate import MetricName, latency_ms, parameter_count
+from models.evaluate import MetricName, latency_ms, parameter_count, predict_outputs
 from models.families import build_model
 from models.fused import OnEpoch, Stopped
 from models.hyperparameters import Hyperparameters
-from models.solo import Diverged, Epoch, Trained, Training
+from models.solo import Diverged, Epoch, Trained, Training, train
 from models.training import fusion_for, train_all
+from models.weights import write_tensors
 from tasks.job import TuningJob
 from tasks.prepared import Prepared
+from tasks.versions import PREPROCESSING, WEIGHTS
+
+REHEARSED_ROWS = 64
+OUTPUTS = "outputs.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +87,25 @@ class LocalTrainer:
         if "latency" in needed:
             costs["latency"] = latency_ms(model, self._prepared.training.features[:1])
         return costs
+
+    def rehearse(self, training: Training, folder: Path) -> None:
+        """Train one step, and write into the folder what a version holds of the model, and its outputs for the first
+        raw validation rows. Raises what is wrong with the model."""
+        training = replace(
+            training,
+            hyperparameters=training.hyperparameters.model_copy(update={"epochs": 1, "batch_size": REHEARSED_ROWS}),
+        )
+        some = replace(
+            self._setting,
+            training=self._prepared.training.first(REHEARSED_ROWS),
+            validation=self._prepared.validation.first(REHEARSED_ROWS),
+        )
+        model, preprocessing = train(some, training).model, self._prepared.preprocessing
+        rows = self._prepared.snapshot.features("validation", self.device)[:REHEARSED_ROWS]
+        outputs = predict_outputs(nn.Sequential(preprocessing, model), rows)
+        write_tensors(model.state_dict(), folder / WEIGHTS)
+        write_tensors(preprocessing.state_dict(), folder / PREPROCESSING)
+        write_tensors({"outputs": outputs}, folder / OUTPUTS)
 
     def train(self, trainings: Sequence[Training], on_epoch: OnEpoch) -> Iterator[tuple[int, Ended]]:
         for place, outcome in train_all(self._setting, trainings, on_epoch):

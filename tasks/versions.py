@@ -191,6 +191,11 @@ def pull_version(store: Store, job: str, version: str, folder: Path) -> Manifest
     return manifest
 
 
+def version_folder(root: Path, job: str, version: str) -> Path:
+    """Where a directory store keeps a version's files."""
+    return root / _version_key(job, version, "")
+
+
 def read_file(store: Store, manifest: Manifest, version: str, name: str) -> bytes:
     """One of a version's files, verified. Raises DamagedVersion."""
     if name not in manifest.files:

@@ -316,7 +316,7 @@ def test_a_verdict_refuses_nan(weak: Challenger) -> None:
     with pytest.raises(ValueError, match="found accuracy nan"):
         Verdict(
             decision="PROMOTE", reason="", judged=0, challenger=weak, winner=weak, winner_intervals={},
-            challenger_test={"accuracy": float("nan")},
+            challenger_test={"accuracy": float("nan")}, winner_outputs=torch.zeros(1, 2),
         )  # fmt: skip
 
 

@@ -70,7 +70,7 @@ def test_who_comes_second_compares_with_who_came_first(
     store = open_store(tmp_path.as_uri())
     settings = Settings(home=tmp_path)
     study = SimpleNamespace(user_attrs={})
-    arguments: Any = (make_job(), study, None, None, "champion 0", store, CPU, settings)
+    arguments: Any = (make_job(), study, None, None, "champion 0", store, CPU, settings, None)
     if lost == JUDGEMENTS:
         with pytest.raises(StaleJudgement):
             _judge_and_promote(*arguments)
