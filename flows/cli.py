@@ -16,6 +16,8 @@ from rich.table import Table
 from flows import cli_jobs, cli_versions, cli_workers
 from flows.cli_versions import JobArgument, point_champion
 from flows.console import errors, readable_jobs, say, say_hints
+from flows.deployments import deployment_of, path_of
+from infra.errors import NotOurs
 from infra.services import servers, worker
 from infra.settings import Settings, enter
 from infra.stack import find, one_at_a_time, recorded_device_workers, start, stop
@@ -23,11 +25,7 @@ from infra.stack import find, one_at_a_time, recorded_device_workers, start, sto
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
 
-    from infra.deploy import Deployment
     from tasks.job import TuningJob
-
-ENTRYPOINT = "flows.nightly.nightly_tuning"
-FLOW = "nightly_tuning"
 
 app = typer.Typer(
     help="Tune PyTorch models every night and promote what is really better.",
@@ -45,11 +43,12 @@ def up() -> None:
     with readable_jobs(settings) as jobs, one_at_a_time(settings):  # files are read before anything starts
         with console.status("Starting the servers"):
             start(settings, servers(settings), console.print)
-        _apply(settings, jobs)
+        refused = _apply(settings, jobs, runs_here=True)
         if not recorded_device_workers(settings):  # which stand in for it
             with console.status("Starting the worker"):
                 start(settings, [worker(settings)], console.print)
         console.print(f"Prefect {settings.prefect_page}  MLflow {settings.mlflow_url}  state in {settings.home}")
+        _raise(refused)
 
 
 @app.command()
@@ -57,26 +56,41 @@ def apply() -> None:
     """Apply the deployment of every job to the Prefect server that runs already, here or elsewhere."""
     settings = enter()
     with readable_jobs(settings) as jobs:
-        _apply(settings, jobs)
+        _raise(_apply(settings, jobs, runs_here=False))
 
 
-def _apply(settings: Settings, jobs: Sequence["TuningJob"]) -> None:
+def _apply(settings: Settings, jobs: Sequence["TuningJob"], *, runs_here: bool) -> list[NotOurs]:
+    """Apply what all jobs share, and each job's deployment; returns what was refused of single jobs. Raises NotOurs
+    where it is something that all of them share."""
     from prefect.client.orchestration import get_client
 
-    from infra.deploy import ROLLBACK, WORKER, apply_deployment, apply_work_pool, apply_zombie_automation
+    from infra.deploy import apply_deployment, apply_shared_deployments, apply_work_pool, check_server
 
+    on_own_server = settings.external_prefect_url is None
     no_worker_here = find(settings, worker(settings)) is None and not recorded_device_workers(settings)
     with console.status("Applying the deployments"), get_client(sync_client=True) as client:
-        apply_work_pool(client, settings.work_pool)
-        apply_zombie_automation(client)
+        check_server(client, settings.work_pool, on_own_server=on_own_server)
+        apply_work_pool(client, settings.work_pool, on_own_server=on_own_server, runs_here=runs_here)
+        refused, applied = [], []
         for job in jobs:
             say_hints(job)
-            if no_worker_here:
+            # Elsewhere a worker of another machine may run it; there heartbeats tell.
+            if no_worker_here and on_own_server:
                 _settle_dead_runs(client, job, settings)
-            apply_deployment(client, deployment_of(job), settings.work_pool)
-        for deployment in (ROLLBACK, WORKER):
-            apply_deployment(client, deployment, settings.work_pool)
-    console.print(f"jobs: {', '.join(f'{job.name} ({job.schedule.cron} {job.schedule.timezone})' for job in jobs)}")
+            try:
+                apply_deployment(client, deployment_of(job), settings.work_pool)
+                applied.append(job)
+            except NotOurs as error:
+                refused.append(error)
+        apply_shared_deployments(client, settings.work_pool)
+    console.print(f"jobs: {', '.join(f'{job.name} ({job.schedule.cron} {job.schedule.timezone})' for job in applied)}")
+    return refused
+
+
+def _raise(refused: Sequence[NotOurs]) -> None:
+    """At the end, so that one job's name keeps no other job from its nights."""
+    if refused:
+        raise NotOurs("\n".join(map(str, refused)))
 
 
 @app.command()
@@ -145,7 +159,7 @@ def run(
     from flows.follow import follow_night, pages, submit_night
 
     overrides = {name: value for name, value in given.items() if value not in (None, "nightly")}
-    night = submit_night(settings, f"{FLOW}/{job}", {"job": job, **overrides})
+    night = submit_night(settings, path_of(job), {"job": job, **overrides})
     console.print(f"night of {job}: {settings.night_page(night.id)}")
     if follow:
         follow_night(settings, night, job, console)
@@ -211,29 +225,7 @@ def _settle_dead_runs(client: "SyncPrefectClient", job: "TuningJob", settings: S
     try:
         with only_night_of(job.name, settings.home):
             states = (StateType.RUNNING, StateType.PENDING, StateType.CANCELLING)
-            for name in crash_dead_runs(client, job.name, states=states):
+            for name in crash_dead_runs(client, path_of(job.name), states=states):
                 console.print(f"night {name} was left running and is marked crashed; the next one continues its study")
     except NightRuns:
         console.print(f"a night of {job.name} that lost its worker is still running")
-
-
-def deployment_of(job: "TuningJob") -> "Deployment":
-    """What Prefect is told of a job."""
-    from infra.deploy import Deployment
-
-    return Deployment(
-        name=job.name,
-        entrypoint=ENTRYPOINT,
-        description=job.description,
-        tags=("nightly-tuner", job.family.name, f"{job.schedule.priority} priority"),
-        cron=job.schedule.cron,
-        timezone=job.schedule.timezone,
-        overlap=job.schedule.overlap,
-        parameters={"job": job.name},
-        form_defaults={
-            "trials": job.budget.trials,
-            "minutes": job.budget.minutes,
-            "sampler": job.search.sampler,
-            "promotion": job.promotion.mode,
-        },
-    )

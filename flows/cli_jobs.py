@@ -15,6 +15,7 @@ from rich.table import Table
 
 from flows.cli_versions import AsJson, JobArgument
 from flows.console import readable_jobs
+from flows.deployments import FLOW, path_of
 from infra.errors import ExpectedError
 from infra.settings import enter
 
@@ -160,12 +161,11 @@ def logs(job: JobArgument, as_json: AsJson = False) -> None:
     settings = enter()
     from prefect.client.orchestration import get_client
 
-    from flows.cli import FLOW
     from flows.follow import NightFailed, prefect_answers
     from tasks.job import load_job
 
     load_job(job, settings.jobs)
-    with prefect_answers(settings, f"{FLOW}/{job}"), get_client(sync_client=True) as client:
+    with prefect_answers(settings, path_of(job)), get_client(sync_client=True) as client:
         night = _last_night(client, job)
         if night is None:
             raise NightFailed(f"no night of {job} has begun; start one with `nightly run {job}`")
@@ -213,14 +213,13 @@ def _pause(job: str, *, paused: bool) -> None:
     settings = enter()
     from prefect.client.orchestration import get_client
 
-    from flows.cli import FLOW
     from flows.follow import prefect_answers
     from infra import deploy
     from tasks.job import load_job
 
     load_job(job, settings.jobs)
-    with prefect_answers(settings, f"{FLOW}/{job}"), get_client(sync_client=True) as client:
-        deploy.pause(client, f"{FLOW}/{job}", paused=paused)
+    with prefect_answers(settings, path_of(job)), get_client(sync_client=True) as client:
+        deploy.pause(client, path_of(job), paused=paused)
 
 
 def _ask(option: str, question: str, default: str) -> str:
@@ -251,8 +250,6 @@ def _nights() -> dict[str, dict[str, str | None]]:
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.filters import FlowFilter
 
-    from flows.cli import FLOW
-
     named = FlowFilter.model_validate({"name": {"any_": [FLOW]}})
     nights: dict[str, dict[str, str | None]] = {}
     try:
@@ -271,10 +268,11 @@ def _nights() -> dict[str, dict[str, str | None]]:
 
 
 def _last_night(client: "SyncPrefectClient", job: str) -> "FlowRun | None":
-    from prefect.client.schemas.filters import DeploymentFilter, FlowRunFilter
+    from prefect.client.schemas.filters import DeploymentFilter, FlowFilter, FlowRunFilter
     from prefect.client.schemas.sorting import FlowRunSort
 
     begun = client.read_flow_runs(
+        flow_filter=FlowFilter.model_validate({"name": {"any_": [FLOW]}}),
         deployment_filter=DeploymentFilter.model_validate({"name": {"any_": [job]}}),
         flow_run_filter=FlowRunFilter.model_validate({"start_time": {"is_null_": False}}),
         sort=FlowRunSort.START_TIME_DESC,
@@ -284,10 +282,11 @@ def _last_night(client: "SyncPrefectClient", job: str) -> "FlowRun | None":
 
 
 def _next_night(client: "SyncPrefectClient", job: str) -> str | None:
-    from prefect.client.schemas.filters import DeploymentFilter, FlowRunFilter
+    from prefect.client.schemas.filters import DeploymentFilter, FlowFilter, FlowRunFilter
     from prefect.client.schemas.sorting import FlowRunSort
 
     due = client.read_flow_runs(
+        flow_filter=FlowFilter.model_validate({"name": {"any_": [FLOW]}}),
         deployment_filter=DeploymentFilter.model_validate({"name": {"any_": [job]}}),
         flow_run_filter=FlowRunFilter.model_validate({"state": {"type": {"any_": ["SCHEDULED"]}}}),
         sort=FlowRunSort.EXPECTED_START_TIME_ASC,

@@ -39,17 +39,18 @@ def start_workers(
     import torch
     from prefect.client.orchestration import get_client
 
+    from flows.follow import prefect_answers
     from infra.deploy import apply_work_pool
 
     name = pool or settings.work_pool
     services = device_workers(name, devices, torch.cuda.device_count())
     if foreground and len(services) != 1:
         raise typer.BadParameter(f"--foreground is for one device, found {len(services)}; name one with --devices")
+    with prefect_answers(settings, name), get_client(sync_client=True) as client:
+        apply_work_pool(client, name, on_own_server=settings.external_prefect_url is None, runs_here=True)
     if foreground:
         os.execve(sys.executable, services[0].command, {**os.environ, **services[0].environment})  # noqa: S606
     with one_at_a_time(settings), console.status("Starting the workers"):
-        with get_client(sync_client=True) as client:
-            apply_work_pool(client, name)
         stop(settings, worker(settings))
         start(settings, services, console.print)
 

@@ -14,13 +14,17 @@ from typing import Literal
 
 import httpx
 import torch
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
 from packaging.requirements import Requirement
 from prefect.client.orchestration import get_client
 from prefect.exceptions import ObjectNotFound
+from tasks.ownership import check_tracking
 
-from flows.cli import FLOW
+from flows.deployments import path_of
 from infra.device import choose_device, describe_device, memory_bytes
 from infra.errors import ExpectedError
+from infra.ours import our_deployment, our_work_pool
 from infra.records import LOOPBACK, why_not_free
 from infra.settings import Settings
 from infra.store import check_store, open_store
@@ -51,6 +55,7 @@ def diagnose(settings: Settings) -> Iterator[Check]:
         _jobs,
         _prefect,
         _mlflow,
+        _tracking,
         _clock,
         _worker,
         _deployments,
@@ -171,6 +176,17 @@ def _mlflow(settings: Settings) -> Check:
     return Check(name="mlflow", state="ok", found=f"{settings.mlflow_url} answers, version {found}")
 
 
+def _tracking(settings: Settings) -> Check:
+    """Whether the jobs' experiments and registered models are ours."""
+    client = MlflowClient(settings.mlflow_url)
+    try:
+        for job in load_jobs(settings.jobs)[0]:
+            check_tracking(client, job)
+    except MlflowException as error:
+        return Check(name="tracking", state="fail", found=error.message, remedy="run `nightly up`")
+    return Check(name="tracking", state="ok", found="the jobs' experiments and registered models are ours")
+
+
 def _clock(settings: Settings) -> Check:
     """Signatures of S3 requests, schedules and the order of nights go by it."""
     there = parsedate_to_datetime(httpx.get(f"{settings.prefect_api_url}/health", timeout=10).headers["date"])
@@ -184,6 +200,7 @@ def _clock(settings: Settings) -> Check:
 
 def _worker(settings: Settings) -> Check:
     with get_client(sync_client=True) as client:
+        our_work_pool(client, settings.work_pool, on_own_server=settings.external_prefect_url is None)
         answer = client.request(
             "POST",
             "/work_pools/{work_pool_name}/workers/filter",
@@ -204,7 +221,7 @@ def _deployments(settings: Settings) -> Check:
     with get_client(sync_client=True) as client:
         for job in load_jobs(settings.jobs)[0]:
             try:
-                client.read_deployment_by_name(f"{FLOW}/{job.name}")
+                our_deployment(client, path_of(job.name))
             except ObjectNotFound:
                 missing.append(job.name)
     if missing:

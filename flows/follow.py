@@ -21,6 +21,7 @@ from rich.markdown import Markdown
 
 from infra.deploy import artifact_key
 from infra.errors import ExpectedError
+from infra.ours import our_deployment
 from infra.settings import Settings
 
 POLL_SECONDS = 1.0
@@ -46,9 +47,12 @@ def prefect_answers(settings: Settings, deployment: str) -> Iterator[None]:
 
 
 def submit_night(settings: Settings, deployment: str, parameters: Mapping[str, Any]) -> FlowRun:
-    """Ask Prefect to run the deployment now. Raises NightFailed where Prefect does not answer or does not know it."""
+    """Ask Prefect to run the deployment now. Raises NightFailed where Prefect does not answer or does not know it,
+    NotOurs."""
     with prefect_answers(settings, deployment):
-        return cast(FlowRun, run_deployment(deployment, parameters=dict(parameters), timeout=0, as_subflow=False))
+        with get_client(sync_client=True) as client:
+            deployed = our_deployment(client, deployment).id
+        return cast(FlowRun, run_deployment(deployed, parameters=dict(parameters), timeout=0, as_subflow=False))
 
 
 def follow_night(settings: Settings, night: FlowRun, job: str, console: Console) -> None:

@@ -31,9 +31,11 @@ from prefect.deployments import run_deployment
 from prefect.states import Cancelled, Completed, Crashed, Failed
 from pydantic import SecretStr
 
-from infra.deploy import artifact_key, crash_dead_runs, later_due_run, runs_tagged
+from flows.deployments import FLOW, path_of
+from infra.deploy import WORKER, artifact_key, crash_dead_runs, later_due_run, worker_runs
 from infra.device import choose_device, hold_device
 from infra.errors import ExpectedError
+from infra.ours import our_deployment
 from infra.settings import OUR_LOGGERS, Settings
 from infra.store import Store, StoreError, StoreUnavailable, open_store
 from infra.webhook import post
@@ -122,7 +124,7 @@ def _run_name() -> str:
     return f"{job.name} · {today:%Y-%m-%d} · {job.budget.trials} trials"
 
 
-@flow(name="nightly_tuning", flow_run_name=_run_name, persist_result=False)
+@flow(name=FLOW, flow_run_name=_run_name, persist_result=False)
 def nightly_tuning(
     job: str,
     preset: PresetName = "nightly",
@@ -202,7 +204,8 @@ def _night(
     studies = settings.studies
 
     with get_client(sync_client=True) as prefect:
-        crash_dead_runs(prefect, job.name, states=(StateType.RUNNING, StateType.CANCELLING), spare=UUID(flow_run_id))
+        dead = (StateType.RUNNING, StateType.CANCELLING)
+        crash_dead_runs(prefect, path_of(job.name), states=dead, spare=UUID(flow_run_id))
     _logger.info(forecast(job, studies, device))
     for hint in hints(job):
         _logger.warning("%s", hint)
@@ -384,8 +387,8 @@ def _more_workers(study: optuna.Study, job: TuningJob) -> Iterator[None]:
         yield
         return
     with get_client(sync_client=True) as prefect:
-        waiting = runs_tagged(prefect, study.study_name, StateType.SCHEDULED, StateType.PENDING)
-        crashed = len(runs_tagged(prefect, study.study_name, StateType.CRASHED))
+        waiting = worker_runs(prefect, study.study_name, StateType.SCHEDULED, StateType.PENDING)
+        crashed = len(worker_runs(prefect, study.study_name, StateType.CRASHED))
     for _ in range(job.budget.workers - 1 - len(waiting) - len(workers_of(study.user_attrs))):
         _start_worker(study, job)
     ended = threading.Event()
@@ -408,23 +411,25 @@ def _more_workers(study: optuna.Study, job: TuningJob) -> Iterator[None]:
         ended.set()
         replacing.join()
         with get_client(sync_client=True) as prefect:
-            for run in runs_tagged(prefect, study.study_name, StateType.SCHEDULED, StateType.PENDING):
+            for run in worker_runs(prefect, study.study_name, StateType.SCHEDULED, StateType.PENDING):
                 prefect.set_flow_run_state(run.id, Cancelled(message="The search is over."), force=True)
-            for run in runs_tagged(prefect, study.study_name, StateType.RUNNING):
+            for run in worker_runs(prefect, study.study_name, StateType.RUNNING):
                 if str(run.id) in lost_flow_runs(study.user_attrs):
                     prefect.set_flow_run_state(run.id, Crashed(message="Its process is gone."), force=True)
 
 
 def _start_worker(study: optuna.Study, job: TuningJob) -> None:
     parameters = {"job": job.name, "study": study.study_name}
-    run_deployment("tuning_worker/worker", parameters=parameters, timeout=0, tags=[study.study_name])
+    with get_client(sync_client=True) as prefect:
+        worker = our_deployment(prefect, WORKER.path).id
+    run_deployment(worker, parameters=parameters, timeout=0, tags=[study.study_name])
 
 
 def _has_crashed(study: optuna.Study, known: int) -> bool:
     """Whether more of the study's worker runs have crashed than are known of; not while Prefect is away."""
     try:
         with get_client(sync_client=True) as prefect:
-            return len(runs_tagged(prefect, study.study_name, StateType.CRASHED)) > known
+            return len(worker_runs(prefect, study.study_name, StateType.CRASHED)) > known
     except httpx.HTTPError:
         return False
 

@@ -17,7 +17,7 @@ from tasks.tracking import mlflow_may_be_away, point_champion
 _logger = logging.getLogger(__name__)
 
 
-@flow(name="rollback", flow_run_name="{job}", persist_result=False)
+@flow(name="nightly_rollback", flow_run_name="{job}", persist_result=False)
 def rollback(job: str, reason: str, version: str = "") -> Any:
     """Make an earlier version of a job champion again; one more entry in the promotion log, nothing is deleted.
 

@@ -31,7 +31,7 @@ class NothingToTrain(ExpectedError):
     """The study, or the rows that it is tuned on, cannot be had here."""
 
 
-@flow(name="tuning_worker", flow_run_name="worker of {study}", persist_result=False)
+@flow(name="nightly_worker", flow_run_name="worker of {study}", persist_result=False)
 def tuning_worker(job: str, study: str) -> Any:
     """Train trials of a study until its night has enough of them.
 

@@ -4,6 +4,9 @@ import contextlib
 import json
 import subprocess
 import sys
+import tempfile
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import optuna
@@ -12,8 +15,11 @@ import pytest
 from mlflow import MlflowClient
 from optuna.trial import TrialState
 
+from infra.store import Store
+from tasks.promotions import append_promotion, latest_promotion
 from tasks.study import attempts, finished_trials, is_interrupted, last_study
 from tasks.tracking import INTERRUPTIONS, OPTUNA_NUMBER, TRIAL_NUMBER, nested_runs
+from tasks.versions import publish_version, pull_version
 from tests.conftest import Stack
 from tests.servers import wait_for
 
@@ -42,6 +48,20 @@ def runs_of(stack: Stack, study: optuna.Study) -> tuple[Any, list[Any]]:
 
 def champion_alias(stack: Stack, job: str) -> Any:
     return MlflowClient(stack.mlflow_url).get_model_version_by_alias(job, "champion")
+
+
+def promote_a_copy(store: Store, job: str) -> str:
+    """Promote a copy of the champion under another manifest, as a later night would make; returns its version."""
+    champion = latest_promotion(store, job)
+    assert champion is not None
+    with tempfile.TemporaryDirectory() as name:
+        manifest = pull_version(store, job, champion.version, Path(name) / "copy")
+        later = manifest.model_copy(update={"gate": {"reason": "a later night"}})
+        version = publish_version(store, later, Path(name) / "copy")
+    append_promotion(
+        store, job, version=version, judged=champion.number, run="later", reason="later", now=datetime.now(UTC)
+    )
+    return version
 
 
 def run_directly(stack: Stack, job: str, **environment: str) -> tuple[str, str]:

@@ -3,7 +3,6 @@
 import json
 import re
 import sqlite3
-import tempfile
 import threading
 import time
 import uuid
@@ -23,13 +22,12 @@ from infra.store import open_store
 from models.evaluate import evaluate
 from tasks.champion import load_champion
 from tasks.prepare import prepare
-from tasks.promotions import append_promotion, history, latest_promotion
+from tasks.promotions import history, latest_promotion
 from tasks.study import finished_trials
 from tasks.tracking import CURVE, TRIAL_NUMBER
-from tasks.versions import publish_version, pull_version
 from tests.conftest import CPU, Stack, make_job
 from tests.faulty_proxy import Fault, Request, faulty_proxy
-from tests.nights import champion_alias, first_run, latest_run, run_directly, runs_of, study_of
+from tests.nights import champion_alias, first_run, latest_run, promote_a_copy, run_directly, runs_of, study_of
 from tests.servers import SECRET_KEY, PostgresServer, S3Server, wait_for
 
 STEPS = ["reconcile", "prepare", "tune", "confirm", "gate", "promote", "report"]
@@ -59,7 +57,7 @@ def test_prefect_shows_the_night(stack: Stack, night: str) -> None:
     assert [str(step["name"]).partition(":")[0] for step in steps] == STEPS
     assert "tune: 5 trials of mlp, auto" in {step["name"] for step in steps}
     artifacts = stack.prefect("artifacts/filter", flow_runs={"id": {"any_": [run["id"]]}})
-    kept = {artifact["key"]: artifact for artifact in artifacts}
+    kept = {str(artifact["key"]).removeprefix("nightly-tuner-"): artifact for artifact in artifacts}
     assert kept["progress-quick"]["data"] == 100.0
     assert str(kept["progress-quick"]["description"]).startswith("5 of 5 trials, best 0.")
     assert str(kept["report-quick"]["data"]).startswith("# quick: version")
@@ -348,7 +346,7 @@ def test_a_person_decides_where_the_job_asks(
         taken = stack.ask_prefect("POST", f"flow_runs/{run}/resume", {"run_input": answer}).json()
         assert taken["status"] == "ACCEPT", taken
     wait_for(lambda: latest_run(stack, job)["state_type"] == "COMPLETED", 240, "the night to go on")
-    (report,) = stack.prefect("artifacts/filter", artifacts={"key": {"any_": [f"report-{job}"]}})
+    (report,) = stack.prefect("artifacts/filter", artifacts={"key": {"any_": [f"nightly-tuner-report-{job}"]}})
     assert state in str(report["data"]).splitlines()[0]
     assert reason[:1].upper() + reason[1:] in str(report["data"])
     promotion = latest_promotion(open_store((stack.home / "store").as_uri()), job)
@@ -361,15 +359,8 @@ def test_a_rollback_from_the_prefect_ui_and_the_alias_follows(stack: Stack, nigh
     store = open_store((stack.home / "store").as_uri())
     first = latest_promotion(store, "quick")
     assert first is not None
-    champion = load_champion("quick", store.url)
-    with tempfile.TemporaryDirectory() as name:
-        pull_version(store, "quick", first.version, Path(name) / "copy")
-        later = champion.manifest.model_copy(update={"gate": {"reason": "a later night"}})
-        second = publish_version(store, later, Path(name) / "copy")
-    append_promotion(
-        store, "quick", version=second, judged=first.number, run="later", reason="later", now=datetime.now(UTC)
-    )
-    deployment = stack.ask_prefect("GET", "deployments/name/rollback/rollback").json()
+    second = promote_a_copy(store, "quick")
+    deployment = stack.ask_prefect("GET", "deployments/name/nightly_rollback/rollback").json()
     parameters = {"job": "quick", "reason": "it disappoints"}
     created = stack.ask_prefect("POST", f"deployments/{deployment['id']}/create_flow_run", {"parameters": parameters})
     run = created.json()["id"]

@@ -12,7 +12,7 @@ from uuid import uuid4
 import pytest
 
 import flows.nightly
-from flows.cli import deployment_of
+from flows.deployments import deployment_of
 from flows.nightly import JUDGEMENTS, _judge_and_promote, _missed, nightly_tuning
 from infra.deploy import form_schema
 from infra.settings import Settings

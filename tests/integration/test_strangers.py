@@ -1,0 +1,140 @@
+"""Servers that others use too: whatever is theirs is the same before and after everything that we do there."""
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from prefect.client.orchestration import SyncPrefectClient
+
+from infra import deploy
+from infra.errors import NotOurs
+from infra.ours import FLOWS, ZOMBIE_AUTOMATION
+from infra.store import open_store
+from tests.conftest import Stack, make_stack
+from tests.nights import promote_a_copy
+from tests.servers import answers, background, wait_for
+from tests.strangers import StrangersPrefect, their_automation
+
+JOB = "shared"
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """Servers that `nightly` did not start, and its environment there."""
+    stack = make_stack(tmp_path_factory.mktemp("strangers"))
+    folder = stack.home.parent
+    environment = {
+        **stack.environment,
+        "PREFECT_API_URL": stack.prefect_api,
+        "MLFLOW_TRACKING_URI": stack.mlflow_url,
+    }
+    (Path(environment["NIGHTLY_JOBS"]) / f"{JOB}.yaml").write_text(
+        f"name: {JOB}\n"
+        "data: {source: 'sklearn://iris'}\n"
+        "search: {pruner: none, space: {epochs: 2, batch_size: 64, width: 16, depth: 1}}\n"
+        "budget: {trials: 2, workers: 2}\n"
+        "confirm: {candidates: 1, seeds: 2}\n"
+    )
+    prefect = [sys.executable, "-m", "prefect", "server", "start", "--port", environment["NIGHTLY_PREFECT_PORT"]]
+    mlflow = [
+        sys.executable, "-m", "mlflow", "server", "--port", environment["NIGHTLY_MLFLOW_PORT"], "--workers", "1",
+        "--backend-store-uri", f"sqlite:///{folder / 'theirs.db'}",
+        "--artifacts-destination", (folder / "artifacts").as_uri(),
+    ]  # fmt: skip
+    quiet = {"PREFECT_HOME": str(folder / "prefect"), "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "DO_NOT_TRACK": "1"}
+    with (
+        background(prefect, folder / "prefect.log", **quiet),
+        background(mlflow, folder / "mlflow.log", **quiet) as mlflow_server,
+    ):
+        wait_for(lambda: answers(f"{stack.prefect_api}/health"), 120, "Prefect")
+        wait_for(lambda: answers(f"{stack.mlflow_url}/health"), 120, "MLflow")
+        yield Stack(home=stack.home, environment=environment)
+        os.killpg(mlflow_server.pid, signal.SIGTERM)  # its children too, for which it would wait
+
+
+@pytest.fixture(scope="module")
+def theirs(stack: Stack) -> Iterator[StrangersPrefect]:
+    with httpx.Client(base_url=f"{stack.prefect_api}/", timeout=60) as http:
+        yield StrangersPrefect(http)
+
+
+@pytest.fixture
+def client(stack: Stack) -> Iterator[SyncPrefectClient]:
+    with SyncPrefectClient(stack.prefect_api) as client:
+        yield client
+
+
+def test_what_bears_one_of_our_names_is_refused(theirs: StrangersPrefect, client: SyncPrefectClient) -> None:
+    """On a server where nothing is ours yet; each stands there for the time of its check."""
+
+    def refused(says: str, work_pool: str = "local") -> None:
+        before = theirs.objects()
+        with pytest.raises(NotOurs, match=says):
+            deploy.check_server(client, work_pool, on_own_server=False)
+        assert theirs.objects() == before
+
+    for kind in ("docker", "process", "kubernetes"):
+        theirs.make("work_pools/", name="local", type=kind)
+        refused(f"work pool local .* found None and type {kind}.*NIGHTLY_WORK_POOL")
+        theirs.ask("DELETE", "work_pools/local")
+    automation = theirs.make("automations/", **their_automation(ZOMBIE_AUTOMATION))
+    refused("the automation .* must have the tag nightly-tuner")
+    theirs.ask("DELETE", f"automations/{automation}")
+    for name in FLOWS:
+        flow = theirs.make("flows/", name=name, tags=["nightly"])
+        refused(f"the flow {name} .* must have the tag nightly-tuner, found \\['nightly'\\]")
+        theirs.make("deployments/", flow_id=flow, name="rollback", entrypoint="theirs.py:flow", tags=["nightly-tuner"])
+        refused(f"the flow {name}")
+        theirs.ask("DELETE", f"flows/{flow}")
+    flow = theirs.make("flows/", name=deploy.ROLLBACK.flow, tags=["nightly-tuner"])
+    theirs.make("deployments/", flow_id=flow, name="rollback", entrypoint="theirs.py:flow", tags=["nightly-tuner"])
+    refused(
+        "the deployment nightly_rollback/rollback .* found tags \\['nightly-tuner'\\] and entrypoint 'theirs.py:flow'"
+    )
+    theirs.ask("DELETE", f"flows/{flow}")
+    deploy.check_server(client, "local", on_own_server=False)
+
+
+def test_a_house_full_of_theirs_is_the_same_after_all_that_we_do(stack: Stack, theirs: StrangersPrefect) -> None:
+    theirs.move_in(JOB)
+    before = theirs.objects()
+    stack.nightly("up")
+    night = stack.nightly("run", JOB).stdout
+    assert "promoted" in night
+    promote_a_copy(open_store((stack.home / "store").as_uri()), JOB)
+    stack.nightly("rollback", JOB, "--reason", "it disappoints")
+    stack.nightly("pause", JOB)
+    stack.nightly("reconcile")
+    stack.nightly("gc")
+    stack.nightly("down")
+    after = theirs.objects()
+    assert {key: after.get(key) for key in before} == before
+
+
+def test_the_automation_finds_our_dead_runs_and_nobody_elses(
+    stack: Stack, theirs: StrangersPrefect, client: SyncPrefectClient
+) -> None:
+    """With ten seconds in place of ninety, which is Prefect's least."""
+    (automation,) = client.read_automations_by_name(ZOMBIE_AUTOMATION)
+    content = theirs.ask("GET", f"automations/{automation.id}")
+    content["trigger"]["within"] = 10
+    theirs.ask("PUT", f"automations/{automation.id}", content)
+    ours = client.read_deployment_by_name(f"nightly_tuning/{JOB}")
+    foreign = theirs.make("flows/", name="their_training")
+    runs = {
+        name: theirs.make("flow_runs/", flow_id=str(flow), tags=tags, name=name, state={"type": "RUNNING"})
+        for name, flow, tags in (
+            ("of another flow", foreign, []),
+            ("of another flow with our tag", foreign, ours.tags),
+            ("in our flow by somebody else", ours.flow_id, ["prod"]),
+            ("ours", ours.flow_id, ours.tags),
+        )
+    }
+    for run in runs.values():
+        theirs.beat(run)
+    wait_for(lambda: theirs.state(runs["ours"]) == "CRASHED", 120, "the automation")
+    assert {name for name, run in runs.items() if theirs.state(run) != "RUNNING"} == {"ours"}
