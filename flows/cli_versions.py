@@ -126,13 +126,13 @@ def point_champion(job: JobArgument) -> None:
     from mlflow import MlflowClient
 
     from infra.store import open_store
-    from tasks import tracking
+    from tasks import aliases, tracking
     from tasks.versions import choose_version, read_manifest
 
     store = open_store(settings.store_url)
     version = choose_version(store, job, None)
     with tracking.mlflow_may_be_away("the champion's alias"):
-        tracking.point_champion(MlflowClient(settings.mlflow_url), read_manifest(store, job, version), version)
+        aliases.point_champion(MlflowClient(settings.mlflow_url), read_manifest(store, job, version), version)
 
 
 def pull(

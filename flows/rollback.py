@@ -11,8 +11,9 @@ from prefect.states import Failed
 from infra.errors import ExpectedError
 from infra.settings import OUR_LOGGERS, Settings
 from infra.store import open_store
+from tasks.aliases import point_champion
 from tasks.rollback import roll_back
-from tasks.tracking import mlflow_may_be_away, point_champion
+from tasks.tracking import mlflow_may_be_away
 
 _logger = logging.getLogger(__name__)
 

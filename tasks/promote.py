@@ -21,6 +21,13 @@ from torch import nn
 from infra.device import describe_device
 from infra.store import Store
 from models.weights import write_tensors
+from tasks.aliases import (
+    CHALLENGER_ALIAS,
+    CHAMPION_ALIAS,
+    drop_challenger,
+    point_challenger,
+    point_champion,
+)
 from tasks.fresh import FreshProcess
 from tasks.gate import Verdict, with_rail
 from tasks.job import TuningJob
@@ -30,14 +37,7 @@ from tasks.promotions import Promotion, append_promotion
 from tasks.serving import SERVABLE, write_servable
 from tasks.snapshots import Snapshot
 from tasks.study import FLOW_RUN, MLFLOW_RUN, number_of
-from tasks.tracking import (
-    CHALLENGER_ALIAS,
-    CHAMPION_ALIAS,
-    drop_challenger,
-    mlflow_may_be_away,
-    point_challenger,
-    point_champion,
-)
+from tasks.tracking import mlflow_may_be_away
 from tasks.versions import (
     MANIFEST,
     PREPROCESSING,

@@ -17,12 +17,13 @@ from mlflow.entities import RunStatus
 
 from infra.errors import ExpectedError
 from infra.store import Store, check_store
+from tasks.aliases import point_champion
 from tasks.champion import Champion, read_champion
 from tasks.job import TuningJob
 from tasks.leases import settle
 from tasks.storage import Studies, one_claims
 from tasks.study import ENDED, MLFLOW_RUN, last_study
-from tasks.tracking import mlflow_may_be_away, point_champion, track_missing_trials
+from tasks.tracking import mlflow_may_be_away, track_missing_trials
 
 _logger = logging.getLogger(__name__)
 

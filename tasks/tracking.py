@@ -46,12 +46,7 @@ from tasks.study import (
     number_of,
     tonights_trials,
 )
-from tasks.versions import Manifest
 
-CHAMPION_ALIAS = "champion"
-CHALLENGER_ALIAS = "challenger"
-CHALLENGER_OF = "night"
-STORE_VERSION = "store_version"
 TRIAL_NUMBER = "trial"
 OPTUNA_NUMBER = "optuna_trial"
 INTERRUPTIONS = "interruptions"
@@ -334,73 +329,11 @@ def curve_of(epochs: tuple[Epoch, ...] | list[Epoch]) -> list[Any]:
     return [[epoch.number, epoch.train_loss, epoch.validation_loss, epoch.objective] for epoch in epochs]
 
 
-def point_champion(client: MlflowClient, champion: Manifest, version: str) -> bool:
-    """Let the alias `champion` of MLflow's registry follow the promotion log; returns whether it had to be moved.
-
-    A model version is created for a store version that the registry does not hold yet. Raises MlflowException.
-    """
-    job, run_id = champion.job, champion.lineage.mlflow_run_id
-    reason = str(champion.gate.get("reason", ""))
-    number = _register(client, job, STORE_VERSION, version, run_id, CHAMPION_ALIAS, reason)
-    return _point(client, job, CHAMPION_ALIAS, number)
-
-
-def point_challenger(client: MlflowClient, job: str, run_id: str, reason: str) -> bool:
-    """Let the alias `challenger` name the model that a night logged and did not promote."""
-    number = _register(client, job, CHALLENGER_OF, run_id, run_id, CHALLENGER_ALIAS, reason)
-    return _point(client, job, CHALLENGER_ALIAS, number)
-
-
-def drop_challenger(client: MlflowClient, job: str) -> None:
-    """A challenger that was promoted is none any more."""
-    if CHALLENGER_ALIAS in client.get_registered_model(job).aliases:
-        client.delete_registered_model_alias(job, CHALLENGER_ALIAS)
-
-
-def _register(client: MlflowClient, job: str, tag: str, value: str, run_id: str, folder: str, reason: str) -> str:
-    """The number of the model version with that tag, created where there is none."""
-    known = {version.tags.get(tag): version.version for version in _model_versions(client, job)}
-    if value in known:
-        return str(known[value])
-    created = client.create_model_version(
-        job,
-        source=f"runs:/{run_id}/{folder}",
-        run_id=run_id,
-        tags={tag: value},
-        description=reason,
-        await_creation_for=0,
-    )
-    return str(created.version)
-
-
-def _point(client: MlflowClient, job: str, alias: str, number: str) -> bool:
-    if str(client.get_registered_model(job).aliases.get(alias)) == number:
-        return False
-    client.set_registered_model_alias(job, alias, number)
-    return True
-
-
 def _run_of(client: MlflowClient, experiment_id: str, parent_run_id: str, number: int) -> str | None:
     """The id of a trial's nested run."""
     tags = {MLFLOW_PARENT_RUN_ID: parent_run_id, TRIAL_NUMBER: str(number)}
     query = " and ".join(f"tags.`{name}` = '{value}'" for name, value in tags.items())
     return next((str(run.info.run_id) for run in client.search_runs([experiment_id], query, max_results=1)), None)
-
-
-def _model_versions(client: MlflowClient, job: str) -> Iterator[Any]:
-    try:
-        client.get_registered_model(job)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-            raise
-        client.create_registered_model(job)
-    token = None
-    while True:
-        page = client.search_model_versions(f"name = '{job}'", page_token=token)
-        yield from page
-        token = page.token
-        if not token:
-            return
 
 
 def _is_active(client: MlflowClient, run_id: str) -> bool:
