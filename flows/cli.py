@@ -155,7 +155,8 @@ def run(
     given: dict[str, Any] = {
         "preset": preset, "trials": trials, "minutes": minutes, "sampler": sampler, "promotion": promotion,
     }  # fmt: skip
-    say_hints(load_job(job, settings.jobs, **given))
+    tuning_job = load_job(job, settings.jobs, **given)
+    say_hints(tuning_job)
     from flows.follow import follow_night, pages, submit_night
 
     overrides = {name: value for name, value in given.items() if value not in (None, "nightly")}
@@ -164,7 +165,7 @@ def run(
     if follow:
         follow_night(settings, night, job, console)
         console.print(
-            f"{pages(settings, night, job)}\n"
+            f"{pages(settings, night, tuning_job.experiment)}\n"
             f"The stack stays up for these pages and for the schedule; stop it with: {sys.argv[0]} down"
         )
 

@@ -127,12 +127,14 @@ def point_champion(job: JobArgument) -> None:
 
     from infra.store import open_store
     from tasks import aliases, tracking
+    from tasks.job import load_job
     from tasks.versions import choose_version, read_manifest
 
     store = open_store(settings.store_url)
     version = choose_version(store, job, None)
+    model = load_job(job, settings.jobs).registered_model
     with tracking.mlflow_may_be_away("the champion's alias"):
-        aliases.point_champion(MlflowClient(settings.mlflow_url), read_manifest(store, job, version), version)
+        aliases.point_champion(MlflowClient(settings.mlflow_url), model, read_manifest(store, job, version), version)
 
 
 def pull(

@@ -19,7 +19,6 @@ from mlflow.exceptions import MlflowException
 from packaging.requirements import Requirement
 from prefect.client.orchestration import get_client
 from prefect.exceptions import ObjectNotFound
-from tasks.ownership import check_tracking
 
 from flows.deployments import path_of
 from infra.device import choose_device, describe_device, memory_bytes
@@ -29,6 +28,7 @@ from infra.records import LOOPBACK, why_not_free
 from infra.settings import Settings
 from infra.store import check_store, open_store
 from tasks.job import load_jobs
+from tasks.ownership import check_tracking
 from tasks.storage import check_database
 
 LEAST_FREE, LITTLE_FREE = 1e9, 10e9

@@ -79,11 +79,11 @@ def follow_night(settings: Settings, night: FlowRun, job: str, console: Console)
         console.print(Markdown(str(report.data)) if console.is_terminal else str(report.data))
 
 
-def pages(settings: Settings, night: FlowRun, job: str) -> str:
+def pages(settings: Settings, night: FlowRun, experiment: str) -> str:
     """The two pages to open: the night in Prefect, and the job's nights and trials in MLflow."""
     by_name = f"{settings.mlflow_url}/api/2.0/mlflow/experiments/get-by-name"
     try:
-        found = httpx.get(by_name, params={"experiment_name": job}).raise_for_status()
+        found = httpx.get(by_name, params={"experiment_name": experiment}).raise_for_status()
         mlflow_page = settings.mlflow_page(found.json()["experiment"]["experiment_id"])
     except httpx.HTTPError:  # MLflow went away in the night, which is no reason to fail now
         mlflow_page = settings.mlflow_url

@@ -12,6 +12,7 @@ from infra.errors import ExpectedError
 from infra.settings import OUR_LOGGERS, Settings
 from infra.store import open_store
 from tasks.aliases import point_champion
+from tasks.job import JobError, load_job
 from tasks.rollback import roll_back
 from tasks.tracking import mlflow_may_be_away
 
@@ -36,6 +37,11 @@ def rollback(job: str, reason: str, version: str = "") -> Any:
     except ExpectedError as error:
         _logger.error("%s", error)  # noqa: TRY400 the sentence says it all; a traceback would bury it
         return Failed(message=str(error))
-    with mlflow_may_be_away("the champion's alias"):
-        point_champion(MlflowClient(settings.mlflow_url), manifest, promotion.version)
+    try:
+        model = load_job(job, settings.jobs).registered_model
+    except JobError as error:  # a rollback is no night, and needs no job file that can be read
+        _logger.warning("MLflow misses the champion's alias until the next night: %s", error)
+    else:
+        with mlflow_may_be_away("the champion's alias"):
+            point_champion(MlflowClient(settings.mlflow_url), model, manifest, promotion.version)
     return f"version {promotion.version} is champion of {job} again"

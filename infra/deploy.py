@@ -36,7 +36,6 @@ from prefect.states import Crashed
 from infra.errors import ExpectedError, NotOurs
 from infra.ours import (
     FLOWS,
-    MARK,
     ZOMBIE_AUTOMATION,
     ZOMBIE_DESCRIPTION,
     check_flow,
@@ -44,6 +43,7 @@ from infra.ours import (
     our_deployment,
     our_work_pool,
 )
+from infra.settings import MARK
 
 # Three missed heartbeats of 30 s (settings.py).
 ZOMBIE_AFTER = timedelta(seconds=90)

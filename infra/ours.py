@@ -13,8 +13,8 @@ from prefect.events.schemas.automations import Automation
 from prefect.exceptions import ObjectNotFound
 
 from infra.errors import NotOurs
+from infra.settings import MARK
 
-MARK = "nightly-tuner"
 ZOMBIE_AUTOMATION = f"{MARK}: crash runs whose heartbeat stopped"
 ZOMBIE_DESCRIPTION = "Marks a flow run as crashed when three heartbeats in a row are missing."
 # By their names, which no other project's flow should bear by chance.

@@ -23,6 +23,8 @@ LOOPBACK_NAMES = (LOOPBACK, "localhost", "::1")
 # Which part of the CPU a worker has, where it is divided; set by whoever starts the worker.
 CPU_PART = "NIGHTLY_CPU_PART"
 TEMPORARY = "tmp"
+# What everything of ours on a server that others may use carries: a tag, or a word of a description.
+MARK = "nightly-tuner"
 OUR_LOGGERS = ("flows", "tasks", "models", "infra")
 
 _SECRET = re.compile(

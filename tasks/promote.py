@@ -21,18 +21,13 @@ from torch import nn
 from infra.device import describe_device
 from infra.store import Store
 from models.weights import write_tensors
-from tasks.aliases import (
-    CHALLENGER_ALIAS,
-    CHAMPION_ALIAS,
-    drop_challenger,
-    point_challenger,
-    point_champion,
-)
+from tasks.aliases import drop_challenger, point_challenger, point_champion
 from tasks.fresh import FreshProcess
 from tasks.gate import Verdict, with_rail
 from tasks.job import TuningJob
 from tasks.loaded_back import load_back
 from tasks.model_card import model_card
+from tasks.ownership import CHALLENGER_ALIAS, CHAMPION_ALIAS
 from tasks.promotions import Promotion, append_promotion
 from tasks.serving import SERVABLE, write_servable
 from tasks.snapshots import Snapshot
@@ -92,12 +87,12 @@ def promote(
         if promotion is None:
             with mlflow_may_be_away("the challenger"):
                 _log_model(client, run_id, folder, CHALLENGER_ALIAS, manifest)
-                point_challenger(client, job.name, run_id, verdict.reason)
+                point_challenger(client, job.registered_model, job.name, run_id, verdict.reason)
         else:
             with mlflow_may_be_away("the champion's alias"):
                 _log_model(client, run_id, folder, CHAMPION_ALIAS, manifest)
-                point_champion(client, manifest, promotion.version)
-                drop_challenger(client, job.name)
+                point_champion(client, job.registered_model, manifest, promotion.version)
+                drop_challenger(client, job.registered_model)
     return verdict, promotion
 
 

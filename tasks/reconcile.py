@@ -14,6 +14,7 @@ import torch
 from filelock import FileLock, Timeout
 from mlflow import MlflowClient
 from mlflow.entities import RunStatus
+from mlflow.exceptions import MlflowException
 
 from infra.errors import ExpectedError
 from infra.store import Store, check_store
@@ -21,6 +22,7 @@ from tasks.aliases import point_champion
 from tasks.champion import Champion, read_champion
 from tasks.job import TuningJob
 from tasks.leases import settle
+from tasks.ownership import check_tracking
 from tasks.storage import Studies, one_claims
 from tasks.study import ENDED, MLFLOW_RUN, last_study
 from tasks.tracking import mlflow_may_be_away, track_missing_trials
@@ -49,15 +51,22 @@ def reconcile(
 ) -> Champion | None:
     """Check the store, verify the champion, settle the last night; returns the champion, None before the first.
 
-    Raises StoreError where the store cannot be used or the champion in it is damaged: better now than after a night
-    of training. MLflow's part is made up for by the next night where MLflow does not answer.
+    Raises StoreError where the store cannot be used or the champion in it is damaged, NotOurs where the job's
+    experiment or registered model in MLflow is somebody else's: better now than after a night of training. MLflow's
+    part is made up for by the next night where MLflow does not answer; whoever writes there asks again whose it is.
     """
     check_store(store)
+    try:
+        check_tracking(client, job)
+    except MlflowException as error:
+        _logger.warning("MLflow does not say whose experiment and model %s would write to: %s", job.name, error.message)
     champion = read_champion(store, job.name, device)
     with mlflow_may_be_away("what was to be reconciled"):
         _settle_last_night(job.name, client, studies)
     with mlflow_may_be_away("the champion's alias"):
-        if champion is not None and point_champion(client, champion.manifest, champion.promotion.version):
+        if champion is not None and point_champion(
+            client, job.registered_model, champion.manifest, champion.promotion.version
+        ):
             _logger.warning("MLflow's alias did not name the champion of the store; it was set right")
     return champion
 

@@ -1,4 +1,4 @@
-"""Everything that is written to MLflow: one experiment a job, a parent run a night, a nested run a trial.
+"""What is written to MLflow of nights: one experiment a job, a parent run a night, a nested run a trial.
 
 A trial's run is derived from the finished Optuna trial alone and written in one batch (one call a metric costs 20
 times more), off the training thread. So a trial that MLflow missed can be written later, and twice does no harm. Where
@@ -26,10 +26,12 @@ from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME, MLFLOW_RUN_NOTE
 from optuna.trial import FrozenTrial, TrialState
 
-from infra.errors import ExpectedError, stopped_by
+from infra.errors import ExpectedError, NotOurs, stopped_by
+from infra.settings import MARK
 from models.solo import Epoch
 from tasks.data_card import data_card
 from tasks.job import TuningJob
+from tasks.ownership import our_experiment
 from tasks.samplers import NUMBER
 from tasks.snapshots import Snapshot
 from tasks.study import (
@@ -69,8 +71,9 @@ def mlflow_may_be_away(what: str) -> Iterator[None]:
     """Whatever MLflow misses here, the next night's reconcile makes up for: it must cost no trial and no promotion."""
     try:
         yield
-    except MlflowException as error:
-        _logger.warning("MLflow misses %s until the next night: %s", what, error.message)
+    except (MlflowException, NotOurs) as error:
+        reason = error.message if isinstance(error, MlflowException) else error
+        _logger.warning("MLflow misses %s until the next night: %s", what, reason)
 
 
 def begin_night(
@@ -84,13 +87,13 @@ def begin_night(
     """The night's parent run, created or, for a study that is continued, opened again, with a link to its page in
     Prefect; returns its id.
 
-    Raises TrackingError where MLflow does not answer.
+    Raises TrackingError where MLflow does not answer, NotOurs.
     """
     study.set_user_attr(FLOW_RUN, flow_run_id)
     try:
         run_id = study.user_attrs.get(MLFLOW_RUN)
         if run_id is None or not _is_active(client, run_id):
-            experiment_id = _experiment(client, job.name)
+            experiment_id = _experiment(client, job)
             run_id = _create_night_run(client, experiment_id, job, study, snapshot)
             study.set_user_attr(MLFLOW_EXPERIMENT, experiment_id)
             study.set_user_attr(MLFLOW_RUN, run_id)
@@ -360,12 +363,12 @@ def _create_night_run(
     return run_id
 
 
-def _experiment(client: MlflowClient, name: str) -> str:
-    experiment = client.get_experiment_by_name(name)
+def _experiment(client: MlflowClient, job: TuningJob) -> str:
+    experiment = our_experiment(client, job)
     if experiment is None:
-        return str(client.create_experiment(name))
-    if experiment.lifecycle_stage == LifecycleStage.DELETED:
-        client.restore_experiment(experiment.experiment_id)
+        return str(client.create_experiment(job.experiment, tags={MARK: job.name}))
+    if MARK not in experiment.tags:
+        client.set_experiment_tag(experiment.experiment_id, MARK, job.name)
     return str(experiment.experiment_id)
 
 

@@ -1,10 +1,12 @@
-"""A Prefect server that others use: a house full of their objects, and what stands in it, read through its API."""
+"""Servers that others use: houses full of their objects, and what stands in them, read through the servers' API."""
 
 import time
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import httpx
+from mlflow import MlflowClient
+from mlflow.entities import Metric, Param, ViewType
 
 from tests.servers import wait_for
 
@@ -77,8 +79,8 @@ class StrangersPrefect:
         }
         self.ask("POST", "events", [event])
 
-    def move_in(self, job: str) -> str:
-        """Fill the house; returns a run that is RUNNING, of a deployment that is named as a job of ours."""
+    def move_in(self, job: str) -> None:
+        """Fill the house, with names that a job of ours has too, or had in an earlier version."""
         self.make("variables/", name="threshold", value="7", tags=["theirs"])
         self.make("v2/concurrency_limits/", name="their-database", limit=3, active=True)
         self.make("concurrency_limits/", tag="theirs", concurrency_limit=2)
@@ -114,7 +116,12 @@ class StrangersPrefect:
         self.ask("POST", "logs/", [
             {"name": "theirs", "level": 20, "message": "hello", "timestamp": long_ago, "flow_run_id": runs[0]}
         ])  # fmt: skip
-        return runs[0]
+
+    def deploy_in(self, flow: str, name: str) -> None:
+        """A deployment of theirs with a run, in a flow that is there."""
+        flow_id = str(self.ask("GET", f"flows/name/{flow}")["id"])
+        deployment = self.make("deployments/", flow_id=flow_id, name=name, entrypoint="theirs.py:train", tags=["prod"])
+        self.make("flow_runs/", flow_id=flow_id, deployment_id=deployment, tags=["prod"], state={"type": "RUNNING"})
 
     def _make_block(self) -> None:
         """Prefect registers the types of blocks while it starts, and a little later."""
@@ -144,3 +151,40 @@ def their_automation(name: str) -> dict[str, object]:
         "within": 0,
     }
     return {"name": name, "description": "theirs", "trigger": trigger, "actions": [{"type": "do-nothing"}]}
+
+
+def mlflow_objects(client: MlflowClient) -> Objects:
+    """Everything that is on an MLflow server, by kind and id."""
+    experiments = {each.experiment_id: dict(each) for each in client.search_experiments(ViewType.ALL)}
+    runs = client.search_runs(list(experiments), run_view_type=ViewType.ALL, max_results=5000)
+    models = {each.name: dict(client.get_registered_model(each.name)) for each in client.search_registered_models()}
+    prompts = client.search_registered_models("tags.`mlflow.prompt.is_prompt` = 'true'")
+    kinds: dict[str, dict[str, Any]] = {
+        "experiments": experiments,
+        "runs": {run.info.run_id: run.to_dictionary() for run in runs},
+        "models": {name: {**model, "latest_versions": None} for name, model in models.items()},
+        "versions": {f"{each.name} {each.version}": dict(each) for each in client.search_model_versions()},
+        "prompts": {each.name: dict(each) for each in prompts},
+    }
+    return {(kind, name): each for kind, objects in kinds.items() for name, each in objects.items()}
+
+
+def move_into_mlflow(client: MlflowClient, name: str) -> None:
+    """Fill the house: an experiment and a registered model that are called as a job of ours, which are in use."""
+    for experiment in (name, f"{name} of last year"):
+        made = client.create_experiment(experiment, tags={"team": "theirs"})
+        for status in ("FINISHED", "RUNNING", None):
+            run = client.create_run(made, tags={"job": name, "note": "theirs"}).info.run_id
+            client.log_batch(run, [Metric("accuracy", 0.9, 0, 0)], [Param("depth", "3")])
+            if status is None:
+                client.delete_run(run)
+            elif status != "RUNNING":
+                client.set_terminated(run, status)
+    client.delete_experiment(made)
+    client.create_run("0", tags={"note": "theirs"})
+    client.create_registered_model(name, tags={"team": "theirs"}, description="theirs")
+    for number in ("1", "2"):
+        client.create_model_version(name, f"s3://theirs/{number}", tags={"night": "true"}, await_creation_for=0)
+    client.set_registered_model_alias(name, "champion", "1")
+    client.set_registered_model_alias(name, "challenger", "2")
+    client.register_prompt(f"{name}-prompt", "How much is {{this}}?")

@@ -23,6 +23,7 @@ from tasks.job.sections import (
     ScheduleConfig,
     SearchConfig,
     Text,
+    TrackingConfig,
 )
 
 NAME_PATTERN = r"[a-z0-9][a-z0-9._-]{0,63}"
@@ -41,6 +42,7 @@ class TuningJob(Declared):
     confirm: ConfirmConfig = ConfirmConfig()
     promotion: PromotionConfig = PromotionConfig()
     schedule: ScheduleConfig = ScheduleConfig()
+    tracking: TrackingConfig = TrackingConfig()
 
     @field_validator("name")
     @classmethod
@@ -85,6 +87,16 @@ class TuningJob(Declared):
             "latency": ("search.max_latency_ms", self.search.max_latency_ms),
         }
         return {name: (field, limit) for name, (field, limit) in limits.items() if limit is not None}
+
+    @property
+    def experiment(self) -> str:
+        """What its experiment in MLflow is called."""
+        return self.tracking.experiment or self.name
+
+    @property
+    def registered_model(self) -> str:
+        """What its registered model in MLflow is called."""
+        return self.tracking.model or self.name
 
     @property
     def most_epochs(self) -> int:

@@ -54,6 +54,8 @@ CheckName = Literal[
 ]
 Severity = Literal["error", "warn", "ignore"]
 
+# What MLflow takes for experiments and models alike, and needs no quotes in its queries.
+MLFLOW_NAME = r"[\w.-]([\w. -]{0,198}[\w.-])?"
 MOST_TRIALS = 100_000
 MOST_MINUTES = 7 * 24 * 60
 
@@ -234,6 +236,23 @@ class PromotionConfig(Declared):
     max_latency_ms: float | None = Field(default=None, gt=0, examples=[5])
     max_megabytes: float | None = Field(default=None, gt=0, examples=[100])
     ask_minutes: Minutes = 8 * 60
+
+
+class TrackingConfig(Declared):
+    """Where MLflow shows the job: the `experiment` of its nights and trials, which jobs may share, and the registered
+    `model` whose alias `champion` follows the store, which is this job's alone. Each is called as the job is unless it
+    is named here, as where somebody else has one of that name already."""
+
+    experiment: str | None = Field(default=None, examples=["Vision nights"])
+    model: str | None = Field(default=None, examples=["digits"])
+
+    @field_validator("experiment", "model")
+    @classmethod
+    def _can_be_a_name(cls, name: str | None) -> str | None:
+        if name is not None and not re.fullmatch(MLFLOW_NAME, name):
+            rule = "must be of letters, digits, dots, dashes, underscores, and blanks in between, 200 at most"
+            raise ValueError(f"{rule}; name it otherwise")
+        return name
 
 
 class ScheduleConfig(Declared):

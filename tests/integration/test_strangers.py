@@ -4,22 +4,28 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import httpx
 import pytest
+from mlflow import MlflowClient
 from prefect.client.orchestration import SyncPrefectClient
+from prefect.events.schemas.automations import AutomationCore, EventTrigger
 
 from infra import deploy
 from infra.errors import NotOurs
-from infra.ours import FLOWS, ZOMBIE_AUTOMATION
+from infra.ours import FLOWS, ZOMBIE_AUTOMATION, ZOMBIE_DESCRIPTION
+from infra.settings import MARK
 from infra.store import open_store
+from tasks.promotions import Promotion, latest_promotion
 from tests.conftest import Stack, make_stack
-from tests.nights import promote_a_copy
+from tests.nights import promote_a_copy, run_directly
 from tests.servers import answers, background, wait_for
-from tests.strangers import StrangersPrefect, their_automation
+from tests.strangers import StrangersPrefect, mlflow_objects, move_into_mlflow, their_automation
 
-JOB = "shared"
+JOB = "shared"  # others have an experiment, a model and a deployment of that name
+CLASHING = "clashing"  # and of this one, which the job does not avoid
 
 
 @pytest.fixture(scope="module")
@@ -32,13 +38,15 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
         "PREFECT_API_URL": stack.prefect_api,
         "MLFLOW_TRACKING_URI": stack.mlflow_url,
     }
-    (Path(environment["NIGHTLY_JOBS"]) / f"{JOB}.yaml").write_text(
-        f"name: {JOB}\n"
-        "data: {source: 'sklearn://iris'}\n"
-        "search: {pruner: none, space: {epochs: 2, batch_size: 64, width: 16, depth: 1}}\n"
-        "budget: {trials: 2, workers: 2}\n"
-        "confirm: {candidates: 1, seeds: 2}\n"
-    )
+    elsewhere = f"tracking: {{experiment: {JOB} nights, model: {JOB} champion}}\n"
+    for name, tracking in ((JOB, elsewhere), (CLASHING, "")):
+        (Path(environment["NIGHTLY_JOBS"]) / f"{name}.yaml").write_text(
+            f"name: {name}\n"
+            "data: {source: 'sklearn://iris'}\n"
+            "search: {pruner: none, space: {epochs: 2, batch_size: 64, width: 16, depth: 1}}\n"
+            "budget: {trials: 2, workers: 2}\n"
+            "confirm: {candidates: 1, seeds: 2}\n" + tracking
+        )
     prefect = [sys.executable, "-m", "prefect", "server", "start", "--port", environment["NIGHTLY_PREFECT_PORT"]]
     mlflow = [
         sys.executable, "-m", "mlflow", "server", "--port", environment["NIGHTLY_MLFLOW_PORT"], "--workers", "1",
@@ -53,7 +61,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
         wait_for(lambda: answers(f"{stack.prefect_api}/health"), 120, "Prefect")
         wait_for(lambda: answers(f"{stack.mlflow_url}/health"), 120, "MLflow")
         yield Stack(home=stack.home, environment=environment)
-        os.killpg(mlflow_server.pid, signal.SIGTERM)  # its children too, for which it would wait
+        os.killpg(mlflow_server.pid, signal.SIGKILL)  # it takes half a minute to end by itself
 
 
 @pytest.fixture(scope="module")
@@ -99,20 +107,79 @@ def test_what_bears_one_of_our_names_is_refused(theirs: StrangersPrefect, client
     deploy.check_server(client, "local", on_own_server=False)
 
 
-def test_a_house_full_of_theirs_is_the_same_after_all_that_we_do(stack: Stack, theirs: StrangersPrefect) -> None:
+def test_what_an_earlier_version_made_is_ours_and_gets_the_mark(
+    theirs: StrangersPrefect, client: SyncPrefectClient
+) -> None:
+    theirs.make("work_pools/", name="local", type="process")
+    for former, name, flow in (
+        ("nightly_tuning", "digits-mlp", "nightly_tuning"),
+        ("rollback", "rollback", "nightly_rollback"),
+        ("tuning_worker", "worker", "nightly_worker"),
+    ):
+        theirs.make(
+            "deployments/", flow_id=theirs.make("flows/", name=former), name=name, entrypoint=FLOWS[flow], tags=[MARK],
+            work_pool_name="local",
+        )  # fmt: skip
+    earlier = {**their_automation(ZOMBIE_AUTOMATION), "description": ZOMBIE_DESCRIPTION, "enabled": False}
+    automation = theirs.make("automations/", **earlier)
+    apply_what_is_shared(client)
+    assert MARK in str(client.read_work_pool("local").description)
+    assert {MARK} == {tag for name in FLOWS for tag in client.read_flow_by_name(name).tags}
+    (kept,) = client.read_automations_by_name(ZOMBIE_AUTOMATION)
+    assert (str(kept.id), kept.enabled, kept.tags) == (automation, False, [MARK])
+    deployments = {deployment.name: deployment for deployment in client.read_deployments()}
+    assert len(client.read_deployments()) == len(deployments) == 3
+    assert str(deployments["worker"].flow_id) == str(client.read_flow_by_name("nightly_worker").id)
+    theirs.ask("PATCH", f"automations/{automation}", {"enabled": True})
+
+
+def apply_what_is_shared(client: SyncPrefectClient) -> None:
+    deploy.check_server(client, "local", on_own_server=False)
+    deploy.apply_work_pool(client, "local", on_own_server=False, runs_here=True)
+    deploy.apply_shared_deployments(client, "local")
+
+
+def test_a_house_full_of_theirs_is_the_same_after_all_that_we_do(
+    stack: Stack, theirs: StrangersPrefect, client: SyncPrefectClient
+) -> None:
+    apply_what_is_shared(client)
     theirs.move_in(JOB)
-    before = theirs.objects()
-    stack.nightly("up")
-    night = stack.nightly("run", JOB).stdout
-    assert "promoted" in night
+    theirs.deploy_in("nightly_tuning", CLASHING)
+    mlflow = MlflowClient(stack.mlflow_url)
+    for name in (JOB, CLASHING):
+        move_into_mlflow(mlflow, name)
+    before = theirs.objects(), mlflow_objects(mlflow)
+    up = stack.nightly("up", ok=False)
+    assert (up.returncode, up.stderr.count("\n")) == (1, 1)
+    assert f"the deployment nightly_tuning/{CLASHING} of the Prefect server" in up.stderr
+    assert "worker is up" in up.stdout
+    for command in ("run", "pause"):
+        assert "so it is somebody else's; rename the job" in stack.nightly(command, CLASHING, ok=False).stderr
+    assert "✓ promote" in stack.nightly("run", JOB).stdout
     promote_a_copy(open_store((stack.home / "store").as_uri()), JOB)
     stack.nightly("rollback", JOB, "--reason", "it disappoints")
+    champion = str(latest(stack).version)
+
+    def alias() -> str:
+        return str(mlflow.get_model_version_by_alias(f"{JOB} champion", "champion").tags["store_version"])
+
+    wait_for(lambda: alias() == champion, 120, "the alias to follow")
     stack.nightly("pause", JOB)
-    stack.nightly("reconcile")
+    stack.nightly("reconcile", JOB)
     stack.nightly("gc")
+    kind, message = run_directly(stack, CLASHING)
+    assert (kind, "name another one by tracking.experiment in the job clashing" in message) == ("FAILED", True)
+    assert not (stack.home / "studies" / CLASHING).exists()
     stack.nightly("down")
-    after = theirs.objects()
-    assert {key: after.get(key) for key in before} == before
+    after = theirs.objects(), mlflow_objects(mlflow)
+    for then, now in zip(before, after, strict=True):
+        assert {key: now.get(key) for key in then} == then
+
+
+def latest(stack: Stack) -> Promotion:
+    promotion = latest_promotion(open_store((stack.home / "store").as_uri()), JOB)
+    assert promotion is not None
+    return promotion
 
 
 def test_the_automation_finds_our_dead_runs_and_nobody_elses(
@@ -120,9 +187,11 @@ def test_the_automation_finds_our_dead_runs_and_nobody_elses(
 ) -> None:
     """With ten seconds in place of ninety, which is Prefect's least."""
     (automation,) = client.read_automations_by_name(ZOMBIE_AUTOMATION)
-    content = theirs.ask("GET", f"automations/{automation.id}")
-    content["trigger"]["within"] = 10
-    theirs.ask("PUT", f"automations/{automation.id}", content)
+    assert isinstance(automation.trigger, EventTrigger)
+    automation.trigger.within = timedelta(seconds=10)
+    client.update_automation(
+        automation.id, AutomationCore.model_validate(automation.model_dump(exclude={"id", "owner_resource"}))
+    )
     ours = client.read_deployment_by_name(f"nightly_tuning/{JOB}")
     foreign = theirs.make("flows/", name="their_training")
     runs = {

@@ -212,3 +212,16 @@ def test_the_search_digest_ignores_the_budget_and_nothing_that_changes_a_trial()
         {"data": {"source": "sklearn://digits", "test_fraction": 0.3}},
     ):
         assert make_job(**change).search_digest != base.search_digest
+
+
+def test_mlflows_names_are_the_jobs_unless_it_says_otherwise() -> None:
+    assert (make_job().experiment, make_job().registered_model) == ("small", "small")
+    job = make_job(tracking={"experiment": "Vision nights", "model": "digits.v2"})
+    assert (job.experiment, job.registered_model) == ("Vision nights", "digits.v2")
+
+
+@pytest.mark.parametrize("name", ["", " ", "a/b", "a:b", "it's", 'a"b', "a`b", "a%b", "a\nb", "a ", "a" * 201])
+@pytest.mark.parametrize("field", ["experiment", "model"])
+def test_a_name_that_mlflow_or_its_queries_do_not_take_is_refused(field: str, name: str) -> None:
+    with pytest.raises(JobError, match=f"tracking.{field} must be of letters, digits, dots"):
+        make_job(tracking={field: name})

@@ -14,12 +14,14 @@ import pytest
 import flows.nightly
 from flows.deployments import deployment_of
 from flows.nightly import JUDGEMENTS, _judge_and_promote, _missed, nightly_tuning
+from flows.rollback import rollback
 from infra.deploy import form_schema
 from infra.settings import Settings
 from infra.store import open_store
 from tasks.job import load_jobs
 from tasks.promotions import StaleJudgement
 from tests.conftest import CPU, make_job
+from tests.promoting import promote
 
 
 def test_the_run_form_is_as_it_was() -> None:
@@ -77,3 +79,15 @@ def test_who_comes_second_compares_with_who_came_first(
     else:
         _judge_and_promote(*arguments)
     assert judged == [f"champion {number}" for number in range(min(lost + 1, JUDGEMENTS))]
+
+
+def test_a_rollback_needs_no_job_file_and_says_what_mlflow_misses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("NIGHTLY_HOME", str(tmp_path))
+    monkeypatch.delenv("NIGHTLY_STORE", raising=False)
+    store = open_store(Settings.read().store_url)
+    first = promote(store, tmp_path / "first", 1, judged=0, run="first")
+    promote(store, tmp_path / "second", 2, judged=1, run="second")
+    assert rollback.fn("job", "it disappoints") == f"version {first} is champion of job again"
+    assert "MLflow misses the champion's alias until the next night: no job is named 'job'" in caplog.text
