@@ -241,7 +241,7 @@ def _night(
             rehearse(job, snapshot, trainer, fresh)
             tuned = tune_step(study, job, trainer, settings, client, run_id)
             searched = _now()
-            prepared = Prepared.load(snapshot, device)
+            prepared = Prepared.load(snapshot, device, job.data.raw)
             baseline = tuned.baseline if champion is None else None
             confirmed = confirm_step(study, job, prepared, baseline, client, run_id)
         verdict, promotion = _judge_and_promote(

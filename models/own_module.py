@@ -52,10 +52,16 @@ class OwnModule(nn.Module):
         return outputs.reshape(expected).to(features.dtype)  # type: ignore[no-any-return]
 
     def try_out(self, features: Tensor) -> None:
-        """Call the module as training and serving will. Raises ModelError: it does not take one row alone, or
-        gives what no parameter takes part in; and whatever it raises for several rows."""
+        """Call the module as training and serving will. Raises ModelError: it does not take one row alone, looks
+        up what is not there, or gives what no parameter takes part in; and whatever else it raises for several rows."""
         self.eval()
-        several = self.model(features[:TRIED_ROWS].clone())
+        try:
+            several = self.model(features[:TRIED_ROWS].clone())
+        except IndexError as error:
+            raise ModelError(
+                f"{self._name} raised {in_a_line(error)}; where it looks whole numbers up, as an Embedding does, name "
+                "their columns in data.raw, or they arrive standardised, and give it room for the largest"
+            ) from error
         self._check(several, (len(features[:TRIED_ROWS]), self._outputs))
         if not several.requires_grad:
             raise ModelError(

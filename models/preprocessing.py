@@ -51,6 +51,12 @@ class Standardization(nn.Module):
         return cls(mean.float()[0], torch.where(scale > 0, scale, 1.0))
 
     @classmethod
+    def unchanged(cls, features: Rows) -> Self:
+        """Leave rows of this shape as they are: less 0, over 1."""
+        like = cls.fit(features[:1])
+        return cls(torch.zeros_like(like.mean), torch.ones_like(like.scale))
+
+    @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> Self:
         """The inverse of `state_dict`. Raises KeyError where one is missing."""
         return cls(tensors["mean"], tensors["scale"])
@@ -70,6 +76,9 @@ class TablePreprocessing(nn.Module):
     the year, on circles. A category that enough training rows have becomes a column of 0 and 1, the rarer ones share
     one; where training rows lack values, that is a column too. A category that training never saw counts as a rare
     one, and is 0 everywhere where there were none.
+
+    Raw columns come first and stay as they are; of a category that is its number from 1 on, or 0 for one that is not
+    known. What is missing in one is 0.
     """
 
     measured: Tensor
@@ -92,11 +101,14 @@ class TablePreprocessing(nn.Module):
             self.register_buffer(name, tensors[name])
 
     @classmethod
-    def fit(cls, features: Rows, columns: Sequence[Column]) -> Self:
-        """Fit on training rows (rows, columns)."""
-        measured = [place for place, column in enumerate(columns) if column.role != "categorical"]
-        dated = [place for place, column in enumerate(columns) if column.role == "datetime"]
-        coded = {place: len(column.categories) for place, column in enumerate(columns) if column.role == "categorical"}
+    def fit(cls, features: Rows, columns: Sequence[Column], raw: Sequence[str] = ()) -> Self:
+        """Fit on training rows (rows, columns), of which those that `raw` names are raw."""
+        places = {column.name: place for place, column in enumerate(columns)}
+        kept = [places[name] for name in raw]
+        fitted = [(place, column) for place, column in enumerate(columns) if place not in kept]
+        measured = [*kept, *(place for place, column in fitted if column.role != "categorical")]
+        dated = [place for place, column in fitted if column.role == "datetime"]
+        coded = {place: len(column.categories) for place, column in fitted if column.role == "categorical"}
         like = features[:1]
         rows_of = {place: torch.zeros(size, dtype=torch.long, device=like.device) for place, size in coded.items()}
         count = torch.zeros(len(columns), dtype=torch.long, device=like.device)
@@ -113,6 +125,9 @@ class TablePreprocessing(nn.Module):
         for piece in _pieces(features):
             squares += torch.where(piece.isnan(), 0, piece.double() - mean).square().sum(dim=0)
         variance = squares / count.clamp_min(1)
+        for place in kept:
+            # A code is counted from 0, and -1 is one that is not known.
+            mean[place], variance[place] = -1.0 if columns[place].role == "categorical" else 0.0, 1.0
         categories, shared = [], []
         for place, found in rows_of.items():
             often = (found >= FREQUENT_ROWS).nonzero()[:, 0].tolist()

@@ -81,7 +81,8 @@ class Declared(BaseModel):
         kinds = _Rule(kind=cls.model_fields[info.field_name].annotation).kinds
         if isinstance(value, bool) and bool not in kinds and kinds & {int, float}:
             raise PydanticKnownError("float_type")
-        if bool in kinds and not isinstance(value, bool):
+        may_be_a_list = tuple in kinds and isinstance(value, list | tuple)
+        if bool in kinds and not isinstance(value, bool) and not may_be_a_list:
             raise PydanticKnownError("bool_type")
         return value
 

@@ -25,6 +25,10 @@ def array_rows(arrays: Arrays, data: DataConfig, problem: Problem, findings: tup
     """Rows of arrays: features (rows, ...) and labels or target values (rows,), in chunks. `findings` are of what gave
     them. Raises DataError."""
     source, target = data.source, Target("the target", data, problem)
+    if not isinstance(data.raw, bool):
+        raise DataError(
+            f"{source}: data.raw must be true or false for rows of arrays, found {list(data.raw)}; set true"
+        )
     count, shapes = 0, set()
     for features, labels in _rows(source, arrays):
         there = target.look(labels)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from infra.device import memory_bytes
-from models.batches import Split
+from models.batches import DiskRows, Split
 from models.evaluate import MetricName
 from models.families import Family
 from models.preprocessing import Preprocessing, Standardization, TablePreprocessing
@@ -56,11 +56,9 @@ class Prepared:
         )
 
     @classmethod
-    def load(cls, snapshot: Snapshot, device: torch.device) -> "Prepared":
-        raw = snapshot.features("train", device)
-        preprocessing: Preprocessing = (
-            TablePreprocessing.fit(raw, snapshot.columns) if snapshot.columns else Standardization.fit(raw)
-        )
+    def load(cls, snapshot: Snapshot, device: torch.device, raw: bool | tuple[str, ...] = False) -> "Prepared":
+        """Fit the preprocessing, but for the columns that are `raw` (DataConfig)."""
+        preprocessing = _fitted(snapshot, snapshot.features("train", device), raw)
         row_bytes = 4 * math.prod(preprocessing.shape_of(snapshot.shape.features))
         needed = row_bytes * (snapshot.row_counts["train"] + snapshot.row_counts["validation"])
         is_streamed = needed > MEMORY_SHARE * memory_bytes(device)
@@ -74,3 +72,10 @@ class Prepared:
         return cls(
             snapshot=snapshot, preprocessing=preprocessing, training=split("train"), validation=split("validation")
         )
+
+
+def _fitted(snapshot: Snapshot, features: DiskRows, raw: bool | tuple[str, ...]) -> Preprocessing:
+    if not snapshot.columns:
+        return Standardization.unchanged(features) if raw else Standardization.fit(features)
+    every = tuple(column.name for column in snapshot.columns)
+    return TablePreprocessing.fit(features, snapshot.columns, every if raw is True else raw or ())

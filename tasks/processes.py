@@ -318,7 +318,8 @@ def serve(fresh: int, *file_descriptors: int) -> None:
         # The first one's lines stand for all: it says of a model what the others would.
         logging.getLogger(name).setLevel(logging.WARNING if place else logging.INFO)
     threads = torch.get_num_threads()
-    trainer = LocalTrainer(TuningJob.model_validate(content), Prepared.load(snapshot, torch.device(device)))
+    job = TuningJob.model_validate(content)
+    trainer = LocalTrainer(job, Prepared.load(snapshot, torch.device(device), job.data.raw))
 
     connection.send(("ready", os.getpid()))
 

@@ -60,7 +60,7 @@ def reproduce(store: Store, job: str, version: str, snapshots: Path, device: tor
     if family.code != lineage.model_code:
         raise StoreError(f"the code of {manifest.model} has changed since version {version}; put the earlier one back")
     snapshot = _snapshot(store, manifest, snapshots)
-    prepared = Prepared.load(snapshot, device)
+    prepared = Prepared.load(snapshot, device, _data(manifest).raw)
     hyperparameters = family.hyperparameters.from_values(manifest.hyperparameters)
     together = [lineage.trained_with] if lineage.trained_with else [(seed,) for seed in lineage.seeds]
     trained = {
@@ -92,12 +92,17 @@ def _snapshot(store: Store, manifest: Manifest, snapshots: Path) -> Snapshot:
     kept = fetch_snapshot(store, snapshots, lineage.snapshot)
     if kept is not None:
         return kept
-    fractions = {"validation_fraction": lineage.validation_fraction, "test_fraction": lineage.test_fraction}
-    data = DataConfig.model_validate({**lineage.data, "source": lineage.source, **fractions})
-    snapshot = prepare(data, manifest.problem, snapshots)
+    snapshot = prepare(_data(manifest), manifest.problem, snapshots)
     if snapshot.fingerprint != lineage.snapshot:
         raise StoreError(
             f"snapshot {lineage.snapshot} is neither in {snapshots} nor in {store.url}, and {lineage.source} has "
             f"changed since (it gives {snapshot.fingerprint} now); copy the snapshot from the machine that made it"
         )
     return snapshot
+
+
+def _data(manifest: Manifest) -> DataConfig:
+    """How a version's source was read and split."""
+    lineage = manifest.lineage
+    fractions = {"validation_fraction": lineage.validation_fraction, "test_fraction": lineage.test_fraction}
+    return DataConfig.model_validate({**lineage.data, "source": lineage.source, **fractions})

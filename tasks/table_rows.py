@@ -57,6 +57,7 @@ class _Table:
         found = [column for survey in surveys if (column := survey.column) is not None]
         self.columns = tuple(sorted(found, key=lambda column: column.name))
         self.described = (*(survey.described for survey in surveys), *self._others())
+        self._check_raw()
         self.findings = self._check(surveys)
 
     def _others(self) -> list[Described]:
@@ -108,12 +109,24 @@ class _Table:
         named = [
             ("target", self._target), ("split_by", data.split_by), ("time_column", data.time_column),
             *(("roles", name) for name in data.roles),
+            *(("raw", name) for name in (() if isinstance(data.raw, bool) else data.raw)),
         ]  # fmt: skip
         for field, name in named:
             if name is not None and name not in known:
                 raise DataError(
                     f"data.{field} must name a column of {data.source}, found {name!r}; known are "
                     f"{', '.join(known[:50])}"
+                )
+
+    def _check_raw(self) -> None:
+        left_out = {described.name: described.role for described in self.described}
+        for column in self.columns:
+            del left_out[column.name]
+        for name in () if isinstance(self._data.raw, bool) else self._data.raw:
+            if name in left_out:
+                raise DataError(
+                    f"data.raw must name features of {self._data.source}, found {name}, which is read as "
+                    f"{left_out[name]}; set data.roles.{name} to numeric, categorical or another role, or leave it out"
                 )
 
     def _with_target(self, frame: pd.DataFrame) -> tuple[pd.DataFrame, npt.NDArray[Any]]:

@@ -72,7 +72,10 @@ class DataConfig(Declared):
     a database. `missing` are the texts that mean that there is no value. Of numbers in texts `decimal` is the mark
     before a fraction (a point, unless it is said) and `thousands` the one between groups of digits, a blank for any
     blank; `dates` says what comes first in a day that does not begin with its year. `roles` override what is found
-    in a column; a number with a unit, such as $25 or 12 kg, is read where its role is numeric. Rows with the same
+    in a column; a number with a unit, such as $25 or 12 kg, is read where its role is numeric. `raw` names the
+    columns that reach the model as they are, in this order and before all others, or is true for all of them, as it
+    must be where rows are arrays: a number is not standardised, a category is its place among the known ones in
+    alphabetical order, from 1 on, or 0, and a missing value is 0. Rows with the same
     value of `split_by` (an id, a customer) stay on one side of the split, and it is no feature; without it a row's
     whole content decides. With a `time_column`, which is no feature either, rows from `test_from` on are the test
     rows, and all before them are split as usual. `tidy_labels` makes one class of labels that differ in blanks,
@@ -94,6 +97,7 @@ class DataConfig(Declared):
     roles: dict[ColumnName, Role | Literal["ignored"]] = Field(
         default_factory=dict, examples=["{zip_code: categorical}"]
     )
+    raw: bool | tuple[ColumnName, ...] = Field(default=False, examples=["[shop, item]"])
     split_by: ColumnName | None = Field(default=None, examples=["customer"])
     time_column: ColumnName | None = Field(default=None, examples=["day"])
     test_from: AwareDatetime | None = Field(default=None, examples=["2026-10-01"])

@@ -12,8 +12,9 @@ from models.families import FAMILIES, least_parameters
 from models.rules import NOTHING, Mistake
 from models.shapes import DataShape
 from models.space import Domain, Range
-from tasks.job.kinds import IN_WORDS, TABLES, kind_of
+from tasks.job.kinds import IN_WORDS, TABLES, Kind, kind_of
 from tasks.job.schema import TuningJob
+from tasks.job.sections import DataConfig
 
 # Of all rows; fewer cannot teach what the others are to judge.
 LEAST_TRAINING_SHARE = 0.2
@@ -111,6 +112,8 @@ def _of_data(job: TuningJob) -> Iterator[Mistake]:
     for field in ("split_by", "time_column"):
         if data.target is not None and getattr(data, field) == data.target:
             yield _mistake(f"data.{field}", "must be another column than the target", data.target, "name another")
+    if not isinstance(data.raw, bool):
+        yield from _of_raw(data, data.raw, kind)
     if data.thousands == (data.decimal or "."):
         rule = f"decimal and thousands must be two marks, found {data.thousands!r} for both"
         rule += "" if data.decimal else " (decimal is a point unless it is said)"
@@ -120,6 +123,17 @@ def _of_data(job: TuningJob) -> Iterator[Mistake]:
         rule = f"must leave {LEAST_TRAINING_SHARE:.0%} of the rows to train on, found {1 - held_out:.0%} left by"
         rule += f" test_fraction {data.test_fraction:g} and validation_fraction {data.validation_fraction:g}"
         yield _mistake("data.test_fraction", rule, NOTHING, "lower one of them")
+
+
+def _of_raw(data: DataConfig, names: tuple[str, ...], kind: Kind) -> Iterator[Mistake]:
+    if kind not in TABLES:
+        rule = f"must be true or false where the source is {IN_WORDS[kind]}, which has no columns"
+        yield _mistake("data.raw", rule, list(names), "set true")
+    for name in names:
+        if name in (data.target, data.split_by, data.time_column) or data.roles.get(name) == "ignored":
+            yield _mistake("data.raw", "must name features", name, "leave it out")
+    if len(set(names)) < len(names):
+        yield _mistake("data.raw", "must name each column once", list(names), "leave out the second")
 
 
 def _of_search(job: TuningJob) -> Iterator[Mistake]:

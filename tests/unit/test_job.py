@@ -59,6 +59,19 @@ def test_the_jobs_that_come_with_us_are_valid() -> None:
             "must be a known model or path/to/net.py:Net, found 'transformer'; known are mlp, cnn",
         ),
         (
+            {"data": {"source": "a.csv", "raw": ["a", "b", "a"]}},
+            "data.raw must name each column once, found ['a', 'b', 'a']; leave out",
+        ),
+        (
+            {"data": {"source": "a.csv", "raw": ["shop", "day"], "split_by": "shop"}},
+            "data.raw must name features, found 'shop'; leave it out",
+        ),
+        (
+            {"data": {"source": "a.npz", "raw": ["shop"]}},
+            "must be true or false where the source is a NumPy file, which has no columns, found ['shop']; set true",
+        ),
+        ({"data": {"source": "a.csv", "raw": 5}}, "data.raw must be true or false or a list, each text, found 5"),
+        (
             {"model": "nowhere.py:Net"},
             "model: nowhere.py is not a Python file that can be read, found 'nowhere.py:Net'; correct the path",
         ),

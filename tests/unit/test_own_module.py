@@ -161,6 +161,15 @@ class OfTheBatch(Plain):
         return super().forward((features - features.mean(dim=0)) / (features.std(dim=0) + 1e-3))
 
 
+class LooksUp(Plain):
+    def __init__(self, hyperparameters, shape):
+        super().__init__(hyperparameters, shape)
+        self.table = nn.Embedding(17, 1)
+
+    def forward(self, features):
+        return super().forward(self.table((9 * features).flatten(1).long()).squeeze(-1))
+
+
 class InAList(nn.Module):
     def __init__(self, hyperparameters, shape):
         super().__init__()
@@ -275,6 +284,7 @@ def test_the_onnx_program_of_such_a_module_gives_what_it_gives(nets: Path, tmp_p
         ("Detached", "must give outputs that its parameters take part in, found none that does"),
         ("NeedsTwo", "must take a single row, as a champion is asked for, but AssertionError: two rows at least"),
         ("Squeezes", "must give as many dimensions for a single row as for several, found outputs of shape (10,) and "),
+        ("LooksUp", "raised IndexError: index out of range in self; where it looks whole numbers up"),
         ("InAList", "must have a parameter to train, found none; keep its layers as attributes"),
         ("AllFrozen", "must have a parameter to train, found none"),
     ],

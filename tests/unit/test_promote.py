@@ -167,6 +167,58 @@ def test_a_table_is_read_alike_in_training_by_the_champion_and_where_it_is_serve
     assert again.bit_equal
 
 
+EMBEDDING = """
+import torch
+from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self, hyperparameters, shape):
+        super().__init__()
+        self.rows = nn.Embedding(40, 4)
+        self.out = nn.Linear(4 * 2, shape.outputs)
+
+    def forward(self, features):
+        return self.out(self.rows(features[:, :2].long()).flatten(1))
+"""
+
+
+@pytest.mark.parametrize("kind", ["table", "arrays"])
+def test_raw_columns_reach_an_embedding_and_are_served_as_they_were_trained(tmp_path: Path, kind: str) -> None:
+    """Whole numbers that mean nothing by their size, as they are, and categories as numbers."""
+    draw = np.random.default_rng(0)
+    items, towns = draw.integers(0, 40, 800), draw.choice(["Bonn", "Köln", "Ulm"], 800)
+    frame = pd.DataFrame({"item": items, "age": draw.normal(40, 10, 800).round(1), "town": towns})
+    often = (draw.permutation(40)[items] % 2 == 0) ^ (draw.random(800) < 0.05)
+    frame["bought"] = np.where(often, "often", "never")
+    pairs = np.stack([items, (towns == "Ulm").astype(np.int64)], axis=1)
+    data: dict[str, object]
+    if kind == "table":
+        frame.to_csv(tmp_path / "rows.csv", index=False)
+        data = {"source": str(tmp_path / "rows.csv"), "raw": ["item", "town"]}
+    else:
+        np.savez(tmp_path / "rows.npz", features=pairs, target=frame["bought"].to_numpy(dtype=str))
+        data = {"source": str(tmp_path / "rows.npz"), "raw": True}
+    job = make_job(
+        data=data,
+        model=write_net(tmp_path, EMBEDDING),
+        search={"space": {"epochs": 30, "batch_size": 16, "optimizer": "adam", "learning_rate": 0.03}},
+        confirm={"candidates": 1, "seeds": 1},
+        budget={"trials": 1},
+    )
+    prepared = Prepared.load(prepare(job.data, "classification", tmp_path / "snapshots"), CPU, job.data.raw)
+    manifest = write(job, prepared, tmp_path / "version")
+    store = open_store((tmp_path / "store").as_uri())
+    name = publish_version(store, manifest, tmp_path / "version")
+    published = read_version(store, job.name, name, CPU)
+    assert manifest.metrics["test"]["accuracy"] > 0.8
+    rows = frame.drop(columns="bought") if kind == "table" else torch.from_numpy(pairs).float()
+    served = mlflow.pyfunc.load_model(str(tmp_path / "version" / "mlflow"))
+    answers = served.predict(rows if kind == "table" else pairs.astype(np.float32))
+    assert list(answers["prediction"]) == published.predict(rows)
+    assert reproduce(store, job.name, name, tmp_path / "elsewhere", CPU).bit_equal
+
+
 def test_a_champion_is_judged_on_a_table_whose_categories_have_changed(tmp_path: Path) -> None:
     job, prepared, _ = a_table(tmp_path / "data", towns=("Köln", "Ulm"), seed=0)
     manifest = write(job, prepared, tmp_path / "version")

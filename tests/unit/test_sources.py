@@ -231,6 +231,7 @@ def an_idx_pair(images: bytes, name: str = "i.idx") -> Callable[[Path], dict[str
 
 
 WORDS = ["yes", "no"] * 20
+NUMBERED = b"n,x,y\n" + b"".join(b"%d,%d,%d\n" % (n, n * 7 % 5, n % 2) for n in range(40))
 ZIPPED = gzip.compress(b"".join(b"%d,%d\n" % (number * 7919 % 104729, number % 2) for number in range(20000)))
 
 
@@ -267,6 +268,11 @@ CUBE = an_idx(2, 2, 2, content=bytes(8))
         (some_bytes("rows.csv", b"a,b\n1,2\n3,4\n", target="c"), "data.target must name a column"),
         (some_bytes("rows.csv", b"a,b\n1,2\n3,4\n", split_by="c"), "data.split_by must name a column"),
         (some_bytes("rows.csv", b"a,b\n1,2\n3,4\n", roles={"c": "numeric"}), "data.roles must name a column"),
+        (some_bytes("rows.csv", b"a,b\n1,2\n3,4\n", raw=("c",)), "data.raw must name a column"),
+        (
+            some_bytes("rows.csv", NUMBERED, raw=("n",)),
+            "found n, which is read as identifier; set data.roles.n to numeric",
+        ),
         (some_bytes("rows.csv", b"a,b\nx,2\ny,4\n", roles={"a": "numeric"}), "a must hold a finite number, found"),
         (some_bytes("rows.csv", b"a,b\nx,2\ny,4\n", roles={"a": "datetime"}), "column a must hold a date such as"),
         (some_bytes("rows.csv", b"a,b\nx,2\ny,4\n", roles={"a": "boolean"}), "column a must hold true or false"),
