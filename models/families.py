@@ -101,6 +101,11 @@ class Family:
         own = {name: space[name] for name in self.own_names if name in space}
         return self.hyperparameters.grid_space(_without(space, self.own_names)) | Searchable.grid_space(own)
 
+    def searched(self, space: Mapping[str, Domain]) -> list[str]:
+        """The names that a trial may draw; of the own hyperparameters those that the space does not fix."""
+        ours = self.hyperparameters.searched(_without(space, self.own_names))
+        return ours + [name for name in self.own_names if isinstance(space.get(name, ()), Range | tuple)]
+
     def draw(self, trial: optuna.Trial, space: Mapping[str, Domain]) -> Hyperparameters:
         """Draw a trial's hyperparameters. Raises ValueError where what was drawn is not valid, and whatever a user's
         `suggest` raises."""

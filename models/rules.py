@@ -19,6 +19,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticKnownError
 
 MOST_LETTERS = 80
+IS_MISSING, IS_NOT = "is missing", "is not"
 NOTHING: Any = object()
 
 # A field below a model: the names of sections and fields, and the places in a list.
@@ -34,7 +35,8 @@ _VERBS = ("must", "is", "has", "needs", "matters", "fixes")
 class Mistake:
     """What is wrong with a field: the rule that it breaks ("must be ..."), the value found, and what to do about it.
 
-    `written` is what stands in the file, where YAML made something else of it.
+    `written` is what stands in the file, where YAML made something else of it; `beside` are other fields that the rule
+    is about.
     """
 
     field: Place = ()
@@ -42,6 +44,7 @@ class Mistake:
     found: Any = NOTHING
     written: str | None = None
     remedy: str
+    beside: tuple[Place, ...] = ()
 
     @property
     def sentence(self) -> str:
@@ -54,7 +57,7 @@ class Mistake:
 
     def below(self, *place: str | int) -> "Mistake":
         """The same mistake, said of a field that lies below another."""
-        return replace(self, field=(*place, *self.field))
+        return replace(self, field=(*place, *self.field), beside=tuple((*place, *other) for other in self.beside))
 
 
 class Refused(ValueError):
@@ -111,11 +114,19 @@ def mistakes_of(
 def unknown_name(place: Place, noun: str, known: Iterable[str], found: Any = NOTHING, remedy: str = "") -> Mistake:
     """A name that nothing has: the remedy proposes the known name that was probably meant, and lists all of them."""
     known = tuple(known)
-    near = get_close_matches(str(place[-1]), known, n=1)
+    near = nearest(str(place[-1]), known)
     if _SECRET_NAME.search(str(place[-1])):
         found = NOTHING
-    remedy = f"write {near[0]}" if near else remedy or "remove it"
-    return Mistake(field=place, rule=f"is not {noun}", found=found, remedy=f"{remedy} (known are {', '.join(known)})")
+    meant = () if near is None else ((*place[:-1], near),)
+    remedy = f"{f'write {near}' if near else remedy or 'remove it'} (known are {', '.join(known)})"
+    return Mistake(field=place, rule=f"{IS_NOT} {noun}", found=found, remedy=remedy, beside=meant)
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that was probably meant, whatever its case."""
+    by_case = {each.lower(): each for each in known}
+    near = get_close_matches(name.lower(), by_case, n=1)
+    return by_case[near[0]] if near else None
 
 
 def accepts(kind: Any, limits: Iterable[Any] = ()) -> str:
@@ -167,7 +178,7 @@ def _mistake(model: type[BaseModel], place: Place, problem: str, found: Any, wri
         return unknown_name(place, f"a field of {section.noun}", _fields_of(section), found, remedy)
     rule = _rule_at(model, place)
     if problem == "missing":
-        return Mistake(field=place, rule="is missing", remedy=f"add it, such as {place[-1]}: {rule.example}")
+        return Mistake(field=place, rule=IS_MISSING, remedy=f"add it, such as {place[-1]}: {rule.example}")
     text = written.get(rule.place)
     return Mistake(
         field=rule.place,
@@ -245,8 +256,8 @@ def _remedy(rule: _Rule, found: Any, written: str | None) -> str:
     if isinstance(found, Mapping | list | tuple):
         return f"write one value, such as {example}"
     if rule.choices:
-        near = get_close_matches(str(found) if written is None else written, rule.choices, n=1)
-        return f"write {near[0]}" if near else "choose one of them"
+        near = nearest(str(found) if written is None else written, rule.choices)
+        return f"write {near}" if near else "choose one of them"
     if bool in kinds:
         return "write true or false, without quotes"
     if kinds & {int, float}:
@@ -259,7 +270,7 @@ def _remedy(rule: _Rule, found: Any, written: str | None) -> str:
 
 def _remedy_of_number(rule: _Rule, found: Any) -> str:
     low, high = rule.ends
-    if isinstance(found, bool | str) or not math.isfinite(found):
+    if isinstance(found, bool) or not isinstance(found, int | float) or not math.isfinite(found):
         return f"write a number, such as {rule.example}"
     if found >= high:
         is_share = high <= 1 < found <= 100

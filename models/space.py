@@ -92,7 +92,7 @@ class Searchable(Declared):
             when = cls.conditions.get(name)
             if (
                 when is None
-                or when.parent in wrong
+                or wrong & {name, when.parent}
                 or any(value in when.values for value in _values(space[when.parent]))
             ):
                 continue
@@ -108,6 +108,17 @@ class Searchable(Declared):
         if mistakes:
             raise Refused(*mistakes)
         return space
+
+    @classmethod
+    def searched(cls, space: Space) -> list[str]:
+        """The names that a trial may draw: with several values, where the hyperparameter can matter."""
+        names = []
+        for name, domain in space.items():
+            when = cls.conditions.get(name)
+            matters = when is None or any(value in when.values for value in _values(space[when.parent]))
+            if matters and (isinstance(domain, Range) or (isinstance(domain, tuple) and len(domain) > 1)):
+                names.append(name)
+        return names
 
     @classmethod
     def draw(cls, trial: optuna.Trial, space: Space) -> dict[str, Value]:

@@ -3,10 +3,9 @@
 One bad file is an error of its own job only.
 """
 
-from difflib import get_close_matches
 from pathlib import Path
 
-from models.rules import Refused
+from models.rules import Refused, nearest
 from tasks.job.parse import JobError, parse_text
 from tasks.job.schema import TuningJob
 from tasks.job.sections import MOST_MINUTES, MOST_TRIALS, PresetName
@@ -36,8 +35,8 @@ def load_job(
     """
     files = job_files(extra_folder)
     if name not in files:
-        near = get_close_matches(name, files, n=1)
-        raise JobError(f"no job is named {name!r}; {f'write {near[0]}; ' if near else ''}known are {', '.join(files)}")
+        near = nearest(name, files)
+        raise JobError(f"no job is named {name!r}; {f'write {near}; ' if near else ''}known are {', '.join(files)}")
     text, path = _read(files[name])
     written = parse_text(text, path)
     given: dict[tuple[str, str], object] = {

@@ -12,14 +12,14 @@ from typing import Any
 from pydantic import ValidationError
 
 from infra.errors import ExpectedError
-from models.rules import Mistake, Place, mistakes_of
+from models.rules import IS_MISSING, IS_NOT, Mistake, Place, mistakes_of
 from models.shapes import DataShape
 from tasks.job.schema import TuningJob
 from tasks.job.together import contradictions, contradictions_of_shape, without_effect
 from tasks.job.yaml_text import Text
 
-# What takes the place of a wrong value that there must be, so that the rest can be validated.
-STAND_INS: Mapping[Place, Any] = {("name",): "job", ("data",): {"source": "x.py:rows"}, ("data", "source"): "x.py:rows"}
+# What the rest is validated with, where a source is wrong: of a function nothing is known.
+UNKNOWN_SOURCE = "unknown.py:rows"
 
 Overrides = Mapping[tuple[str, str], object]
 
@@ -46,7 +46,7 @@ def parse_text(text: Text, path: Path, overrides: Overrides | None = None) -> Tu
     for (section, field), value in (overrides or {}).items():
         content.setdefault(section, {})[field] = value
     written = {place: letters for place, letters in text.written.items() if place not in (overrides or {})}
-    mistakes = list(text.mistakes)
+    mistakes, unread = list(text.mistakes), {mistake.field for mistake in text.mistakes}
     if isinstance(name := content.get("name"), str) and name != path.stem:
         rule, remedy = f"must equal the file's name {path.stem!r}", "rename one of them"
         mistakes.append(Mistake(field=("name",), rule=rule, found=name, remedy=remedy))
@@ -58,17 +58,26 @@ def parse_text(text: Text, path: Path, overrides: Overrides | None = None) -> Tu
             job = TuningJob.model_validate(content)
         except ValidationError as error:
             found = [each for each in mistakes_of(TuningJob, error, written) if each not in mistakes]
-            mistakes += found
-            if not found:
+            if not found:  # which would go on for ever
                 break
+            # A misspelt name is one mistake, though the field that was meant is missing.
+            meant = {place for mistake in found if mistake.rule.startswith(IS_NOT) for place in mistake.beside}
+            known = unread | {
+                mistake.field for mistake in found if mistake.rule == IS_MISSING and mistake.field in meant
+            }
+            mistakes += [mistake for mistake in found if mistake.field not in known]
             _take_out(content, [mistake.field for mistake in found])
+            content.setdefault("name", "job")
+            content.setdefault("data", {}).setdefault("source", UNKNOWN_SOURCE)
     if job is not None:
         wrong = {mistake.field for mistake in mistakes}
+        if job.data.source == UNKNOWN_SOURCE:
+            wrong.add(("data", "source"))
         together = [*contradictions(job), *([] if overrides else without_effect(job))]
-        mistakes += [mistake for mistake in together if not wrong & {mistake.field, mistake.field[:1]}]
+        mistakes += [mistake for mistake in together if not wrong & {mistake.field, *mistake.beside}]
     if job is None or mistakes:
-        said = ", ".join(f"{section}.{field} {value}" for (section, field), value in (overrides or {}).items())
-        raise JobError.of(path, mistakes, f" (the file was overridden with {said})" if said else "")
+        after = ", ".join(f"{section}.{field} {value}" for (section, field), value in (overrides or {}).items())
+        raise JobError.of(path, mistakes, f" (the file was overridden with {after})" if after else "")
     return job
 
 
@@ -79,25 +88,20 @@ def check_shape(job: TuningJob, shape: DataShape) -> None:
 
 
 def _take_out(content: dict[str, Any], places: Iterable[Place]) -> None:
-    """Remove what lies at each place, or would lie in it; what there must be is replaced."""
-    for place in {_nearest(content, place) for place in places}:
+    """Remove what lies at each place; where nothing does, what it would lie in."""
+    for place in sorted({_nearest(content, place) for place in places}, key=len, reverse=True):
         inner: Any = content
         for part in place[:-1]:
             inner = inner[part]
-        if place in STAND_INS:
-            inner[place[-1]] = copy.deepcopy(STAND_INS[place])
-        else:
-            inner.pop(place[-1], None)
+        inner.pop(place[-1], None)
 
 
 def _nearest(content: Mapping[str, Any], place: Place) -> Place:
-    """The place itself if its section is a mapping that has it, or must have it; else the nearest that it lies in."""
+    """The place, if every part of it is there and lies in a mapping; else as much of it as does."""
     inner: Any = content
-    for length, part in enumerate(place, 1):
-        if place[:length] == place and place in STAND_INS and isinstance(inner, dict):
-            return place
+    for length, part in enumerate(place):
         if not isinstance(inner, dict) or part not in inner:
-            return place[: max(1, length - 1)]
+            return place[: max(1, length)]
         inner = inner[part]
     return place
 

@@ -9,7 +9,6 @@ import unicodedata
 from collections.abc import Mapping
 from contextlib import suppress
 from datetime import UTC, date, datetime
-from difflib import get_close_matches
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 from zoneinfo import available_timezones
@@ -19,7 +18,7 @@ from pydantic_core import PydanticKnownError
 
 from models.column import MISSING, DateOrder, Role
 from models.evaluate import MetricName
-from models.rules import Declared
+from models.rules import Declared, nearest
 from tasks.job.kinds import kind_of
 
 SamplerName = Literal["auto", "tpe", "gp", "cmaes", "random", "qmc", "grid"]
@@ -296,6 +295,6 @@ class ScheduleConfig(Declared):
     @classmethod
     def _timezone_exists(cls, timezone: str) -> str:
         if timezone not in (known := available_timezones()):
-            near = get_close_matches(timezone, sorted(known), n=1)
-            raise ValueError(f"must be an IANA time zone such as Europe/Berlin; write {near[0] if near else 'UTC'}")
+            near = nearest(timezone, sorted(known)) or "UTC"
+            raise ValueError(f"must be an IANA time zone such as Europe/Berlin; write {near}")
         return timezone

@@ -11,7 +11,6 @@ from pydantic import BaseModel
 from models.families import FAMILIES, least_parameters
 from models.rules import NOTHING, Mistake
 from models.shapes import DataShape
-from models.space import Domain, Range
 from tasks.job.kinds import IN_WORDS, TABLES, Kind, kind_of
 from tasks.job.schema import TuningJob
 from tasks.job.sections import DataConfig
@@ -27,49 +26,56 @@ def contradictions(job: TuningJob) -> Iterator[Mistake]:
     yield from _of_search(job)
     budget, promotion = job.budget, job.promotion
     if budget.max_cost is not None and budget.price_per_hour is None:
-        yield _mistake("budget.max_cost", "needs a price_per_hour beside it", budget.max_cost, "add the price")
+        yield _mistake(
+            "budget.max_cost",
+            "needs a price_per_hour beside it",
+            budget.max_cost,
+            "add the price",
+            "budget.price_per_hour",
+        )
     is_share = job.objective.problem == "classification" and job.objective.direction == "maximize"
     if is_share and promotion.min_improvement >= 1:
         rule = f"must be below 1, because {job.search.objective} lies between 0 and 1"
         remedy = f"write {promotion.min_improvement / 100:g} for {promotion.min_improvement:g} points of a hundred"
-        yield _mistake("promotion.min_improvement", rule, promotion.min_improvement, remedy)
+        yield _mistake("promotion.min_improvement", rule, promotion.min_improvement, remedy, "search.objective")
 
 
 def without_effect(job: TuningJob) -> Iterator[Mistake]:
     """What a job file says in vain: a field whose value differs from its default, and which nothing looks at."""
     data, kind = job.data, kind_of(job.data.source)
-    source = IN_WORDS[kind]
-    target = data.target
-    left_out = {data.split_by: "data.split_by", data.time_column: "data.time_column", target: "data.target"}
-    said = (
-        ("data.labels", kind == "idx", f"where the source is {source}: only IDX files of images have one beside them"),
-        ("data.query", kind == "database", f"where the source is {source}: only a database is asked"),
-        ("data.header", kind == "csv", f"where the source is {source}: only CSV files have one"),
-        ("data.delimiter", kind == "csv", f"where the source is {source}: only CSV files have one"),
-        ("data.missing", kind in (*TABLES, "npz"), f"where the source is {source}, which holds no texts"),
+    here = f"where the source is {IN_WORDS[kind]}"
+    is_csv, is_table, is_classification = kind == "csv", kind in TABLES, job.objective.problem == "classification"
+    no_features = {data.split_by: "data.split_by", data.time_column: "data.time_column", data.target: "data.target"}
+    # A field, the one beside which it is in vain, whether it is not, and why it would be.
+    for field, beside, has_effect, why in (
+        ("data.labels", "data.source", kind == "idx", f"{here}: only IDX files of images have one beside them"),
+        ("data.query", "data.source", kind == "database", f"{here}: only a database is asked"),
+        ("data.header", "data.source", is_csv, f"{here}: only CSV files have one"),
+        ("data.delimiter", "data.source", is_csv, f"{here}: only CSV files have one"),
+        ("data.missing", "data.source", is_table or kind == "npz", f"{here}, which holds no texts"),
         *(
-            (f"data.{field}", kind in TABLES, f"where the source is {source}, which has no columns")
-            for field in ("target", "decimal", "thousands", "dates", "roles", "split_by", "time_column")
+            (f"data.{name}", "data.source", is_table, f"{here}, which has no columns")
+            for name in ("target", "decimal", "thousands", "dates", "roles", "split_by", "time_column")
         ),
         *(
-            (f"data.roles.{name}", name not in left_out, f"on the column of {left_out.get(name)}, which is no feature")
+            (f"data.roles.{name}", column, False, f"on the column of {column}, which is no feature")
             for name in data.roles
+            if (column := no_features.get(name)) is not None
         ),
-        ("data.tidy_labels", job.objective.problem == "classification", "where the target is a number"),
-        ("data.test_fraction", data.time_column is None, "where time decides: test rows are those from test_from on"),
-        ("data.max_rows_lost", data.checks.get("rows_lost") != "ignore", "where data.checks.rows_lost is ignore"),
-        ("search.cost_tolerance", job.search.cost != "none", "where search.cost is none"),
-        ("confirm.ship", job.confirm.seeds > 1, "where confirm.seeds is 1: an ensemble of one is that one"),
-        ("promotion.ask_minutes", job.promotion.mode == "ask", "where promotion.mode is not ask"),
+        ("data.tidy_labels", "search.objective", is_classification, "where the target is a number"),
+        ("data.test_fraction", "data.time_column", data.time_column is None, "where rows are tested from test_from on"),
+        ("data.max_rows_lost", "data.checks", data.checks.get("rows_lost") != "ignore", "where rows_lost is ignored"),
+        ("search.cost_tolerance", "search.cost", job.search.cost != "none", "where search.cost is none"),
+        ("confirm.ship", "confirm.seeds", job.confirm.seeds > 1, "where confirm.seeds is 1: one model is no ensemble"),
+        ("promotion.ask_minutes", "promotion.mode", job.promotion.mode == "ask", "where promotion.mode is not ask"),
         (
-            "promotion.max_calibration_error", job.objective.problem == "classification",
+            "promotion.max_calibration_error", "search.objective", is_classification,
             f"for the objective {job.search.objective}: only probabilities of classes are calibrated",
         ),
-    )  # fmt: skip
-    for field, has_effect, why in said:
+    ):  # fmt: skip
         value, default = _value_of(job, field)
         if not has_effect and value != default:
-            yield _mistake(field, f"has no effect {why}", value, "remove it")
+            yield _mistake(field, f"has no effect {why}", value, "remove it", beside)
 
 
 def hints(job: TuningJob) -> Iterator[str]:
@@ -97,21 +103,27 @@ def contradictions_of_shape(job: TuningJob, shape: DataShape) -> Iterator[Mistak
 def _of_data(job: TuningJob) -> Iterator[Mistake]:
     data, kind = job.data, kind_of(job.data.source)
     if kind == "database" and data.query is None:
-        yield _mistake("data.query", "is missing: it says what to select from the database", NOTHING, "add it")
+        yield _mistake(
+            "data.query", "is missing: it says what to select from the database", NOTHING, "add it", "data.source"
+        )
     if kind == "idx" and data.labels is None:
-        yield _mistake("data.labels", "is missing: it names the file of labels beside the images", NOTHING, "add it")
+        yield _mistake(
+            "data.labels", "is missing: it names the file of labels beside the images", NOTHING, "add it", "data.source"
+        )
     if kind in ("csv", "parquet", "database") and job.model == "cnn":
         yield _no_images(f"the source is {IN_WORDS[kind]}")
     pair: dict[str, Any] = {"time_column": data.time_column, "test_from": data.test_from}
     for (field, value), (other, missing) in (pair.items(), reversed(pair.items())):
         if value is not None and missing is None:
-            yield _mistake(f"data.{field}", f"needs {other} beside it", value, "give both or neither")
+            yield _mistake(f"data.{field}", f"needs {other} beside it", value, "give both or neither", f"data.{other}")
     if data.time_column is not None and data.split_by is not None:
         rule = f"must be left out beside time_column, which puts rows of one {data.split_by} on two sides"
-        yield _mistake("data.split_by", rule, data.split_by, "leave out one of them")
+        yield _mistake("data.split_by", rule, data.split_by, "leave out one of them", "data.time_column")
     for field in ("split_by", "time_column"):
         if data.target is not None and getattr(data, field) == data.target:
-            yield _mistake(f"data.{field}", "must be another column than the target", data.target, "name another")
+            yield _mistake(
+                f"data.{field}", "must be another column than the target", data.target, "name another", "data.target"
+            )
     if not isinstance(data.raw, bool):
         yield from _of_raw(data, data.raw, kind)
     if data.thousands == (data.decimal or "."):
@@ -122,7 +134,7 @@ def _of_data(job: TuningJob) -> Iterator[Mistake]:
     if held_out > 1 - LEAST_TRAINING_SHARE:
         rule = f"must leave {LEAST_TRAINING_SHARE:.0%} of the rows to train on, found {1 - held_out:.0%} left by"
         rule += f" test_fraction {data.test_fraction:g} and validation_fraction {data.validation_fraction:g}"
-        yield _mistake("data.test_fraction", rule, NOTHING, "lower one of them")
+        yield _mistake("data.test_fraction", rule, NOTHING, "lower one of them", "data.validation_fraction")
 
 
 def _of_raw(data: DataConfig, names: tuple[str, ...], kind: Kind) -> Iterator[Mistake]:
@@ -140,14 +152,16 @@ def _of_search(job: TuningJob) -> Iterator[Mistake]:
     search = job.search
     if search.cost != "none" and search.pruner != "none":
         rule = f"must be none where cost is {search.cost}, because Optuna prunes by a single objective"
-        yield _mistake("search.pruner", rule, search.pruner, "set pruner: none")
+        yield _mistake("search.pruner", rule, search.pruner, "set pruner: none", "search.cost")
     elif search.sampler == "gp" and search.pruner != "none":
         rule = "must be none where sampler is gp, because it learns from trials that were trained to their end only"
-        yield _mistake("search.pruner", rule, search.pruner, "set pruner: none, or choose sampler tpe")
+        yield _mistake(
+            "search.pruner", rule, search.pruner, "set pruner: none, or choose sampler tpe", "search.sampler"
+        )
     if search.cost != "none" and search.sampler == "cmaes":
         rule = f"must be another where cost is {search.cost}, because cmaes knows a single objective"
-        yield _mistake("search.sampler", rule, search.sampler, "choose tpe or gp")
-    if not job.family.own_names and not any(_is_searched(domain) for domain in job.space.values()):
+        yield _mistake("search.sampler", rule, search.sampler, "choose tpe or gp", "search.cost")
+    if not job.family.searched(job.space):
         rule = "fixes every hyperparameter, so that there is nothing to search"
         yield _mistake("search.space", rule, search.space, "leave one out, or give it choices or {low, high}")
     shape = SMALLEST_SHAPES.get(job.model)
@@ -171,11 +185,7 @@ def _too_small_a_limit(job: TuningJob, shape: DataShape) -> Mistake | None:
 
 def _no_images(why: str) -> Mistake:
     rule = f"must be another than cnn where {why}, because that needs images of shape (channels, height, width)"
-    return _mistake("model", rule, "cnn", "choose mlp, or another source")
-
-
-def _is_searched(domain: Domain) -> bool:
-    return isinstance(domain, Range) or (isinstance(domain, tuple) and len(domain) > 1)
+    return _mistake("model", rule, "cnn", "choose mlp, or another source", "data.source")
 
 
 def _value_of(job: TuningJob, field: str) -> tuple[Any, Any]:
@@ -190,5 +200,7 @@ def _value_of(job: TuningJob, field: str) -> tuple[Any, Any]:
     )
 
 
-def _mistake(field: str, rule: str, found: Any, remedy: str) -> Mistake:
-    return Mistake(field=tuple(field.split(".", maxsplit=2)), rule=rule, found=found, remedy=remedy)
+def _mistake(field: str, rule: str, found: Any, remedy: str, *beside: str) -> Mistake:
+    """`beside` are the other fields that the rule is about."""
+    place, *others = (tuple(name.split(".", maxsplit=2)) for name in (field, *beside))
+    return Mistake(field=place, rule=rule, found=found, remedy=remedy, beside=tuple(others))

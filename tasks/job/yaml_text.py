@@ -116,9 +116,12 @@ def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode, place: Place, read
             read.mistakes.append(mistake.below(*place, name))
         elif name not in values:
             values[name] = _values(loader, inner, (*place, name), read)
-    for name, found in lines.items():
-        if len(found) > 1:
-            rule = f"must stand once, found it in the lines {', '.join(map(str, found[:-1]))} and {found[-1]}"
+    for name, numbers in lines.items():
+        if len(numbers) > 1:
+            where = f"lines {', '.join(map(str, numbers[:-1]))} and {numbers[-1]}"
+            if len(set(numbers)) == 1:
+                where = f"line {numbers[0]}, {len(numbers)} times"
+            rule = f"must stand once, found it in {where}"
             read.mistakes.append(Mistake(field=(*place, name), rule=rule, remedy="keep one of them"))
     return values
 
