@@ -6,6 +6,8 @@ and imports them afterwards; it also keeps `nightly --help` quick.
 
 import json
 import sys
+import tempfile
+import traceback
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -205,13 +207,24 @@ app.command(point_champion.__name__, hidden=True)(point_champion)
 
 
 def main() -> None:
-    """Run the command line; an error that a person can mend is one sentence and exit code 1."""
+    """Run the command line; an error that a person can mend is one sentence and exit code 1, and so is any other, whose
+    traceback is kept in a file."""
     from infra.errors import ExpectedError
 
     try:
         app()
     except ExpectedError as error:
         say(error)
+        sys.exit(1)
+    except Exception as error:  # noqa: BLE001  (a person can do nothing with its traceback but report it)
+        with tempfile.NamedTemporaryFile("w", prefix="nightly-fault-", suffix=".txt", delete=False) as file:
+            traceback.print_exception(error, file=file)
+        reason = f"{type(error).__name__}: {error}".strip().partition("\n")[0]
+        errors.print(
+            f"nightly: this is a fault of Nightly Tuner's own, found {reason}; report it with the traceback in "
+            f"{file.name}",
+            markup=False,
+        )
         sys.exit(1)
 
 

@@ -6,6 +6,7 @@ Knows nothing of what the rows are for, and of splits.
 import gzip
 import math
 import struct
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,19 +23,26 @@ IDX_SUFFIXES = ("ubyte", "ubyte.gz", ".idx", ".idx.gz")
 MOST_ARRAY_BYTES = 16 * 2**30
 
 
-def read_npz(path: Path) -> tuple[Any, Any]:
-    with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-        missing = {"features", "target"} - set(arrays.files)
-        if missing:
-            raise DataError(
-                f"{path} must hold arrays features and target, found {', '.join(arrays.files) or 'none'}; rename them"
-            )
+def read_npz(path: Path) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    with path.open("rb") as file:
         try:
-            return arrays["features"], arrays["target"]
-        except ValueError as error:
+            arrays = np.load(file, allow_pickle=False)
+            names = () if isinstance(arrays, np.ndarray) else arrays.files
+            found = {name: np.asarray(arrays[name]) for name in ("features", "target") if name in names}
+        except (zipfile.BadZipFile, EOFError, OSError):
+            raise
+        except Exception as error:  # a header may claim anything, and NumPy has no error of its own
+            reason = str(error).partition("\n")[0]
             raise DataError(
-                f"{path} must hold arrays of numbers or texts, but {error}; save them without objects"
+                f"{path} must hold arrays of numbers or texts, but {reason}; save them without objects, by "
+                "numpy.savez(path, features=..., target=...)"
             ) from error
+    if len(found) < 2:
+        raise DataError(
+            f"{path} must hold arrays features and target, found {', '.join(names) or 'none with a name'}; save them "
+            "by numpy.savez(path, features=..., target=...)"
+        )
+    return found["features"], found["target"]
 
 
 def idx_pairs(data: DataConfig) -> Arrays:

@@ -60,6 +60,8 @@ def _rows(source: str, arrays: Arrays) -> Iterator[tuple[npt.NDArray[Any], "pd.S
                 f"{source}: features must have shape (rows, ...) and labels (rows,), "
                 f"found {features.shape} and {labels.shape}; return or save them so"
             )
+        if features.shape[1:].count(0):
+            raise DataError(f"{source}: a row must have features, found {features.shape} of all; return or save some")
         if features.dtype.kind not in NUMBER_KINDS:
             raise DataError(f"{source}: features must be numbers, found {features.dtype}; turn them into numbers")
         if labels.dtype.kind not in LABEL_KINDS:
@@ -77,7 +79,7 @@ def _finite(source: str, features: npt.NDArray[Any], rows: "pd.Index[Any]") -> n
             numbers: npt.NDArray[np.float32] = features.astype(np.float32)
     except (TypeError, ValueError, OverflowError) as error:
         raise DataError(f"{source}: features must be numbers, but {error}; turn them into numbers") from error
-    bad = np.flatnonzero(~np.isfinite(numbers).reshape(len(numbers), -1).all(axis=1))
+    bad = np.flatnonzero(~np.isfinite(numbers).all(axis=tuple(range(1, numbers.ndim))))
     if len(bad):
         raise DataError(
             f"{source}: features must be finite (at most 3.4e38), found NaN or infinity in {len(bad)} of "

@@ -3,6 +3,7 @@
 Reads a snapshot and decides nothing.
 """
 
+from tasks.findings import printable
 from tasks.snapshots import Snapshot
 
 MOST_CLASSES = 20
@@ -56,5 +57,5 @@ def _classes(snapshot: Snapshot) -> list[str]:
 
 
 def _cell(text: str) -> str:
-    """As a table's cell shows it: what stands in data must not break the page."""
-    return text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
+    """As a table's cell shows it: what stands in data must not break the page, or the terminal."""
+    return printable(text).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")

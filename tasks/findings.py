@@ -56,4 +56,10 @@ class Described:
 def finding(check: CheckName, data: DataConfig, sentence: str) -> list[Finding]:
     """The finding with the severity that the job gives it, else the usual one; none where the job ignores such."""
     severity = data.checks.get(check, SEVERITIES[check])
-    return [] if severity == "ignore" else [Finding(check=check, severity=severity, sentence=sentence)]
+    return [] if severity == "ignore" else [Finding(check=check, severity=severity, sentence=printable(sentence))]
+
+
+def printable(text: str) -> str:
+    """One line that a terminal shows as it is: what a column's name or a value holds of control characters, line ends
+    and halves of a surrogate pair as Python would write it."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)

@@ -6,6 +6,7 @@ of splits.
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ import pandas as pd
 
 from infra.errors import ExpectedError
 from models.column import Column
-from tasks.findings import Described, Finding
+from tasks.findings import Described, Finding, printable
 from tasks.job import DataConfig
 
 Hashes = npt.NDArray[np.uint64]
@@ -26,6 +27,9 @@ Arrays = Callable[[], Iterator[tuple[npt.NDArray[Any], npt.NDArray[Any]]]]
 
 class DataError(ExpectedError):
     """The data cannot be used; the message names the source, the rule, what was found and the remedy."""
+
+    def __init__(self, sentence: str) -> None:
+        super().__init__(printable(sentence))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,8 +71,8 @@ def stop_at_errors(findings: Iterable[Finding], data: DataConfig) -> None:
 def hash_rows(features: npt.NDArray[np.float32]) -> Hashes:
     """The content of rows of arrays: 16 bytes of BLAKE2b over a row's values as little-endian float32 (-0 counts as
     0)."""
-    canonical = np.ascontiguousarray(features + np.float32(0), dtype="<f4").reshape(len(features), -1)
-    return hash_matrix(canonical)
+    canonical = np.ascontiguousarray(features + np.float32(0), dtype="<f4")
+    return hash_matrix(canonical.reshape(len(features), math.prod(features.shape[1:])))
 
 
 def hash_matrix(matrix: npt.NDArray[Any]) -> Hashes:

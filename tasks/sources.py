@@ -9,7 +9,10 @@ import importlib.metadata
 import json
 import struct
 import zipfile
+import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,7 @@ from tasks.array_files import IDX_SUFFIXES, idx_pairs, read_npz
 from tasks.array_rows import array_rows
 from tasks.image_files import images
 from tasks.job import DataConfig
-from tasks.rows import Arrays, DataError, Frames, Rows
+from tasks.rows import Arrays, Chunk, DataError, Frames, Rows
 from tasks.source_functions import rows_of
 from tasks.table_files import (
     CHUNK_BYTES,
@@ -37,6 +40,7 @@ from tasks.table_rows import table_rows
 
 SKLEARN_SETS = ("digits", "iris", "wine", "breast_cancer", "diabetes")
 DATABASES = ("postgresql", "sqlite")
+READ_ERRORS = (OSError, EOFError, UnicodeError, pa.ArrowException, zipfile.BadZipFile, zlib.error, struct.error)
 
 
 def read_rows(data: DataConfig, problem: Problem, downloads: Path, scratch: Path) -> Rows:
@@ -52,15 +56,17 @@ def read_rows(data: DataConfig, problem: Problem, downloads: Path, scratch: Path
     Raises DataError: the source is unknown or cannot be read, or what it gives does not make rows for the problem.
     StoreError where S3 refuses or does not answer.
     """
-    if is_in_s3(data.source):
-        here = {"source": download(data.source, downloads)}
-        if data.labels is not None and is_in_s3(data.labels):
-            here["labels"] = download(data.labels, downloads)
-        try:
-            return _read(data.model_copy(update=here), problem, scratch)
-        except DataError as error:
-            raise DataError(str(error).replace(here["source"], data.source)) from error
-    return _read(data, problem, scratch)
+    places = {"source": data.source, "labels": data.labels}
+    here = {name: download(place, downloads) for name, place in places.items() if place and is_in_s3(place)}
+    copied = here.get("source", data.source)
+    with _in_one_sentence(data.source, copied):
+        rows = _read(data.model_copy(update=here), problem, scratch)
+
+    def chunks() -> Iterator[Chunk]:
+        with _in_one_sentence(data.source, copied):
+            yield from rows.chunks()
+
+    return replace(rows, chunks=chunks)
 
 
 def source_stamp(data: DataConfig) -> str | None:
@@ -85,35 +91,47 @@ def _stamp(place: str) -> list[Any]:
 def _read(data: DataConfig, problem: Problem, scratch: Path) -> Rows:
     source = data.source
     name = Path(source).name.lower()
-    try:
-        if source.startswith("sklearn://"):
-            return array_rows(_slices(*_built_in(source)), data, problem)
-        if source.partition(":")[0].partition("+")[0] in DATABASES:
-            return table_rows(frames_of_query(data, scratch), data, problem)
-        if ".py:" in source:
-            found = rows_of(source)
-            if isinstance(found, pd.DataFrame):
-                return table_rows(_frames_of(found), data, problem)
-            return array_rows(_slices(*found), data, problem)
-        if name.endswith((*CSV_SUFFIXES, ".parquet")):
-            return table_rows(frames_of_files(data), data, problem)
-        if name.endswith(".npz"):
-            return array_rows(_slices(*read_npz(Path(source))), data, problem)
-        if name.endswith(IDX_SUFFIXES):
-            return array_rows(idx_pairs(data), data, problem)
-        if Path(source).is_dir():
-            pictures, findings = images(data)
-            return array_rows(pictures, data, problem, findings)
-    except FileNotFoundError as error:
-        raise DataError(f"data.source: {error.filename or source} does not exist; correct the path") from error
-    except (OSError, EOFError, pa.ArrowException, zipfile.BadZipFile, struct.error) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise DataError(f"{source} must be readable whole, but {reason}; mend it or fetch it again") from error
+    if source.startswith("sklearn://"):
+        return array_rows(_slices(*_built_in(source)), data, problem)
+    if source.partition(":")[0].partition("+")[0] in DATABASES:
+        return table_rows(frames_of_query(data, scratch), data, problem)
+    if ".py:" in source:
+        found = rows_of(source)
+        if isinstance(found, pd.DataFrame):
+            return table_rows(_frames_of(found), data, problem)
+        return array_rows(_slices(*found), data, problem)
+    if name.endswith((*CSV_SUFFIXES, ".parquet")):
+        return table_rows(frames_of_files(data), data, problem)
+    if name.endswith(".npz"):
+        return array_rows(_slices(*read_npz(Path(source))), data, problem)
+    if name.endswith(IDX_SUFFIXES):
+        return array_rows(idx_pairs(data), data, problem)
+    if Path(source).is_dir():
+        pictures, findings = images(data)
+        return array_rows(pictures, data, problem, findings)
     raise DataError(
         "data.source must name a file (.csv, .tsv, .parquet, .npz, IDX) or a folder of images, here or as s3://..., "
         "a database (postgresql://... or sqlite:///...), sklearn://NAME or path/to/load.py:function, found "
         f"{source!r}; name one of them"
     )
+
+
+@contextmanager
+def _in_one_sentence(source: str, copied: str) -> Iterator[None]:
+    """Raise DataError for whatever reading a source may come to, the first time as well as the second; `copied` is
+    where it was read, which is elsewhere if it is in S3."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        place = str(error.filename or copied).replace(copied, source)
+        raise DataError(f"data.source: {place} does not exist; correct the path") from error
+    except READ_ERRORS as error:
+        reason = str(error).strip().partition("\n")[0].replace(copied, source)
+        raise DataError(f"{source} must be readable whole, but {reason}; mend it or fetch it again") from error
+    except DataError as error:
+        if copied == source:
+            raise
+        raise DataError(str(error).replace(copied, source)) from error
 
 
 def _slices(features: npt.NDArray[Any], labels: npt.NDArray[Any]) -> Arrays:

@@ -6,6 +6,7 @@ along anyway. Knows nothing of what is in a column, and of splits.
 
 import csv
 import gzip
+import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
@@ -38,6 +39,13 @@ NUMPY_TYPES = {
     **{kind: pd.Int64Dtype() for kind in (pa.int8(), pa.int16(), pa.int32(), pa.int64())},
     **{kind: pd.UInt64Dtype() for kind in (pa.uint8(), pa.uint16(), pa.uint32(), pa.uint64())},
 }
+# What a column of a Parquet file may hold: truths, numbers, moments, texts, or nothing.
+PLAIN = (
+    *(pa.types.is_boolean, pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal, pa.types.is_null),
+    *(pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view),
+    *(pa.types.is_date, pa.types.is_time, pa.types.is_timestamp),
+)
+INDEX_WITHOUT_A_NAME = re.compile(r"__index_level_\d+__")
 
 
 def frames_of_files(data: DataConfig) -> Frames:
@@ -129,19 +137,24 @@ def _check_texts(path: Path, column: "pd.Series[Any]", before: int) -> None:
 
 
 def parquet_frames(path: Path, _: DataConfig) -> Iterator[pd.DataFrame]:
+    """The columns that the file has, whatever pandas wrote beside them; an index without a name is none."""
     with pyarrow.parquet.ParquetFile(path) as file:
-        schema = file.schema_arrow
-    for field in schema:
-        if pa.types.is_nested(field.type) or pa.types.is_binary(field.type):
+        fields = [field for field in file.schema_arrow if INDEX_WITHOUT_A_NAME.fullmatch(field.name) is None]
+    names = [field.name for field in fields]
+    if (repeated := first_repeated(names)) is not None:
+        raise DataError(f"{path}: each column must have a name of its own, found {repeated!r} twice; rename one")
+    for field in fields:
+        kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
+        if not any(is_plain(kind) for is_plain in PLAIN):
             raise DataError(
                 f"{path}: column {field.name} must hold plain values, found {field.type}; leave it out of the file"
             )
-    texts = [field.name for field in schema if pa.types.is_string(field.type) or pa.types.is_large_string(field.type)]
+    texts = [field.name for field in fields if pa.types.is_string(field.type) or pa.types.is_large_string(field.type)]
     with pyarrow.parquet.ParquetFile(path, read_dictionary=texts, pre_buffer=False, buffer_size=2**20) as file:
         if file.metadata.num_rows == 0:
-            yield schema.empty_table().to_pandas()
-        for batch in file.iter_batches(chunk_rows(schema.names), columns=schema.names):
-            yield batch.to_pandas(types_mapper=NUMPY_TYPES.get)
+            yield pa.schema(fields).empty_table().to_pandas(ignore_metadata=True)
+        for batch in file.iter_batches(chunk_rows(names), columns=names):
+            yield batch.to_pandas(types_mapper=NUMPY_TYPES.get, ignore_metadata=True)
 
 
 def matching(path: Path) -> list[Path]:

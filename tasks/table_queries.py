@@ -50,6 +50,11 @@ def frames_of_query(data: DataConfig, scratch: Path) -> Frames:
 
 
 def _write(folder: Path, paths: list[Path], columns: list[Any], names: list[str]) -> None:
+    for name, column in zip(names, columns, strict=True):
+        if any(isinstance(value, bytes | memoryview) for value in column):
+            raise DataError(
+                f"data.query must give numbers, texts, truths or dates, found bytes in column {name}; cast it"
+            )
     paths.append(folder / f"{len(paths):06}.parquet")
     pyarrow.parquet.write_table(pa.table([_typed(column) for column in columns], names=names), paths[-1])
 

@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 import torch
 from hypothesis import given
@@ -235,6 +237,15 @@ NUMBERED = b"n,x,y\n" + b"".join(b"%d,%d,%d\n" % (n, n * 7 % 5, n % 2) for n in 
 ZIPPED = gzip.compress(b"".join(b"%d,%d\n" % (number * 7919 % 104729, number % 2) for number in range(20000)))
 
 
+def a_parquet_of(names: list[str] | None = None, **columns: Any) -> Callable[[Path], dict[str, Any]]:
+    def write(folder: Path) -> dict[str, Any]:
+        pyarrow.parquet.write_table(pa.table([*columns.values()], names=names or [*columns]), folder / "rows.parquet")
+        return {"source": str(folder / "rows.parquet")}
+
+    return write
+
+
+AN_ARRAY = b"\x93NUMPY\x01\x00\x3a\x00{'descr': '|u1', 'fortran_order': False, 'shape': (1,), }\n1"
 CUBE = an_idx(2, 2, 2, content=bytes(8))
 
 
@@ -282,6 +293,16 @@ CUBE = an_idx(2, 2, 2, content=bytes(8))
         (some_bytes("rows.parquet", b"<html>not found</html>"), "must be readable whole"),
         (some_bytes("rows.npz", b"PK\x03\x04 cut"), "must be readable whole"),
         (an_npz(x=np.eye(4)), "must hold arrays features and target, found x"),
+        (an_npz(features=np.eye(4)[:, :0], target=np.arange(4)), "a row must have features, found (4, 0) of all"),
+        (an_npz(features=np.eye(4), target=np.full(4, np.nan)), "the target must have a value, found none"),
+        (some_bytes("rows.npz", AN_ARRAY), "must hold arrays features and target, found none with a name"),
+        (some_bytes("rows.npz", b"\x80\x04N."), "must hold arrays of numbers or texts, but This file contains pickled"),
+        (some_bytes("rows.npz", b"no archive"), "must hold arrays of numbers or texts, but This file contains pickled"),
+        (some_bytes("rows.csv.gz", ZIPPED[:30] + b"\xff" * 9 + ZIPPED[39:], header=False), "must be readable whole"),
+        (a_parquet_of(a=pa.array([1, 2]), b=pa.array([1, 2]), names=["a", "a"]), "found 'a' twice; rename one"),
+        (a_parquet_of(a=pa.array([b"1"]).dictionary_encode()), "a must hold plain values, found dictionary<values=bin"),
+        (a_parquet_of(a=pa.array([1], pa.duration("s"))), "a must hold plain values, found duration[s]; leave it out"),
+        (a_parquet_of(**{"a\nb": pa.array([{}])}), "column a\\nb must hold plain values, found struct<>"),
         (an_npz(features=np.eye(4), target=np.array([1, "a", None, 2], dtype=object)), "without objects"),
         (some_bytes("i.idx", b"\0\0\x0d" + CUBE[3:], labels="l"), "must begin as an IDX file"),
         (an_idx_pair(CUBE[:-1]), "the 8 bytes that its header claims, found 7"),
@@ -373,6 +394,7 @@ def test_a_query_s_answer_is_a_table_whatever_types_it_has(tmp_path: Path) -> No
         ({"query": "SELECT * FROM nowhere"}, "no such table: nowhere"),
         ({"query": "SELECT 1 AS a, 2 AS a"}, "must name each column once, found 'a' twice"),
         ({"query": "SELECT x, y FROM rows WHERE x > 10"}, "must hold rows, found none"),
+        ({"query": "SELECT x'ff' AS x, 1 AS y"}, "must give numbers, texts, truths or dates, found bytes in column x"),
     ],
 )
 def test_a_bad_query_is_one_sentence(tmp_path: Path, data: dict[str, Any], says: str) -> None:
@@ -764,6 +786,24 @@ def test_of_several_frames_the_first_is_read_and_said(name: str, tmp_path: Path)
     rows = read(tmp_path / "images")
     assert [found.check for found in rows.known.findings][:1] == ["several_frames"]
     assert rows.features.min() > 0.99
+
+
+def test_a_parquet_file_s_columns_are_read_whatever_pandas_wrote_beside_them(tmp_path: Path) -> None:
+    frame = people()
+    frame["town"] = frame["town"].astype("category")
+    frame[frame["age"] > 0].to_parquet(tmp_path / "unnamed.parquet")
+    frame[frame["age"] > 0].set_index("town").to_parquet(tmp_path / "named.parquet")
+    roles = [roles_of(read(tmp_path / name, target="bought").known) for name in ("unnamed.parquet", "named.parquet")]
+    assert roles[0] == roles[1]
+    assert roles[0]["town"] == "categorical"
+
+
+def test_a_source_that_changes_while_it_is_read_is_one_sentence(tmp_path: Path) -> None:
+    people().to_csv(tmp_path / "rows.csv", index=False)
+    rows = read_rows(DataConfig(source=str(tmp_path / "rows.csv")), "classification", tmp_path, tmp_path)
+    (tmp_path / "rows.csv").unlink()
+    with pytest.raises(DataError, match=r"data\.source: .*rows\.csv does not exist; correct the path"):
+        next(rows.chunks())
 
 
 def test_a_file_that_unpacks_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
