@@ -102,7 +102,7 @@ def _in_words(error: BaseException, path: str) -> str:
         return f"called sys.exit({error.code!r}) in line {lines[-1]}; let it return or raise instead"
     if isinstance(error, SyntaxError):
         return f"it holds a SyntaxError in line {error.lineno}: {error.msg}; correct it"
-    where = f" in line {lines[-1]}" if lines else ""
+    where = f" (line {lines[-1]})" if lines else ""
     remedy = "correct it"
     if isinstance(error, ModuleNotFoundError):
         remedy = f"install it beside Nightly Tuner, or put it beside {path}"
@@ -110,7 +110,7 @@ def _in_words(error: BaseException, path: str) -> str:
         remedy = "import a file beside it by its name, without a dot"
     elif isinstance(error, RecursionError):
         remedy = "end the recursion"
-    return f"raised {type(error).__name__}{where}: {said or 'without a word'}; {remedy}"
+    return f"raised {type(error).__name__}: {said or 'without a word'}{where}; {remedy}"
 
 
 def _frame(source: str, frame: pd.DataFrame) -> pd.DataFrame:
