@@ -11,6 +11,7 @@ from tasks.job import CheckName, DataConfig, Severity
 
 EXAMPLES = 5
 SEVERITIES: Mapping[CheckName, Severity] = {
+    "header_row": "error",
     "empty_column": "warn",
     "constant_column": "warn",
     "identifier_column": "warn",

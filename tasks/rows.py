@@ -7,6 +7,7 @@ of splits.
 
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -84,3 +85,8 @@ def hash_bytes(values: Iterable[bytes | memoryview]) -> Hashes:
     """16 bytes of BLAKE2b over each, as two words (values, 2), the higher first."""
     digests = b"".join(hashlib.blake2b(value, digest_size=16).digest() for value in values)
     return np.frombuffer(digests, dtype=">u8").reshape(-1, 2).astype(np.uint64)
+
+
+def first_repeated(names: Iterable[str]) -> str | None:
+    """The first name that stands there twice."""
+    return next((name for name, count in Counter(names).items() if count > 1), None)

@@ -22,8 +22,7 @@ import numpy.typing as npt
 import pandas as pd
 import torch
 
-from tasks.rows import DataError
-from tasks.table_files import first_repeated
+from tasks.rows import DataError, first_repeated
 
 MODULE = "nightly_user_source"
 REMEDY = "return a DataFrame, or features (rows, ...) and labels (rows,)"

@@ -101,7 +101,8 @@ def _read(data: DataConfig, problem: Problem, scratch: Path) -> Rows:
             return table_rows(_frames_of(found), data, problem)
         return array_rows(_slices(*found), data, problem)
     if name.endswith((*CSV_SUFFIXES, ".parquet")):
-        return table_rows(frames_of_files(data), data, problem)
+        frames, findings = frames_of_files(data)
+        return table_rows(frames, data, problem, findings)
     if name.endswith(".npz"):
         return array_rows(_slices(*read_npz(Path(source))), data, problem)
     if name.endswith(IDX_SUFFIXES):

@@ -4,10 +4,7 @@ Read by pyarrow, which names the row that is ragged, keeps each distinct text of
 along anyway. Knows nothing of what is in a column, and of splits.
 """
 
-import csv
-import gzip
 import re
-from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,9 +16,10 @@ import pyarrow.csv
 import pyarrow.parquet
 
 from models.table import column_name
-from tasks.findings import EXAMPLES
+from tasks.csv_layout import Layout, layout_of, why_unread
+from tasks.findings import EXAMPLES, Finding
 from tasks.job import DataConfig
-from tasks.rows import DataError, Frames
+from tasks.rows import DataError, Frames, first_repeated
 
 CSV_SUFFIXES = (".csv", ".csv.gz", ".tsv", ".tsv.gz", ".data", ".txt")
 # A longer field is no value of a table.
@@ -48,14 +46,18 @@ PLAIN = (
 INDEX_WITHOUT_A_NAME = re.compile(r"__index_level_\d+__")
 
 
-def frames_of_files(data: DataConfig) -> Frames:
-    """All files that match, in the order of their names; they must have the same columns."""
+def frames_of_files(data: DataConfig) -> tuple[Frames, tuple[Finding, ...]]:
+    """All files that match, in the order of their names, and what is odd about them; they must have the same
+    columns."""
     source = Path(data.source)
     paths = matching(source)
     if not paths:
         raise DataError(f"data.source: no file matches {data.source}; correct the pattern")
-    read = parquet_frames if source.name.lower().endswith(".parquet") else _csv_frames
-    return lambda: with_row_numbers(alike((path, read(path, data)) for path in paths))
+    if source.name.lower().endswith(".parquet"):
+        return lambda: with_row_numbers(alike((path, parquet_frames(path)) for path in paths)), ()
+    layouts = {path: layout_of(path, data) for path in paths}
+    findings = tuple(found for layout in layouts.values() for found in layout.findings)
+    return lambda: with_row_numbers(alike((path, _csv_frames(path, layouts[path])) for path in paths)), findings
 
 
 def alike(files: Iterable[tuple[Path, Iterable[pd.DataFrame]]]) -> Iterator[pd.DataFrame]:
@@ -82,29 +84,28 @@ def with_row_numbers(frames: Iterable[pd.DataFrame]) -> Iterator[pd.DataFrame]:
         begin += len(frame)
 
 
-def _csv_frames(path: Path, data: DataConfig) -> Iterator[pd.DataFrame]:
+def _csv_frames(path: Path, layout: Layout) -> Iterator[pd.DataFrame]:
     """Every cell as a text, as it stands in the file; what it means is seen when the whole column is known."""
-    delimiter = "\t" if ".tsv" in path.name and data.delimiter == "," else data.delimiter
-    with (
-        gzip.open(path, "rt", encoding="utf-8-sig") if path.suffix == ".gz" else path.open(encoding="utf-8-sig")
-    ) as file:
-        try:
-            first = next(csv.reader([file.readline(MOST_FIELD_LETTERS)], delimiter=delimiter), None)
-        except (UnicodeDecodeError, csv.Error) as error:
-            raise DataError(f"{path} must be text in UTF-8, but {error}; convert it") from error
-    if not first:
-        raise DataError(f"{path} must hold rows, found an empty first line; give a file with rows")
-    names = (
-        [column_name(name.strip()) for name in first] if data.header else [str(place) for place in range(len(first))]
-    )
-    if (repeated := first_repeated(names)) is not None:
-        raise DataError(f"{path}: each column must have a name of its own, found {repeated!r} twice; rename one")
+    try:
+        yield from _texts(path, layout)
+    except pa.ArrowInvalid as error:
+        if (why := why_unread(path, layout)) is None:
+            raise
+        raise why from error
+
+
+def _texts(path: Path, layout: Layout) -> Iterator[pd.DataFrame]:
+    if not layout.has_rows:
+        return
     text = pa.dictionary(pa.int32(), pa.string())
+    names, read = list(layout.names), list(layout.read)
     reader = pyarrow.csv.open_csv(
         path,
-        read_options=pyarrow.csv.ReadOptions(column_names=names, skip_rows=int(data.header), block_size=CHUNK_BYTES),
-        parse_options=pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
-        convert_options=pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(names, text), strings_can_be_null=False),
+        read_options=pyarrow.csv.ReadOptions(column_names=names, skip_rows=layout.header_lines, block_size=CHUNK_BYTES),
+        parse_options=pyarrow.csv.ParseOptions(delimiter=layout.delimiter, newlines_in_values=True),
+        convert_options=pyarrow.csv.ConvertOptions(
+            column_types=dict.fromkeys(names, text), include_columns=read, strings_can_be_null=False
+        ),
     )
     rows = size = 0
     for batch in reader:
@@ -136,7 +137,7 @@ def _check_texts(path: Path, column: "pd.Series[Any]", before: int) -> None:
         raise DataError(f"{path}: column {column.name} must be text, found a NUL byte in row {row}; write it again")
 
 
-def parquet_frames(path: Path, _: DataConfig) -> Iterator[pd.DataFrame]:
+def parquet_frames(path: Path) -> Iterator[pd.DataFrame]:
     """The columns that the file has, whatever pandas wrote beside them; an index without a name is none."""
     with pyarrow.parquet.ParquetFile(path) as file:
         fields = [field for field in file.schema_arrow if INDEX_WITHOUT_A_NAME.fullmatch(field.name) is None]
@@ -164,8 +165,3 @@ def matching(path: Path) -> list[Path]:
 
 def chunk_rows(columns: Collection[Any]) -> int:
     return max(1, CHUNK_VALUES // max(1, len(columns)))
-
-
-def first_repeated(names: Iterable[str]) -> str | None:
-    """The first name that stands there twice."""
-    return next((name for name, count in Counter(names).items() if count > 1), None)

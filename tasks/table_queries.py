@@ -13,8 +13,8 @@ import pyarrow.parquet
 import sqlalchemy
 
 from tasks.job import DataConfig
-from tasks.rows import DataError, Frames
-from tasks.table_files import alike, first_repeated, parquet_frames, with_row_numbers
+from tasks.rows import DataError, Frames, first_repeated
+from tasks.table_files import alike, parquet_frames, with_row_numbers
 
 QUERY_ROWS = 2**15
 # Types that are read as they are; whatever else a database has (UUIDs, dates, arrays) is read as its text.
@@ -46,7 +46,7 @@ def frames_of_query(data: DataConfig, scratch: Path) -> Frames:
             f"data.query must be answered by {data.source}, but {reason}; mend the query, the URL or the password "
             "(PGPASSWORD, ~/.pgpass)"
         ) from error
-    return lambda: with_row_numbers(alike((path, parquet_frames(path, data)) for path in paths))
+    return lambda: with_row_numbers(alike((path, parquet_frames(path)) for path in paths))
 
 
 def _write(folder: Path, paths: list[Path], columns: list[Any], names: list[str]) -> None:

@@ -4,7 +4,7 @@ Everything that is wrong is collected and said together; what only warns goes on
 files, and of splits.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,9 +26,9 @@ LEAK_SCORE = 0.999
 UNREAD_KINDS = "cmV"
 
 
-def table_rows(frames: Frames, data: DataConfig, problem: Problem) -> Rows:
+def table_rows(frames: Frames, data: DataConfig, problem: Problem, findings: Sequence[Finding] = ()) -> Rows:
     """A table's rows, with everything that is wrong with it collected: what stops the night is raised together. The
-    frames have the same columns, and one index that numbers all rows."""
+    frames have the same columns, and one index that numbers all rows; `findings` are what is known of their files."""
     table = _Table(frames, data, problem)
     stop_at_errors(table.findings, data)
     return Rows(
@@ -38,7 +38,7 @@ def table_rows(frames: Frames, data: DataConfig, problem: Problem) -> Rows:
         chunks=table.chunks,
         columns=table.columns,
         described=table.described,
-        findings=tuple(table.findings),
+        findings=(*findings, *table.findings),
     )
 
 

@@ -31,6 +31,7 @@ Priority = Literal["high", "normal", "low"]
 # In the Unicode form in which a table's names are held.
 ColumnName = Annotated[str, Field(min_length=1), AfterValidator(lambda name: unicodedata.normalize("NFC", name))]
 CheckName = Literal[
+    "header_row",
     "empty_column",
     "constant_column",
     "identifier_column",
@@ -67,20 +68,21 @@ class DataConfig(Declared):
     """Where the rows come from, how a table's columns are read, and which share of the rows is held out.
 
     `target` names a table's column that is predicted (the last, unless it is named); a CSV file without a `header`
-    has columns 0, 1, 2. `labels` is the file of labels beside an IDX file of images, `query` what is selected from
-    a database. `missing` are the texts that mean that there is no value. Of numbers in texts `decimal` is the mark
-    before a fraction (a point, unless it is said) and `thousands` the one between groups of digits, a blank for any
-    blank; `dates` says what comes first in a day that does not begin with its year. `roles` override what is found
-    in a column; a number with a unit, such as $25 or 12 kg, is read where its role is numeric. `raw` names the
-    columns that reach the model as they are, in this order and before all others, or is true for all of them, as it
-    must be where rows are arrays: a number is not standardised, a category is its place among the known ones in
-    alphabetical order, from 1 on, or 0, and a missing value is 0. Rows with the same
-    value of `split_by` (an id, a customer) stay on one side of the split, and it is no feature; without it a row's
-    whole content decides. With a `time_column`, which is no feature either, rows from `test_from` on are the test
-    rows, and all before them are split as usual. `tidy_labels` makes one class of labels that differ in blanks,
-    case or a full stop only. `checks` says which rule stops a night, warns, or is not looked at; `max_rows_lost` is
-    the share of the last snapshot's rows that may be gone. `unchanged` says what a night does that finds the rows
-    and the search of the last one: continue from what was learned, or skip.
+    has columns 0, 1, 2, and `delimiter` is the mark between its fields (a comma, or a tab in a .tsv file, unless it
+    is said). `labels` is the file of labels beside an IDX file of images, `query` what is selected from a database.
+    `missing` are the texts that mean that there is no value. Of numbers in texts `decimal` is the mark before a
+    fraction (a point, unless it is said) and `thousands` the one between groups of digits, a blank for any blank;
+    `dates` says what comes first in a day that does not begin with its year. `roles` override what is found in a
+    column; a number with a unit, such as $25 or 12 kg, is read where its role is numeric. `raw` names the columns
+    that reach the model as they are, in this order and before all others, or is true for all of them, as it must be
+    where rows are arrays: a number is not standardised, a category is its place among the known ones in
+    alphabetical order, from 1 on, or 0, and a missing value is 0. Rows with the same value of `split_by` (an id, a
+    customer) stay on one side of the split, and it is no feature; without it a row's whole content decides. With a
+    `time_column`, which is no feature either, rows from `test_from` on are the test rows, and all before them are
+    split as usual. `tidy_labels` makes one class of labels that differ in blanks, case or a full stop only.
+    `checks` says which rule stops a night, warns, or is not looked at; `max_rows_lost` is the share of the last
+    snapshot's rows that may be gone. `unchanged` says what a night does that finds the rows and the search of the
+    last one: continue from what was learned, or skip.
     """
 
     source: Text = Field(examples=["rows.csv"])
@@ -88,7 +90,7 @@ class DataConfig(Declared):
     labels: Text | None = Field(default=None, examples=["labels-idx1-ubyte.gz"])
     query: Text | None = Field(default=None, examples=["SELECT * FROM rows"])
     header: bool = True
-    delimiter: str = Field(default=",", min_length=1, max_length=1)
+    delimiter: str | None = Field(default=None, min_length=1, max_length=1, examples=['";"'])
     missing: tuple[str, ...] = Field(default=MISSING, examples=['["", "?"]'])
     decimal: Literal[".", ","] | None = None
     thousands: Literal[",", ".", " ", "'"] | None = None
@@ -119,9 +121,9 @@ class DataConfig(Declared):
 
     @field_validator("delimiter")
     @classmethod
-    def _delimiter_divides(cls, delimiter: str) -> str:
-        if delimiter in '"\r\n':
-            raise ValueError("must be a letter that is no quote and ends no line; write for example ';'")
+    def _delimiter_divides(cls, delimiter: str | None) -> str | None:
+        if delimiter is not None and (not delimiter.isascii() or delimiter in '"\r\n\0'):
+            raise ValueError("must be an ASCII letter that is no quote and ends no line; write for example ';'")
         return delimiter
 
     @field_validator("test_from", mode="before")

@@ -59,8 +59,9 @@ def without_effect(job: TuningJob) -> Iterator[Mistake]:
         ),
         *(
             (f"data.roles.{name}", column, False, f"on the column of {column}, which is no feature")
-            for name in data.roles
-            if (column := no_features.get(name)) is not None
+            for name, role in data.roles.items()
+            # A target with a unit, such as 25 EUR, is read where its role is numeric.
+            if (column := no_features.get(name)) is not None and (column, role) != ("data.target", "numeric")
         ),
         ("data.tidy_labels", "search.objective", is_classification, "where the target is a number"),
         ("data.test_fraction", "data.time_column", data.time_column is None, "where rows are tested from test_from on"),
