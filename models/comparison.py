@@ -1,7 +1,10 @@
 """Which of two models is better on the same rows, and how sure that is. Pure functions of outputs and targets.
 
 Both models meet the same rows, so their differences are compared row by row: what makes a row hard for both cancels
-out. Knows nothing of champions, and decides nothing.
+out. Rows that were drawn together, such as copies of one, are one observation: the unit of every draw below is a group
+of them, because a model that is right on a row is right on its copies, and a hundred copies prove no more than the row
+(Field and Welsh, Bootstrapping clustered data, Journal of the Royal Statistical Society B, 2007). Knows nothing of
+champions, and decides nothing.
 """
 
 import math
@@ -11,18 +14,20 @@ from statistics import NormalDist
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import bdtrc
+from scipy.special import bdtrc, stdtrit
 from torch import Tensor
 
 from models.evaluate import METRICS, MetricName, predictions_of
 
 RESAMPLES = 2000
+FLIPS = 100_000
 POWER = 0.8
 CALIBRATION_BINS = 15
 SLICES_OF_A_REGRESSION = 4
 RESAMPLED_CELLS = 4_000_000
 
 _Array = npt.NDArray[np.float64]
+_Groups = npt.NDArray[np.int64]
 _Resampled = Callable[[_Array], _Array]
 
 
@@ -32,7 +37,7 @@ class Comparison:
 
     `low` and `high` bound the gain from each side at the confidence: the gain is above `low` with that confidence, and
     below `high` with that confidence. `better` and `worse` say what is proven. `detectable` is the gain that as many
-    rows would prove four times in five.
+    rows would prove four times in five. `groups` says how many of the rows are independent of each other.
     """
 
     metric: MetricName
@@ -45,6 +50,7 @@ class Comparison:
     worse: bool
     detectable: float
     rows: int
+    groups: int
     method: str
 
     def __post_init__(self) -> None:
@@ -72,33 +78,44 @@ def compare(
     *,
     confidence: float,
     seed: int,
+    groups: Tensor | None = None,
     resamples: int = RESAMPLES,
 ) -> Comparison:
-    """Compare two models' outputs, logits (rows, classes) or values (rows,), for the same target (rows,).
+    """Compare two models' outputs, logits (rows, classes) or values (rows,), for the same target (rows,). Rows with the
+    same value of `groups` (rows,) are no independent draws; all are where it is None.
 
     The bounds are those of the paired percentile bootstrap (Efron and Tibshirani, An Introduction to the Bootstrap,
-    1993, chapter 13): rows are drawn with replacement, each with both models' outputs. What is proven is read from
-    them too; for accuracy it is told by the exact one-sided McNemar test, which keeps its level where the models
-    disagree on a few rows only (McNemar, Psychometrika 1947; Dietterich, Neural Computation 1998).
+    1993, chapter 13): groups are drawn with replacement, each with all its rows and both models' outputs. What is
+    proven is read from them too, where more groups differ than a coin would put on one side; for accuracy it is told by
+    the exact one-sided McNemar test, which keeps its level where the models disagree on a few rows only (McNemar,
+    Psychometrika 1947; Dietterich, Neural Computation 1998), and which is `flipped` for groups of several sizes.
 
-    Awkward cases: equal outputs have gain 0 and prove nothing; a single row proves nothing. Raises ValueError where
-    an output is not finite.
+    Awkward cases: equal outputs have gain 0 and prove nothing; a single row, or a single group, proves nothing. Raises
+    ValueError where an output is not finite.
     """
-    rule, wanted = METRICS[metric], target.cpu().numpy()
+    rule, wanted, ids = METRICS[metric], target.cpu().numpy(), _numbered(groups, len(target))
     predictions = [predictions_of(outputs) for outputs in (ours, theirs)]
     values = [rule.compute(prediction, wanted) for prediction in predictions]
     first, second = (_resampled(metric, prediction, wanted) for prediction in predictions)
-    gains = np.concatenate([first(w) - second(w) for w in _weights(len(wanted), resamples, seed)])
+    gains = np.concatenate([first(w) - second(w) for w in _weights(ids, resamples, seed)])
     if rule.direction == "minimize":
         gains = -gains
-    low, high = (float(np.quantile(gains, share)) for share in (1 - confidence, confidence))
-    better, worse, method = low > 0, high < 0, "paired bootstrap"
+    count = int(ids.max()) + 1
+    tail = _tail(confidence, ids)
+    low, high = (float(np.quantile(gains, share)) for share in (tail, 1 - tail))
+    unit = "rows" if count == len(wanted) else "groups of rows"
     if metric == "accuracy":
-        right = [prediction.argmax(axis=1) == wanted for prediction in predictions]
-        only_ours, only_theirs = int((right[0] & ~right[1]).sum()), int((right[1] & ~right[0]).sum())
-        better = mcnemar(only_ours, only_theirs) <= 1 - confidence
-        worse = mcnemar(only_theirs, only_ours) <= 1 - confidence
-        method = f"exact McNemar test ({only_ours} rows won, {only_theirs} lost), bounds by paired bootstrap"
+        right = [(prediction.argmax(axis=1) == wanted).astype(np.float64) for prediction in predictions]
+        net = np.bincount(ids, weights=right[0] - right[1]).astype(np.float64)
+        better, worse = (flipped(sign * net, seed) <= 1 - confidence for sign in (1, -1))
+        won, lost = int((net > 0).sum()), int((net < 0).sum())
+        name = "exact McNemar test" if len(_sizes(net)[0]) < 2 else "sign-flip test"
+        method = f"{name} ({won} {unit} won, {lost} lost), bounds by paired bootstrap"
+    else:
+        differs = (predictions[0] != predictions[1]).reshape(len(wanted), -1).any(axis=1)
+        may_prove = _may_prove(len(np.unique(ids[differs])), confidence)
+        better, worse = low > 0 and may_prove, high < 0 and may_prove
+        method = f"paired bootstrap of {unit}"
     return Comparison(
         metric=metric,
         ours=values[0],
@@ -110,17 +127,26 @@ def compare(
         worse=worse,
         detectable=_sigmas(confidence) * float(gains.std()),
         rows=len(wanted),
+        groups=count,
         method=method,
     )
 
 
 def interval(
-    outputs: Tensor, target: Tensor, metric: MetricName, *, seed: int, confidence: float = 0.95
+    outputs: Tensor,
+    target: Tensor,
+    metric: MetricName,
+    *,
+    seed: int,
+    groups: Tensor | None = None,
+    confidence: float = 0.95,
 ) -> tuple[float, float]:
     """Where a metric of one model lies with that confidence, both sides together, by the percentile bootstrap."""
+    ids = _numbered(groups, len(target))
     measure = _resampled(metric, predictions_of(outputs), target.cpu().numpy())
-    values = np.concatenate([measure(weights) for weights in _weights(len(target), RESAMPLES, seed)])
-    low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
+    values = np.concatenate([measure(weights) for weights in _weights(ids, RESAMPLES, seed)])
+    tail = _tail((1 + confidence) / 2, ids)
+    low, high = np.quantile(values, [tail, 1 - tail])
     return float(low), float(high)
 
 
@@ -128,6 +154,28 @@ def mcnemar(won: int, lost: int) -> float:
     """The probability that a coin shows heads `won` times or more in `won + lost` throws: the exact one-sided p-value
     of "ours is no better" from the rows on which exactly one of two models is right. 1 where there are none."""
     return float(bdtrc(won - 1, won + lost, 0.5))
+
+
+def flipped(net: _Array, seed: int) -> float:
+    """The probability that rows won less rows lost are as many as in `net` (groups,) where a coin says of each group
+    which model has won it: the one-sided p-value of "ours is no better".
+
+    Where all groups that count are of one size it is exact, and for single rows McNemar's; else it is that of random
+    flips, which counts what was found as one of them, so that it keeps its level (Phipson and Smyth, Permutation
+    p-values should never be zero, 2010). One group that outweighs all others together proves nothing.
+    """
+    sizes, counts = _sizes(net)
+    if len(sizes) < 2:
+        return mcnemar(int((net > 0).sum()), int((net < 0).sum()))
+    random = np.random.default_rng(seed)
+    sums = sum(
+        size * (2.0 * random.binomial(count, 0.5, FLIPS) - count) for size, count in zip(sizes, counts, strict=True)
+    )
+    return float((1 + np.sum(sums >= net.sum())) / (1 + FLIPS))
+
+
+def _sizes(net: _Array) -> tuple[_Array, npt.NDArray[np.int64]]:
+    return np.unique(np.abs(net[net != 0]), return_counts=True)
 
 
 def rows_needed(gain: float, deviation: float, confidence: float) -> int:
@@ -144,25 +192,28 @@ def slice_gains(
     *,
     confidence: float,
     seed: int,
+    groups: Tensor | None = None,
     resamples: int = RESAMPLES,
 ) -> list[SliceGain]:
     """The gain in each class (`names` in order), or for a regression in each quarter of the target's values.
 
     Many slices are many chances to be fooled, so each bound is at the confidence that makes them hold together
-    (Bonferroni). A class without a row is left out.
+    (Bonferroni). A class without a row is left out; where too few groups differ to prove a fall the bound is 0 or more.
     """
-    wanted = target.cpu().numpy()
+    wanted, ids = target.cpu().numpy(), _numbered(groups, len(target))
     row_gains, slices = _row_gains(ours, theirs, wanted, names)
     present = {name: chosen for name, chosen in slices.items() if chosen.any()}
     each = 1 - (1 - confidence) / len(present)
     found = []
     for number, (name, chosen) in enumerate(present.items()):
-        part = row_gains[chosen]
-        weights = _weights(len(part), resamples, seed + number)
-        means = np.concatenate([w @ part for w in weights]) / len(part)
-        found.append(
-            SliceGain(name=name, gain=float(part.mean()), high=float(np.quantile(means, each)), rows=len(part))
-        )
+        part, part_ids = row_gains[chosen], np.unique(ids[chosen], return_inverse=True)[1]
+        measure = _mean_of(part)
+        means = np.concatenate([measure(w) for w in _weights(part_ids, resamples, seed + number)])
+        tail = _tail(each, part_ids)
+        high = float(np.quantile(means, 1 - tail))
+        if not _may_prove(len(np.unique(part_ids[part != 0])), each):
+            high = max(high, 0.0)
+        found.append(SliceGain(name=name, gain=float(part.mean()), high=high, rows=len(part)))
     return found
 
 
@@ -180,14 +231,39 @@ def _sigmas(confidence: float) -> float:
     return NormalDist().inv_cdf(confidence) + NormalDist().inv_cdf(POWER)
 
 
-def _weights(rows: int, resamples: int, seed: int) -> Iterator[_Array]:
-    """How often each row is drawn in each resample, (some resamples, rows) at a time, to bound the memory."""
-    random = np.random.default_rng(seed)
-    most = max(1, RESAMPLED_CELLS // rows)
+def _tail(confidence: float, ids: _Groups) -> float:
+    """The share of resamples beyond a bound. A bootstrap of few draws is too narrow; this widens it by as much as
+    Student's interval is wider than a normal one (Hesterberg, What teachers should know about the bootstrap, 2015).
+    Groups of unequal sizes count as so many equal ones as have the same design effect (Kish, Survey Sampling, 1965)."""
+    sizes = np.bincount(ids)
+    draws = float(sizes.sum() ** 2 / (sizes**2).sum())
+    if draws <= 1:
+        return 0.0
+    return NormalDist().cdf(math.sqrt(draws / (draws - 1)) * float(stdtrit(draws - 1, 1 - confidence)))
+
+
+def _may_prove(differing: int, confidence: float) -> bool:
+    """Whether a coin would hardly put so many groups on one side; fewer prove nothing, whatever a bootstrap says."""
+    return bool(0.5**differing <= 1 - confidence)
+
+
+def _numbered(groups: Tensor | None, rows: int) -> _Groups:
+    """The group of each row, from 0; each row is its own where nothing is known of them."""
+    if groups is None:
+        return np.arange(rows)
+    return np.unique(groups.cpu().numpy(), return_inverse=True)[1]
+
+
+def _weights(ids: _Groups, resamples: int, seed: int) -> Iterator[_Array]:
+    """How often each row is drawn in each resample of groups, (some resamples, rows) at a time, to bound the memory."""
+    random, count = np.random.default_rng(seed), int(ids.max()) + 1
+    most = max(1, RESAMPLED_CELLS // len(ids))
     for begin in range(0, resamples, most):
-        count = min(most, resamples - begin)
-        drawn = (np.bincount(random.integers(rows, size=rows), minlength=rows) for _ in range(count))
-        yield np.stack(list(drawn)).astype(np.float64)
+        drawn = (
+            np.bincount(random.integers(count, size=count), minlength=count)
+            for _ in range(min(most, resamples - begin))
+        )
+        yield np.stack(list(drawn)).astype(np.float64)[:, ids]
 
 
 def _resampled(metric: MetricName, predictions: _Array, target: npt.NDArray[np.generic]) -> _Resampled:
@@ -269,7 +345,7 @@ def _row_gains(
 
 
 def _mean_of(rows: _Array) -> _Resampled:
-    return lambda weights: np.asarray(weights @ rows / len(rows))
+    return lambda weights: np.asarray(weights @ rows / weights.sum(axis=1))
 
 
 def _divide(top: _Array, bottom: _Array, *, empty: float) -> _Array:

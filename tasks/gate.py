@@ -99,10 +99,18 @@ def gate(
     the challenger is not better. 4. What a rollback took back is not promoted again on the same rows: HOLD.
 
     Test rows that the champion may have been trained or chosen on, because rows were split otherwise then, are left
-    out.
+    out. Rows that the split drew as one, such as copies, count as one observation: what was drawn by chance is the
+    group, so a model that is lucky with it is lucky with all its rows.
     """
     everything = torch.ones(snapshot.row_counts["test"], dtype=torch.bool, device=device)
-    rows = _TestRows(job, snapshot, snapshot.features("test", device), snapshot.target("test", device), everything)
+    rows = _TestRows(
+        job,
+        snapshot,
+        snapshot.features("test", device),
+        snapshot.target("test", device),
+        snapshot.test_groups(),
+        everything,
+    )
     if champion is None:
         return _first_night(confirmed, rows)
     challenger, lineage = confirmed.challenger, champion.manifest.lineage
@@ -183,9 +191,11 @@ def in_words(comparison: Comparison, opponent: str) -> str:
     """`test accuracy 0.9750 against the champion's 0.9583 on 360 rows, a gain of 0.0167 (0.0028 to 0.0306; ...)`."""
     provable = comparison.detectable
     power = f"; so many rows prove a gain of {provable:.4f} four times in five" if provable else ""
+    groups = f" in {comparison.groups} independent groups" if comparison.groups < comparison.rows else ""
     return (
         f"test {comparison.metric} {comparison.ours:.4f} against {opponent}'s {comparison.theirs:.4f} on "
-        f"{comparison.rows} rows, a gain of {comparison.gain:.4f} ({comparison.low:.4f} to {comparison.high:.4f}; "
+        f"{comparison.rows} rows{groups}, a gain of {comparison.gain:.4f} ({comparison.low:.4f} to "
+        f"{comparison.high:.4f}; "
         f"{comparison.method}{power})"
     )
 
@@ -237,11 +247,17 @@ class _TestRows:
     snapshot: Snapshot
     features: DiskRows
     all_targets: Tensor
+    all_groups: Tensor
     chosen: Tensor
 
     @property
     def target(self) -> Tensor:
         return self.all_targets[self.chosen]
+
+    @property
+    def groups(self) -> Tensor:
+        """Copies of a row, and rows of one value of `data.split_by`, are one observation."""
+        return self.all_groups[self.chosen.cpu()]
 
     def outputs(self, found: Challenger) -> Tensor:
         return self._all_outputs(found)[self.chosen]
@@ -271,7 +287,13 @@ class _TestRows:
             challenger_test=self.metrics(ours[self.chosen]),
             winner=winner or challenger,
             winner_intervals={
-                name: interval(outputs[self.chosen], self.target, name, seed=derived_seed(self.job.seed, "interval", 0))
+                name: interval(
+                    outputs[self.chosen],
+                    self.target,
+                    name,
+                    seed=derived_seed(self.job.seed, "interval", 0),
+                    groups=self.groups,
+                )
                 for name in metrics_of(self.job.objective.problem)
             },
             winner_outputs=outputs[:MOST_ROWS].cpu(),
@@ -286,6 +308,7 @@ class _TestRows:
             self.job.search.objective,
             confidence=self.job.promotion.confidence,
             seed=derived_seed(self.job.seed, "gate", judged),
+            groups=self.groups,
         )
 
     def slice_rail(self, ours: Tensor, theirs: Tensor) -> tuple[GuardRail, ...]:
@@ -300,6 +323,7 @@ class _TestRows:
             self.snapshot.classes,
             confidence=self.job.promotion.confidence,
             seed=derived_seed(self.job.seed, "slices", 0),
+            groups=self.groups,
         )
         worst = min(gains, key=lambda found: (found.high, found.gain))
         change = "falls" if worst.gain < 0 else "rises"

@@ -6,6 +6,7 @@ fetch it; snapshot.json, with every file's SHA-256, is written last. Knows nothi
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -32,6 +33,7 @@ FORMAT = 2
 POSITION = "test.position.npy"
 FILES = (*(f"{split}.{part}.npy" for split in SPLITS for part in ("features", "target")), POSITION)
 KEPT = timedelta(days=30)
+COMPARED_VALUES = 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +81,26 @@ class Snapshot:
         """Where each test row lies in what decides the split: the hash as a number in [0, 1), or with a time column its
         days since 2000-01-01 UTC."""
         return torch.from_numpy(np.load(self.path / POSITION))
+
+    def test_groups(self) -> Tensor:
+        """A number for the group of each test row, int64: the rows that came into the split as one. Without a time
+        column these are the rows of one hash, so copies, or the rows of one value of `data.split_by`; with one they are
+        copies at the same moment."""
+        where = self.test_positions().numpy()
+        if any(described.role == "time" for described in self.described):
+            where = np.stack([_runs(np.load(self.path / "test.features.npy", mmap_mode="r")), where], axis=1)
+        return torch.from_numpy(np.unique(where, axis=0, return_inverse=True)[1].reshape(-1))
+
+
+def _runs(features: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+    """For rows (rows, ...) of which equal ones lie together how many other ones are before each; gaps are equal."""
+    step = max(1, COMPARED_VALUES // max(1, math.prod(features.shape[1:])))
+    begins = np.zeros(len(features), dtype=np.int64)
+    for begin in range(1, len(features), step):
+        rows = np.asarray(features[begin - 1 : begin + step]).reshape(-1, math.prod(features.shape[1:]))
+        differs = (rows[1:] != rows[:-1]) & ~(np.isnan(rows[1:]) & np.isnan(rows[:-1]))
+        begins[begin : begin + step] = differs.any(axis=1)
+    return np.cumsum(begins)
 
 
 def read_snapshot(snapshots: Path, fingerprint: str) -> Snapshot | None:

@@ -15,6 +15,8 @@ from models.comparison import (
     _resampled,
     calibration_error,
     compare,
+    flipped,
+    interval,
     mcnemar,
     rows_needed,
     slice_gains,
@@ -124,6 +126,68 @@ def test_of_two_equal_models_at_most_alpha_are_called_better(metric: MetricName,
     )
     # Three standard deviations of a binomial around alpha.
     assert better / nights <= ALPHA + 3 * math.sqrt(ALPHA * (1 - ALPHA) / nights)
+
+
+# How often each of 40 rows is there: all of them 50 times; or of many sizes, of which one is a third of all rows.
+COPIES = {"alike": [50] * 40, "of many sizes": [300, *(1 + number * 13 % 37 for number in range(39))]}
+
+
+@pytest.mark.parametrize("sizes", COPIES)
+@pytest.mark.parametrize("metric", ["accuracy", "log_loss", "f1_macro"])
+def test_copies_of_rows_prove_no_more_than_the_rows(metric: MetricName, sizes: str) -> None:
+    """Of two models that are equally good, as above, with the same rows many times; taken for rows of their own they
+    made a challenger better on a third of all nights."""
+    nights, random = 200, np.random.default_rng(0)
+    counts = torch.tensor(COPIES[sizes])
+    groups = torch.arange(40).repeat_interleave(counts)
+    better = {"groups": 0, "rows": 0}
+    for night in range(nights):
+        ours, theirs, target = (part[groups] for part in simulated(random, 40, gain=0, disagree=0.3))
+        known = {"groups": groups, "rows": None} if night < 60 else {"groups": groups}
+        for name, of_rows in known.items():
+            found = compare(
+                ours, theirs, target, metric, confidence=1 - ALPHA, seed=night, groups=of_rows, resamples=200
+            )
+            better[name] += found.better
+    assert better["groups"] / nights <= ALPHA + 3 * math.sqrt(ALPHA * (1 - ALPHA) / nights)
+    assert better["rows"] / 60 > 0.25
+
+
+@pytest.mark.parametrize("metric", get_args(MetricName))
+def test_equal_copies_change_no_bound_and_no_verdict(metric: MetricName) -> None:
+    ours, theirs, target = outputs_for(metric, 40, 5)
+    once = compare(ours, theirs, target, metric, confidence=0.95, seed=0)
+    each = torch.arange(40).repeat_interleave(20)
+    copied = compare(ours[each], theirs[each], target[each], metric, confidence=0.95, seed=0, groups=each * 7 - 3)
+    for name in ("gain", "low", "high", "detectable"):
+        assert getattr(copied, name) == pytest.approx(getattr(once, name), abs=1e-6)
+    assert (copied.better, copied.worse, copied.groups, copied.rows) == (once.better, once.worse, 40, 800)
+    alone = interval(ours, target, metric, seed=0)
+    assert interval(ours[each], target[each], metric, seed=0, groups=each) == pytest.approx(alone, abs=1e-6)
+
+
+def test_a_few_groups_prove_nothing_however_many_rows_they_have() -> None:
+    target = torch.arange(400.0)
+    groups = torch.arange(4).repeat_interleave(100)
+    metrics: tuple[MetricName, ...] = ("rmse", "mae")
+    for metric in metrics:
+        found = compare(target + 0.1, target + 1, target, metric, confidence=0.95, seed=0, groups=groups)
+        assert not found.better
+        assert compare(target + 0.1, target + 1, target, metric, confidence=0.95, seed=0, groups=target // 50).better
+    one = compare(target + 0.1, target + 1, target, "mae", confidence=0.95, seed=0, groups=target * 0)
+    assert (one.better, one.groups) == (False, 1)
+    labels = torch.arange(2).repeat_interleave(200)
+    right, wrong = torch.eye(2)[labels], torch.eye(2)[1 - labels]
+    worst = slice_gains(wrong, right, labels, ("a", "b"), confidence=0.95, seed=0, groups=torch.arange(400) // 100)
+    assert [(part.gain, part.high) for part in worst] == [(-1.0, 0.0)] * 2
+
+
+def test_a_coin_for_groups_of_many_sizes_is_as_exact_as_its_throws() -> None:
+    """Groups of 3, 2, 2 and 1 rows, all won but the last: of 16 throws two reach it."""
+    assert flipped(np.array([3.0, 2.0, 2.0, -1.0]), seed=0) == pytest.approx(2 / 16, abs=0.005)
+    assert flipped(np.array([5.0, 5.0, -5.0, 0.0]), seed=0) == mcnemar(2, 1)
+    assert flipped(np.array([1000.0, 1.0, 1.0, 1.0, -1.0]), seed=0) > 0.1
+    assert flipped(np.array([0.0, 0.0]), seed=0) == 1
 
 
 @pytest.mark.parametrize("gain", [0.02, 0.05])

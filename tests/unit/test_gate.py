@@ -219,6 +219,44 @@ def people_with(folder: Path, *columns: str, **data: Any) -> Snapshot:
     return prepare(DataConfig(source=str(folder / "rows.csv"), **data), "classification", folder / "snapshots")
 
 
+def test_the_gate_counts_copies_of_a_row_once(tmp_path: Path) -> None:
+    """A table whose rows are there 20 times is judged as the one whose rows are there once."""
+    once = people_with(tmp_path, "x", "town")
+    table = pd.read_csv(tmp_path / "rows.csv")
+    pd.concat([table] * 20).sample(frac=1, random_state=0).to_csv(tmp_path / "rows.csv", index=False)
+    copied = prepare(DataConfig(source=str(tmp_path / "rows.csv")), "classification", tmp_path / "snapshots")
+    rows = once.row_counts["test"]
+    assert (copied.row_counts["test"], len(set(copied.test_groups().tolist()))) == (20 * rows, rows)
+    known = Prepared.load(once, CPU)
+    challenger, champion = make_challenger(known, 2), make_challenger(known, 1)
+    columns = tuple(TableColumn(**asdict(column)) for column in once.columns)
+    verdicts = []
+    for found in (once, copied):
+        made = as_champion(champion, found)
+        manifest = made.manifest.model_copy(update={"columns": columns})
+        verdicts.append(verdict_of(challenger, replace(made, manifest=manifest), found))
+    first, second = (verdict.comparison for verdict in verdicts)
+    assert first is not None
+    assert second is not None
+    assert (second.groups, second.rows, first.groups, first.rows) == (rows, 20 * rows, rows, rows)
+    assert (second.low, second.high) == pytest.approx((first.low, first.high), abs=0.02)
+    assert verdicts[0].decision == verdicts[1].decision
+    assert f"on {20 * rows} rows in {rows} independent groups, a gain of" in verdicts[1].reason
+
+
+def test_rows_that_the_split_drew_as_one_are_one_group(tmp_path: Path) -> None:
+    """Those of an id; with a time column only copies at the same moment."""
+    by_id = people_with(tmp_path, "id", "x", "town", split_by="id")
+    groups = by_id.test_groups().tolist()
+    assert len(groups) == 2 * len(set(groups))
+    moments = np.repeat(pd.date_range("2026-01-01", periods=50).astype(str), 6)
+    frame = pd.DataFrame({"day": moments, "x": [0.5, 0.5, None, None, 1.5, 2.5] * 50, "y": ["a", "b"] * 150})
+    frame.to_csv(tmp_path / "days.csv", index=False)
+    data = DataConfig(source=str(tmp_path / "days.csv"), time_column="day", test_from="2026-02-10")
+    by_time = prepare(data, "classification", tmp_path / "snapshots")
+    assert (by_time.row_counts["test"], len(set(by_time.test_groups().tolist()))) == (60, 40)
+
+
 @pytest.mark.parametrize(
     ("before", "now", "data", "why_not"),
     [
