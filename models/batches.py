@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 SHARD_BYTES = 16 * 2**20
+PIECE_BYTES = 4 * 2**20
 
 
 def _unchanged(features: Tensor) -> Tensor:
@@ -20,8 +21,8 @@ def _unchanged(features: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class DiskRows:
-    """Features (rows, ...) float32 in a .npy file, of which a slice is read as if it were a tensor's: onto the device,
-    and through `transform`."""
+    """Features (rows, ...) in a .npy file, of which a slice is read as if it were a tensor's: onto the device, and
+    through `transform`, a few megabytes at a time."""
 
     path: Path
     device: torch.device
@@ -34,24 +35,36 @@ class DiskRows:
 
     @property
     def raw_bytes(self) -> int:
-        return 4 * math.prod(self.raw_shape)
+        return self._file().nbytes
 
     def __len__(self) -> int:
         return self.raw_shape[0]
 
     def __getitem__(self, rows: slice) -> Tensor:
         # Mapped anew for each slice, so that what was read leaves the process's memory with it.
-        return self.transform(torch.from_numpy(np.array(self._file()[rows])).to(self.device))
+        raw = self._file()[rows]
+        step = max(1, PIECE_BYTES * len(raw) // max(1, raw.nbytes))
+        read: Tensor | None = None
+        for begin in range(0, max(1, len(raw)), step):
+            piece = self.transform(torch.from_numpy(np.array(raw[begin : begin + step])).to(self.device))
+            if len(piece) == len(raw):
+                return piece
+            if read is None:
+                read = piece.new_empty(len(raw), *piece.shape[1:])
+            read[begin : begin + step] = piece
+        assert read is not None
+        return read
 
-    def _file(self) -> "np.memmap[tuple[int, ...], np.dtype[np.float32]]":
-        mapped: np.memmap[tuple[int, ...], np.dtype[np.float32]] = np.load(self.path, mmap_mode="r", allow_pickle=False)
+    def _file(self) -> "np.memmap[tuple[int, ...], np.dtype[np.float32 | np.float64]]":
+        mapped: np.memmap[tuple[int, ...], np.dtype[np.float32 | np.float64]]
+        mapped = np.load(self.path, mmap_mode="r", allow_pickle=False)
         return mapped
 
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
     """Features (rows, ...) float32, all on the device or read as they are needed, and their target (rows,) on the
-    device: int64 classes, or values in float32."""
+    device: int64 classes, or values in float64."""
 
     features: Tensor | DiskRows
     target: Tensor

@@ -295,10 +295,13 @@ def _resampled(metric: MetricName, predictions: _Array, target: npt.NDArray[np.g
 def _resampled_regression(metric: MetricName, values: _Array, target: _Array) -> _Resampled:
     if metric == "mae":
         return _mean_of(np.abs(values - target))
-    squared = _mean_of((values - target) ** 2)
-    if metric == "rmse":
-        return lambda weights: np.sqrt(squared(weights))
     centred = target - target.mean()
+    # In units of the largest distance, because the square of 1e-170 is 0, and that of 1e170 infinite.
+    unit = max(float(np.abs(distances).max()) for distances in (values - target, centred)) or 1.0
+    centred = centred / unit
+    squared = _mean_of(((values - target) / unit) ** 2)
+    if metric == "rmse":
+        return lambda weights: unit * np.sqrt(squared(weights))
     first, second = _mean_of(centred), _mean_of(centred**2)
     # A resample of a single value has no variance, and R² none either: 0, as for a constant prediction.
     return lambda weights: 1 - _divide(squared(weights), second(weights) - first(weights) ** 2, empty=1.0)

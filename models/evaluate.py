@@ -94,9 +94,14 @@ def _log_loss(probabilities: _Array, target: _Array) -> float:
 
 def _r2(values: _Array, target: _Array) -> float:
     """Of a constant target 1 where every value is right, else 0."""
-    missed = float(np.square(target - values).sum())
-    spread = float(np.square(target - target.mean()).sum())
-    return 1 - missed / spread if spread else float(missed == 0)
+    missed, spread = _rms(target - values), _rms(target - target.mean())
+    return 1 - (missed / spread) ** 2 if spread else float(missed == 0)
+
+
+def _rms(values: _Array) -> float:
+    """The root of the mean square, in units of the largest: the square of 1e-170 is 0, and that of 1e170 infinite."""
+    largest = float(np.abs(values).max())
+    return largest * float(np.sqrt(np.square(values / largest).mean())) if largest else 0.0
 
 
 METRICS: Mapping[MetricName, Metric] = {
@@ -106,7 +111,7 @@ METRICS: Mapping[MetricName, Metric] = {
     "roc_auc": Metric(compute=_roc_auc, direction="maximize"),
     "log_loss": Metric(compute=_log_loss, direction="minimize"),
     "rmse": Metric(
-        compute=lambda values, target: float(np.sqrt(np.square(target - values).mean())),
+        compute=lambda values, target: _rms(target - values),
         direction="minimize",
         problem="regression",
     ),

@@ -169,22 +169,26 @@ class CNN(nn.Module):
 
 
 class Unscale(nn.Module):
-    """A regression's output (batch, 1) in standard deviations of the training target to its own unit (batch,)."""
+    """A regression's output (batch, 1) in standard deviations of the training target to its own unit (batch,), in
+    float64: 1e-23 squared is 0 in float32, and 1e6 ± 0.01 is 1e6."""
 
     mean: Tensor
     scale: Tensor
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("mean", torch.zeros(()))
-        self.register_buffer("scale", torch.ones(()))
+        self.register_buffer("mean", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("scale", torch.ones((), dtype=torch.float64))
 
     def fit(self, target: Tensor) -> None:
-        self.mean.copy_(target.mean())
-        self.scale.copy_(target.std(correction=0))
+        """Fit on the training rows' target (rows,), float64."""
+        mean = target.mean()
+        farthest = (target - mean).abs().max()
+        self.mean.copy_(mean)
+        self.scale.copy_(((target - mean) / farthest).std(correction=0) * farthest)
 
     def forward(self, outputs: Tensor) -> Tensor:
-        return outputs.squeeze(-1) * self.scale + self.mean
+        return outputs.squeeze(-1).double() * self.scale + self.mean
 
 
 class Ensemble(nn.Module):

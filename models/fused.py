@@ -169,7 +169,7 @@ class _Group:
         self._optimizer = StackedOptimizer([member.chosen for member in self.members], weights)
         self._mixed_precision = gains_from_mixed_precision(self._template, setting.device)
         unscale = unscale_of(self._template)
-        self._variance = None if unscale is None else unscale.scale**2
+        self._unit = None if unscale is None else unscale.scale
         self._static: _StaticInputs | None = None
         self._arrange(weights, others)
         self._resume()
@@ -392,17 +392,16 @@ class _Group:
 
     def _losses(self, outputs: Tensor, target: Tensor, smoothing: Tensor | None) -> Tensor:
         """The mean loss a row (members,), as `solo` has it."""
-        if self._variance is not None:
-            return (outputs - target).square().mean(dim=1) / self._variance
+        if self._unit is not None:
+            return ((outputs - target) / self._unit).square().mean(dim=1)
         return _cross_entropy(_logs(outputs), target, smoothing)
 
     def _losses_and_gradient(self, outputs: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """`_losses` (members,) of a training batch, and their gradient by the outputs."""
         rows = target.shape[1]
-        if self._variance is not None:
-            distances = outputs - target
-            losses = distances.square().mean(dim=1) / self._variance
-            return losses, distances.mul_(2 / (rows * self._variance))
+        if self._unit is not None:
+            distances = (outputs - target) / self._unit
+            return distances.square().mean(dim=1), distances.mul_(2 / rows).div_(self._unit)
         logs = _logs(outputs)
         losses = _cross_entropy(logs, target, self._smoothing)
         gradient = logs.exp_()

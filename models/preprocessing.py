@@ -1,6 +1,8 @@
 """What is done to raw features before a model sees them: fitted on training rows only, shipped with the model.
 
-The very same module runs in training, in the gate and where the champion is served.
+Statistics and differences are computed in float64, from the values as the source has them, and what comes out is
+float32: a time in seconds is 1.76e9 and its minutes are lost in float32, but not what is left without the mean. The
+very same module runs in training, in the gate and where the champion is served.
 """
 
 import math
@@ -10,7 +12,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from models.batches import DiskRows
+from models.batches import PIECE_BYTES, DiskRows
 from models.column import Column
 
 Rows = Tensor | DiskRows
@@ -18,7 +20,8 @@ Rows = Tensor | DiskRows
 # As few training rows teach nothing about a category.
 FREQUENT_ROWS = 10
 PERIODS_DAYS = (1.0, 7.0, 365.2425)
-PIECE_BYTES = 4 * 2**20
+# A row that no training row was like; a model computes with it, as it could not with infinity.
+FARTHEST = 1e30
 
 
 class Standardization(nn.Module):
@@ -38,17 +41,8 @@ class Standardization(nn.Module):
     @classmethod
     def fit(cls, features: Rows) -> Self:
         """Fit on training rows (rows, columns) or (rows, channels, height, width)."""
-        dimensions = (0, *range(2, features[:1].ndim))
-        first = features[:1].double().mean(dim=dimensions, keepdim=True)
-        count, total = 0, torch.zeros_like(first)
-        for rows in _pieces(features):
-            count += rows.numel() // total.numel()
-            total += rows.double().sum(dim=dimensions, keepdim=True)
-        mean, squares = total / count, torch.zeros_like(first)
-        for rows in _pieces(features):
-            squares += (rows.double() - mean).square().sum(dim=dimensions, keepdim=True)
-        scale = (squares / count).sqrt().float()[0]
-        return cls(mean.float()[0], torch.where(scale > 0, scale, 1.0))
+        _, mean, scale = _spread(features, dimensions=(0, *range(2, features[:1].ndim)))
+        return cls(mean[0], scale[0])
 
     @classmethod
     def unchanged(cls, features: Rows) -> Self:
@@ -62,7 +56,7 @@ class Standardization(nn.Module):
         return cls(tensors["mean"], tensors["scale"])
 
     def forward(self, features: Tensor) -> Tensor:
-        return (features - self.mean) / self.scale
+        return _narrow((features - self.mean).div_(self.scale))
 
     def shape_of(self, features: tuple[int, ...]) -> tuple[int, ...]:
         """A row's shape as the model sees it."""
@@ -111,23 +105,14 @@ class TablePreprocessing(nn.Module):
         coded = {place: len(column.categories) for place, column in fitted if column.role == "categorical"}
         like = features[:1]
         rows_of = {place: torch.zeros(size, dtype=torch.long, device=like.device) for place, size in coded.items()}
-        count = torch.zeros(len(columns), dtype=torch.long, device=like.device)
-        total = torch.zeros(len(columns), dtype=torch.float64, device=like.device)
-        rows = 0
-        for piece in _pieces(features):
-            rows += len(piece)
-            count += (~piece.isnan()).sum(dim=0)
-            total += piece.nan_to_num(0).double().sum(dim=0)
+        count, mean, scale = (found[0] for found in _spread(features, dimensions=(0,)))
+        for piece in _pieces(features) if rows_of else ():
             for place, found in rows_of.items():
                 codes = piece[~piece[:, place].isnan(), place].long()
                 found += torch.bincount(codes[codes >= 0], minlength=len(found))
-        mean, squares = total / count.clamp_min(1), torch.zeros_like(total)
-        for piece in _pieces(features):
-            squares += torch.where(piece.isnan(), 0, piece.double() - mean).square().sum(dim=0)
-        variance = squares / count.clamp_min(1)
         for place in kept:
             # A code is counted from 0, and -1 is one that is not known.
-            mean[place], variance[place] = -1.0 if columns[place].role == "categorical" else 0.0, 1.0
+            mean[place], scale[place] = -1.0 if columns[place].role == "categorical" else 0.0, 1.0
         categories, shared = [], []
         for place, found in rows_of.items():
             often = (found >= FREQUENT_ROWS).nonzero()[:, 0].tolist()
@@ -137,15 +122,15 @@ class TablePreprocessing(nn.Module):
         tensors = {
             "measured": torch.tensor(measured, dtype=torch.long),
             "dated": torch.tensor(dated, dtype=torch.long),
-            "mean": mean[measured].float().cpu(),
-            "scale": torch.where(variance > 0, variance.sqrt(), 1.0)[measured].float().cpu(),
+            "mean": mean[measured].cpu(),
+            "scale": scale[measured].cpu(),
             "coded": torch.tensor([place for place, _ in categories], dtype=torch.long),
             "code": torch.tensor([code for _, code in categories], dtype=torch.float32),
             "shared": torch.tensor(shared, dtype=torch.long),
             "frequent": torch.tensor(
                 [[float(place == column) for column in shared] for place, _ in categories], dtype=torch.float32
             ).reshape(len(categories), len(shared)),
-            "gaps": (count < rows).nonzero()[:, 0].cpu(),
+            "gaps": (count < len(features)).nonzero()[:, 0].cpu(),
         }
         return cls({name: tensor.to(like.device) for name, tensor in tensors.items()})
 
@@ -158,22 +143,23 @@ class TablePreprocessing(nn.Module):
         parts = []
         if len(self.measured):
             numbers = features[:, self.measured]
-            parts.append((torch.where(numbers.isnan(), self.mean, numbers) - self.mean) / self.scale)
+            parts.append(_narrow((torch.where(numbers.isnan(), self.mean, numbers) - self.mean) / self.scale))
         if len(self.dated):
             days = features[:, self.dated]
-            present = (~days.isnan()).to(days.dtype)
+            present = (~days.isnan()).float()
             days = torch.where(days.isnan(), 0.0, days)
             for period in PERIODS_DAYS:
-                angle = days * (2 * math.pi / period)
+                turns = days / period
+                angle = (turns - turns.floor()).float() * (2 * math.pi)
                 parts += [angle.sin() * present, angle.cos() * present]
         if len(self.coded):
-            members = (features[:, self.coded] == self.code).to(features.dtype)
+            members = (features[:, self.coded] == self.code).float()
             parts.append(members)
         if len(self.shared):
-            known = (~features[:, self.shared].isnan()).to(features.dtype)
+            known = (~features[:, self.shared].isnan()).float()
             parts.append(known - members @ self.frequent if len(self.coded) else known)
         if len(self.gaps):
-            parts.append(features[:, self.gaps].isnan().to(features.dtype))
+            parts.append(features[:, self.gaps].isnan().float())
         return torch.cat(parts, dim=1)
 
 
@@ -190,3 +176,39 @@ def _pieces(features: Rows) -> Iterator[Tensor]:
     size = max(1, PIECE_BYTES // max(1, features[:1].nbytes))
     for begin in range(0, len(features), size):
         yield features[begin : begin + size]
+
+
+def _spread(features: Rows, dimensions: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """How many values there are, their mean and their standard deviation, over some dimensions, which are kept.
+
+    Missing values are left out, and where there is none the mean is 0. Where all are equal the mean is that value, and
+    the standard deviation counts as 1, as it does where float64 cannot hold it. It is computed in units of the range,
+    as the square of a small one would be 0.
+    """
+    like = features[:1].double().nan_to_num(0).mean(dim=dimensions, keepdim=True)
+    count, total = torch.zeros_like(like, dtype=torch.long), torch.zeros_like(like)
+    low, high = torch.full_like(like, math.inf), torch.full_like(like, -math.inf)
+    for piece in _pieces(features):
+        lowest, highest = piece.amin(dim=dimensions, keepdim=True), piece.amax(dim=dimensions, keepdim=True)
+        known = torch.full_like(count, piece.numel() // count.numel())
+        if lowest.isnan().any():
+            missing = piece.isnan()
+            known -= missing.sum(dim=dimensions, keepdim=True)
+            lowest = piece.masked_fill(missing, math.inf).amin(dim=dimensions, keepdim=True)
+            highest = piece.masked_fill(missing, -math.inf).amax(dim=dimensions, keepdim=True)
+            piece = piece.masked_fill(missing, 0)
+        count += known
+        total += piece.sum(dim=dimensions, keepdim=True, dtype=torch.float64)
+        low, high = torch.minimum(low, lowest), torch.maximum(high, highest)
+    some = count.clamp_min(1)
+    mean = torch.where(count > 0, torch.clamp(total / some, low, high), 0.0)
+    unit = torch.where(high - low >= torch.finfo(torch.float64).tiny, high - low, 1.0)
+    squares = torch.zeros_like(like)
+    for piece in _pieces(features):
+        squares += (piece - mean).div_(unit).square_().nansum(dim=dimensions, keepdim=True)
+    scale = (squares / some).sqrt() * unit
+    return count, mean, torch.where((unit == high - low) & (scale > 0), scale, 1.0)
+
+
+def _narrow(standardised: Tensor) -> Tensor:
+    return standardised.float().clamp_(-FARTHEST, FARTHEST)

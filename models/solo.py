@@ -336,8 +336,7 @@ def unscale_of(model: nn.Module) -> Unscale | None:
 def loss_of(model: nn.Module) -> Callable[[Tensor, Tensor, float], Tensor]:
     """From outputs, target and label smoothing to the mean loss a row."""
     if (unscale := unscale_of(model)) is not None:
-        variance = unscale.scale**2
-        return lambda outputs, target, _: nn.functional.mse_loss(full_precision(outputs), target) / variance
+        return lambda outputs, target, _: ((outputs - target) / unscale.scale).square().mean()
     return lambda outputs, target, smoothing: nn.functional.cross_entropy(
         full_precision(outputs), target, label_smoothing=smoothing
     )

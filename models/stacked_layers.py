@@ -167,8 +167,8 @@ def _dropout(layer: Any, own: dict[str, Tensor], _: Any, may_overwrite: bool) ->
 def _unscale(_: Any, own: dict[str, Tensor], *__: Any) -> _Bound:
     scale, mean = own["scale"].unsqueeze(1), own["mean"].unsqueeze(1)
     return _Bound(
-        lambda features: (features.squeeze(-1) * scale + mean, None),
-        lambda _, gradient, __: (gradient * scale).unsqueeze(-1),
+        lambda features: (features.squeeze(-1).double() * scale + mean, features.dtype),
+        lambda dtype, gradient, __: (gradient * scale).unsqueeze(-1).to(dtype),
     )
 
 

@@ -12,7 +12,7 @@ import unicodedata
 from collections.abc import Callable, Collection, Sequence
 from datetime import datetime
 from decimal import Decimal
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -21,9 +21,15 @@ import pandas as pd
 if TYPE_CHECKING:
     from models.column import Column
 
+Number = TypeVar("Number", np.float64, np.int64)
+
 TRUE_WORDS, FALSE_WORDS = ("true", "yes", "t", "y"), ("false", "no", "f", "n")
 EPOCH = pd.Timestamp("2000-01-01", tz="UTC")
+DAY_MICROSECONDS = 86_400_000_000
+NO_MOMENT = np.iinfo(np.int64).min
 UNSEEN = -1.0
+# The squares of larger numbers are infinite, and sums of these; what is larger is a mark for a missing value.
+LARGEST = 1e150
 BLANKS = " \u00a0\u2009\u202f"
 MARKS = {" ": f"[{BLANKS}]", "'": "['\u2019]", ",": ",", ".": r"\."}
 _CURRENCY = (
@@ -63,15 +69,15 @@ _MOMENT = re.compile(
 )
 
 
-def encode(frame: pd.DataFrame, columns: Sequence[Column]) -> npt.NDArray[np.float32]:
-    """Raw rows to a matrix (rows, columns) float32, NaN where a value is missing.
+def encode(frame: pd.DataFrame, columns: Sequence[Column]) -> npt.NDArray[np.float64]:
+    """Raw rows to a matrix (rows, columns) float64, NaN where a value is missing.
 
     numeric: the number. boolean: 0 or 1. categorical: the category's place in the list, -1 where it is not in it.
     datetime: days since 2000-01-01 00:00 UTC; a time without a zone counts as UTC. A column that the frame lacks is
     missing in every row; columns that nobody asked for are left out. Raises ValueError where a value cannot be read as
     its column's role: the message names the column, the row by the frame's index, and the value.
     """
-    matrix = np.full((len(frame), len(columns)), np.nan, dtype=np.float32)
+    matrix = np.full((len(frame), len(columns)), np.nan)
     held = {column_name(name): name for name in frame.columns}
     for place, column in enumerate(columns):
         if column.name in held:
@@ -80,22 +86,28 @@ def encode(frame: pd.DataFrame, columns: Sequence[Column]) -> npt.NDArray[np.flo
 
 
 def recode(
-    matrix: npt.NDArray[np.float32], known: Sequence[Column], wanted: Sequence[Column]
-) -> npt.NDArray[np.float32]:
+    matrix: npt.NDArray[np.floating[Any]], known: Sequence[Column], wanted: Sequence[Column]
+) -> npt.NDArray[np.floating[Any]]:
     """A matrix of `known` columns as one of `wanted` columns of the same names and roles, whose categories may be
     others: one that is not wanted becomes unseen."""
     places = {column.name: place for place, column in enumerate(known)}
-    recoded = np.empty((len(matrix), len(wanted)), dtype=np.float32)
+    recoded = np.empty((len(matrix), len(wanted)), dtype=matrix.dtype)
     for place, column in enumerate(wanted):
         values = matrix[:, places[column.name]]
         if column.role == "categorical":
             codes = {category: code for code, category in enumerate(column.categories)}
             before = known[places[column.name]].categories
-            table = np.array([*(codes.get(category, UNSEEN) for category in before), UNSEEN], dtype=np.float32)
+            table = np.array([*(codes.get(category, UNSEEN) for category in before), UNSEEN])
             there = np.isfinite(values)
             values = np.where(there, table[np.where(there, values, UNSEEN).astype(np.int64)], np.nan)
         recoded[:, place] = values
     return recoded
+
+
+def microseconds(frame: pd.DataFrame, column: Column) -> npt.NDArray[np.int64]:
+    """Each row's moment (rows,) in a column of dates, in microseconds since 2000-01-01 00:00 UTC, rounded down;
+    NO_MOMENT where it is missing. Raises ValueError as `encode` does."""
+    return _each_distinct(_moments, frame[column.name], column, NO_MOMENT)
 
 
 def column_name(name: object) -> str:
@@ -216,10 +228,10 @@ def plain_digits(digits: str, decimal: str, thousands: str) -> str | None:
 
 
 def read_moments(values: pd.Series[Any], column: Column) -> pd.Series[Any]:
-    """Moments in UTC, NaT where there is none: a day with its year first, as 2026-11-23, 2026/11/23 or 20261123, or as
-    `column.dates` says, and a time behind it. What pandas reads else, such as `today`, is none."""
+    """Moments in UTC to the microsecond, NaT where there is none: a day with its year first, as 2026-11-23, 2026/11/23
+    or 20261123, or as `column.dates` says, and a time behind it. What pandas reads else, such as `today`, is none."""
     if pd.api.types.is_datetime64_any_dtype(values):
-        return pd.to_datetime(values, utc=True)
+        return pd.to_datetime(values, utc=True).dt.as_unit("us")
     texts = text_of(values).str.replace(r" ?(?:UTC|GMT)$", "Z", regex=True)
     if column.dates != "year_first":
         order = r"\3-\2-\1\4" if column.dates == "day_first" else r"\3-\1-\2\4"
@@ -228,7 +240,17 @@ def read_moments(values: pd.Series[Any], column: Column) -> pd.Series[Any]:
                 rf"^(\d{{1,2}})[{mark}](\d{{1,2}})[{mark}](\d{{4}})((?:\D.*)?)$", order, regex=True
             )
     is_date = texts.str.fullmatch(_YEAR_FIRST).fillna(False).astype(bool)
-    return pd.to_datetime(texts.where(is_date), errors="coerce", format="ISO8601", utc=True)
+    texts = texts.where(is_date)
+    moments = _iso_moments(texts)
+    # A nanosecond in one text makes pandas lose those outside of 1677 to 2262 in all.
+    lost = moments.isna() & is_date
+    if lost.any():
+        moments[lost] = _iso_moments(texts[lost])
+    return moments
+
+
+def _iso_moments(texts: pd.Series[Any]) -> pd.Series[Any]:
+    return pd.to_datetime(texts, errors="coerce", format="ISO8601", utc=True).dt.as_unit("us")
 
 
 def _plain(text: str, column: Column) -> str | None:
@@ -241,15 +263,20 @@ def _plain(text: str, column: Column) -> str | None:
 
 
 def _read(values: pd.Series[Any], column: Column) -> npt.NDArray[np.float64]:
+    return _each_distinct(_READERS[column.role], values, column, np.nan)
+
+
+def _each_distinct(
+    read: Callable[[pd.Series[Any], Column], npt.NDArray[Number]], values: pd.Series[Any], column: Column, nothing: Any
+) -> npt.NDArray[Number]:
     """Each distinct value is read once, where they are known: a text costs a hundred times what a number does."""
-    read = _READERS[column.role]
     if isinstance(values.dtype, pd.CategoricalDtype):
         try:
             read_once = read(without_missing(pd.Series(values.cat.categories), column.missing), column)
         except ValueError:
             values = values.astype(values.cat.categories.dtype)  # the rows say where it stands, if anywhere
         else:
-            numbers: npt.NDArray[np.float64] = np.append(read_once, np.nan)[values.cat.codes]
+            numbers: npt.NDArray[Number] = np.append(read_once, nothing)[values.cat.codes]
             return numbers
     return read(without_missing(values, column.missing), column)
 
@@ -259,6 +286,7 @@ def _numbers(values: pd.Series[Any], column: Column) -> npt.NDArray[np.float64]:
     is_number = pd.api.types.is_numeric_dtype(values)
     rule = "a finite number" + (f" with {column.unit}" if column.unit else "")
     _refuse(values, np.isinf(numbers) if is_number else ~np.isfinite(numbers), column, rule)
+    _refuse(values, np.abs(numbers) > LARGEST, column, f"a number of at most {LARGEST:g}")
     return numbers
 
 
@@ -277,11 +305,17 @@ def _codes(values: pd.Series[Any], column: Column) -> npt.NDArray[np.float64]:
 
 
 def _days(values: pd.Series[Any], column: Column) -> npt.NDArray[np.float64]:
+    moments = _moments(values, column)
+    return np.where(moments == NO_MOMENT, np.nan, moments / DAY_MICROSECONDS)
+
+
+def _moments(values: pd.Series[Any], column: Column) -> npt.NDArray[np.int64]:
     moments = read_moments(values, column)
     example = {"day_first": ", 23.11.2026", "month_first": ", 11/23/2026"}.get(column.dates, "")
     rule = f"a date such as 2026-11-23{example} or 2026-11-23T02:00:00Z"
     _refuse(values, moments.isna().to_numpy(), column, rule)
-    return _floats((moments - EPOCH) / pd.Timedelta(days=1))
+    counted = moments.to_numpy(dtype="datetime64[us]").astype(np.int64)
+    return np.where(counted == NO_MOMENT, NO_MOMENT, counted - EPOCH.value // 1000)
 
 
 def _floats(values: pd.Series[Any]) -> npt.NDArray[np.float64]:

@@ -11,9 +11,10 @@ import numpy.typing as npt
 import pandas as pd
 
 from models.shapes import Problem
+from models.table import LARGEST
 from tasks.findings import Finding
 from tasks.job import DataConfig
-from tasks.rows import Arrays, Chunk, DataError, Rows, hash_rows, stop_at_errors
+from tasks.rows import Arrays, Chunk, DataError, Features, Rows, hash_rows, stop_at_errors
 from tasks.targets import Target
 
 # The kinds of NumPy's types that are numbers or may be read as such: truths, whole, real, objects, bytes and texts.
@@ -29,12 +30,13 @@ def array_rows(arrays: Arrays, data: DataConfig, problem: Problem, findings: tup
         raise DataError(
             f"{source}: data.raw must be true or false for rows of arrays, found {list(data.raw)}; set true"
         )
-    count, shapes = 0, set()
+    count, shapes, dtypes = 0, set(), set()
     for features, labels in _rows(source, arrays):
         there = target.look(labels)
         numbers = _finite(source, features[there], labels.index[there])
         count += len(numbers)
         shapes.add(features.shape[1:])
+        dtypes.add(numbers.dtype)
     if not shapes:
         raise DataError(f"{source} must hold rows, found none; give it some")
     if len(shapes) > 1:
@@ -48,7 +50,14 @@ def array_rows(arrays: Arrays, data: DataConfig, problem: Problem, findings: tup
             numbers = _finite(source, features[there], labels.index[there])
             yield Chunk(features=numbers, target=values, content=hash_rows(numbers))
 
-    return Rows(count=count, shape=shapes.pop(), classes=target.classes, chunks=chunks, findings=findings)
+    return Rows(
+        count=count,
+        shape=shapes.pop(),
+        dtype=np.result_type(*dtypes),
+        classes=target.classes,
+        chunks=chunks,
+        findings=findings,
+    )
 
 
 def _rows(source: str, arrays: Arrays) -> Iterator[tuple[npt.NDArray[Any], "pd.Series[Any]"]]:
@@ -73,16 +82,22 @@ def _rows(source: str, arrays: Arrays) -> Iterator[tuple[npt.NDArray[Any], "pd.S
         before += len(labels)
 
 
-def _finite(source: str, features: npt.NDArray[Any], rows: "pd.Index[Any]") -> npt.NDArray[np.float32]:
+def _finite(source: str, features: npt.NDArray[Any], rows: "pd.Index[Any]") -> Features:
+    """Numbers in float32 where that holds whatever their type does, else in float64."""
     try:
-        with np.errstate(over="ignore"):
-            numbers: npt.NDArray[np.float32] = features.astype(np.float32)
+        numbers: Features = features.astype(
+            np.float32 if np.can_cast(features.dtype, np.float32) else np.float64, copy=False
+        )
     except (TypeError, ValueError, OverflowError) as error:
         raise DataError(f"{source}: features must be numbers, but {error}; turn them into numbers") from error
-    bad = np.flatnonzero(~np.isfinite(numbers).all(axis=tuple(range(1, numbers.ndim))))
-    if len(bad):
-        raise DataError(
-            f"{source}: features must be finite (at most 3.4e38), found NaN or infinity in {len(bad)} of "
-            f"{len(numbers)} rows, first in row {rows[bad[0]]}; fill or drop them"
-        )
+    rules = [(np.isfinite(numbers), "finite", "NaN or infinity")]
+    if numbers.dtype == np.float64:  # float32 holds none that is larger
+        rules.append((np.abs(numbers) <= LARGEST, f"at most {LARGEST:g}", "more"))
+    for within, rule, odd in rules:
+        bad = np.flatnonzero(~within.all(axis=tuple(range(1, numbers.ndim))))
+        if len(bad):
+            raise DataError(
+                f"{source}: features must be {rule}, found {odd} in {len(bad)} of {len(numbers)} rows, first in row "
+                f"{rows[bad[0]]}; fill or drop them"
+            )
     return numbers

@@ -49,7 +49,8 @@ class Version:
         return tuple(Column(**column.model_dump()) for column in self.manifest.columns)
 
     def outputs(self, features: Tensor | DiskRows) -> Tensor:
-        """Raw features (rows, ...), or a table's matrix, to logits (rows, classes) or a regression's values (rows,)."""
+        """Raw features (rows, ...) of any type of numbers, or a table's matrix, to logits (rows, classes), or to a
+        regression's values (rows,) in float64."""
         return predict_outputs(nn.Sequential(self.preprocessing, self.model), features)
 
     def predict(self, rows: "Tensor | pd.DataFrame") -> list[str] | list[float]:

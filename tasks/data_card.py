@@ -36,7 +36,7 @@ def data_card(snapshot: Snapshot) -> str:
 def _row_in_words(snapshot: Snapshot) -> str:
     if snapshot.columns:
         return f"{len(snapshot.columns)} columns of a table"
-    return f"float32 of shape {snapshot.shape.features}"
+    return f"{snapshot.first('train', 1).dtype} of shape {snapshot.shape.features}"
 
 
 def _target_in_words(snapshot: Snapshot) -> str:

@@ -7,6 +7,7 @@ night. Knows nothing of models.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -114,7 +115,7 @@ def drift_table(moved: tuple[Change, ...]) -> str:
     return "\n".join(["# What moved since the champion's snapshot", "", *head, *lines, ""])
 
 
-def _sample(snapshot: Snapshot) -> npt.NDArray[np.float32]:
+def _sample(snapshot: Snapshot) -> npt.NDArray[np.floating[Any]]:
     """The first training rows, which are a sample because the file goes by hashes, (rows, columns)."""
     rows = snapshot.first("train", MOST_ROWS)
     if rows.ndim == 2:
@@ -122,7 +123,9 @@ def _sample(snapshot: Snapshot) -> npt.NDArray[np.float32]:
     return rows.reshape(len(rows), rows.shape[1], -1).mean(axis=2) if rows.ndim > 3 else rows.reshape(len(rows), -1)
 
 
-def _stability_index(before: npt.NDArray[np.float32], now: npt.NDArray[np.float32], *, categorical: bool) -> float:
+def _stability_index(
+    before: npt.NDArray[np.floating[Any]], now: npt.NDArray[np.floating[Any]], *, categorical: bool
+) -> float:
     """Missing values are no bin: their shares stand beside it. 0 where a column is empty before or now."""
     before, now = before[~np.isnan(before)], now[~np.isnan(now)]
     if not (len(before) and len(now)):

@@ -20,12 +20,15 @@ from tasks.champion import Champion
 from tasks.confirm import Challenger, Confirmed
 from tasks.fresh import MOST_ROWS
 from tasks.job import DataConfig, PromotionConfig, TuningJob
-from tasks.prepare import days_since_epoch, names_and_roles
+from tasks.prepare import first_test_moment, names_and_roles
 from tasks.snapshots import Snapshot
 from tasks.study import derived_seed
+from tasks.versions import FORMAT_OF_EXACT_ROWS
 
 Decision = Literal["PROMOTE", "HOLD", "REJECT"]
 MEGABYTE = 1_000_000
+# How far a moment could be rounded where it was kept as days in float32.
+ROUNDED_MICROSECONDS = 84_375_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +116,7 @@ def gate(
     )
     if champion is None:
         return _first_night(confirmed, rows)
-    challenger, lineage = confirmed.challenger, champion.manifest.lineage
+    challenger = confirmed.challenger
     if not _reads(champion, snapshot):
         return rows.verdict(
             challenger,
@@ -129,9 +132,7 @@ def gate(
         return rows.verdict(
             challenger,
             decision="HOLD",
-            reason="the champion may have been trained on each of tonight's test rows: put data.test_fraction back to "
-            f"{lineage.test_fraction}, and data.split_by and data.time_column to {lineage.data.get('split_by')} and "
-            f"{lineage.data.get('time_column')}, or give the job a new name",
+            reason=_seen_in_words(champion),
             judged=champion.promotion.number,
             rows_left_out=left_out,
         )
@@ -381,11 +382,31 @@ def _unseen_by(champion: Champion, snapshot: Snapshot, job: TuningJob) -> Tensor
     by_content = job.data.split_by is None and job.data.time_column is None
     if split_otherwise or (by_content and names_and_roles(champion.columns) != names_and_roles(snapshot.columns)):
         return torch.zeros_like(positions, dtype=torch.bool)
+    was_exact = champion.manifest.format >= FORMAT_OF_EXACT_ROWS
     if job.data.time_column is not None:
-        return positions >= days_since_epoch(DataConfig.model_validate({**lineage.data, "source": lineage.source}))
+        begin = first_test_moment(DataConfig.model_validate({**lineage.data, "source": lineage.source}))
+        return positions >= (begin if was_exact else begin + ROUNDED_MICROSECONDS)
     if lineage.test_fraction is None:
         return torch.ones_like(positions, dtype=torch.bool)
-    return positions < lineage.test_fraction
+    unseen = positions < lineage.test_fraction
+    return unseen if was_exact or not by_content else unseen & _is_narrow(snapshot)
+
+
+def _seen_in_words(champion: Champion) -> str:
+    seen, lineage = "the champion may have been trained on each of tonight's test rows", champion.manifest.lineage
+    if champion.manifest.format < FORMAT_OF_EXACT_ROWS:
+        return f"{seen}: it is of a time when rows were split by rounded numbers; give the job a new name"
+    return (
+        f"{seen}: put data.test_fraction back to {lineage.test_fraction}, and data.split_by and data.time_column to "
+        f"{lineage.data.get('split_by')} and {lineage.data.get('time_column')}, or give the job a new name"
+    )
+
+
+def _is_narrow(snapshot: Snapshot) -> Tensor:
+    """Of each test row, whether float32 holds its features, so that it has the hash that it always had."""
+    features = snapshot.features("test", torch.device("cpu"))
+    narrow = replace(features, transform=lambda rows: ((rows.float() == rows) | rows.isnan()).flatten(1).all(dim=1))
+    return narrow[:]
 
 
 def _taken_back(challenger: Challenger, snapshot: Snapshot, champion: Champion) -> str | None:

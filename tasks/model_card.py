@@ -20,9 +20,10 @@ def model_card(manifest: Manifest, snapshot: Snapshot, description: str) -> str:
         reads = "tables with the columns " + ", ".join(f"{column.name} ({column.role})" for column in manifest.columns)
         example = "frame)  # a pandas DataFrame, raw, with the columns above in any order"
     else:
-        reads = f"rows of shape {manifest.features}, float32, raw"
+        dtype = snapshot.first("train", 1).dtype
+        reads = f"rows of shape {manifest.features}, {dtype}, raw"
         sizes = ", ".join(str(size) for size in manifest.features)
-        example = f"features)  # raw rows, float32, of shape (rows, {sizes})"
+        example = f"features)  # raw rows, {dtype}, of shape (rows, {sizes})"
     return f"""\
 # {manifest.job}
 

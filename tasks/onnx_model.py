@@ -18,6 +18,7 @@ class OnnxModel(PythonModel):
         import onnxruntime
 
         self._session = onnxruntime.InferenceSession(context.artifacts["onnx"], providers=["CPUExecutionProvider"])
+        self._type = np.float64 if self._session.get_inputs()[0].type == "tensor(double)" else np.float32
         self._classes: list[str] = context.model_config["classes"]
         self._columns = []
         if columns := context.model_config.get("columns"):
@@ -34,7 +35,7 @@ class OnnxModel(PythonModel):
         if self._columns:
             features = self._table.encode(pd.DataFrame(model_input), self._columns)
         else:
-            features = np.asarray(model_input, dtype=np.float32)
+            features = np.asarray(model_input, dtype=self._type)
         outputs = self._session.run(None, {"features": features})[0]
         if not self._classes:
             return pd.DataFrame({"prediction": outputs.astype(np.float64)})

@@ -12,6 +12,7 @@ import math
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,7 +24,7 @@ from models.shapes import DataShape, Problem
 from models.table import EPOCH
 from tasks.findings import EXAMPLES, Finding, finding
 from tasks.job import DataConfig
-from tasks.rows import Chunk, DataError, Rows, stop_at_errors
+from tasks.rows import Chunk, DataError, Rows, narrowed, stop_at_errors
 from tasks.snapshots import (
     FORMAT,
     POSITION,
@@ -60,7 +61,7 @@ def prepare(data: DataConfig, problem: Problem, snapshots: Path, last: Snapshot 
         rows = read_rows(data, problem, home / DOWNLOADS, Path(name))
         changed = _changes(rows, last, data)
         stop_at_errors(changed, data)
-        with _Buckets(rows, problem, Path(name)) as buckets:
+        with _Buckets(rows, problem, data, Path(name)) as buckets:
             for chunk in rows.chunks():
                 buckets.add(chunk, _positions(chunk), _splits(chunk, data))
             counts = buckets.counts
@@ -98,10 +99,11 @@ def names_and_roles(columns: tuple[Column, ...]) -> list[tuple[str, str]]:
     return sorted((column.name, column.role) for column in columns)
 
 
-def days_since_epoch(data: DataConfig) -> float:
-    """The beginning of the test rows' time, in days since 2000-01-01 UTC."""
+def first_test_moment(data: DataConfig) -> int:
+    """The beginning of the test rows' time, in microseconds since 2000-01-01 UTC."""
     assert data.test_from is not None
-    return float((data.test_from - EPOCH).total_seconds()) / 86400
+    epoch: datetime = EPOCH.to_pydatetime()
+    return (data.test_from - epoch) // timedelta(microseconds=1)
 
 
 def position_of(words: npt.NDArray[np.uint64]) -> npt.NDArray[np.float64]:
@@ -124,26 +126,28 @@ def _positions(chunk: Chunk) -> npt.NDArray[np.float64]:
 def _splits(chunk: Chunk, data: DataConfig) -> npt.NDArray[np.int64]:
     """With a time column the test rows are those of its end, and all others are split by their hashes."""
     positions = _positions(chunk)
-    if chunk.days is None:
+    if chunk.moments is None:
         return split_of(positions, data)
     earlier = np.where(positions < data.validation_fraction, 1, 0)
-    return np.where(chunk.days >= days_since_epoch(data), 2, earlier)
+    return np.where(chunk.moments >= first_test_moment(data), 2, earlier)
 
 
 class _Buckets:
-    """Rows by the first bits of their hashes: in memory where they are few, else each bucket in a file of its own."""
+    """Rows by the first bits of their hashes: in memory where they are few, else each bucket in a file of its own.
+    `is_narrow` says whether float32 holds every feature as it is."""
 
-    def __init__(self, rows: Rows, problem: Problem, folder: Path) -> None:
+    def __init__(self, rows: Rows, problem: Problem, data: DataConfig, folder: Path) -> None:
         self.dtype = np.dtype(
             [
                 ("high", ">u8"),
                 ("low", ">u8"),
-                ("label", ">i8" if problem == "classification" else ">f4"),
+                ("label", ">i8" if problem == "classification" else ">f8"),
                 ("split", "i1"),
-                ("position", "f8"),
-                ("features", "<f4", rows.shape),
+                ("position", "<f8" if data.time_column is None else "<i8"),
+                ("features", rows.dtype.newbyteorder("<"), rows.shape),
             ]
         )
+        self.is_narrow = True
         self.counts = np.zeros((len(SPLITS), max(1, len(rows.classes))), dtype=np.int64)
         wanted = max(1, rows.count * self.dtype.itemsize / BUCKET_BYTES)
         self._count = min(MOST_BUCKETS, 2 ** math.ceil(math.log2(wanted)))
@@ -168,7 +172,8 @@ class _Buckets:
         rows["high"], rows["low"] = chunk.content.T
         rows["label"] = chunk.target + chunk.target.dtype.type(0)
         rows["split"], rows["features"] = splits, chunk.features
-        rows["position"] = positions if chunk.days is None else chunk.days
+        rows["position"] = positions if chunk.moments is None else chunk.moments
+        self.is_narrow = self.is_narrow and np.array_equal(narrowed(chunk.features), chunk.features, equal_nan=True)
         labels = chunk.target.astype(np.int64) if self.dtype["label"].kind == "i" else np.zeros(len(rows), np.int64)
         np.add.at(self.counts, (splits, labels), 1)
         if not self._files:
@@ -211,7 +216,8 @@ def _write(buckets: _Buckets, rows: Rows, data: DataConfig, folder: Path) -> str
     if data.test_from is not None:
         header += [data.time_column, data.test_from.isoformat()]
     digest.update(json.dumps(header).encode())
-    target = np.dtype(np.int64 if rows.classes else np.float32)
+    target = np.dtype(np.int64 if rows.classes else np.float64)
+    features = np.dtype("<f4" if buckets.is_narrow else "<f8")
     totals = buckets.counts.sum(axis=1).tolist()
     with ExitStack() as stack:
 
@@ -223,17 +229,17 @@ def _write(buckets: _Buckets, rows: Rows, data: DataConfig, folder: Path) -> str
 
         files = {
             split: (
-                begin(f"{split}.features.npy", np.dtype("<f4"), (total, *rows.shape)),
+                begin(f"{split}.features.npy", features, (total, *rows.shape)),
                 begin(f"{split}.target.npy", target, (total,)),
             )
             for split, total in zip(SPLITS, totals, strict=True)
         }
-        position = begin(POSITION, np.dtype("<f8"), (totals[SPLITS.index("test")],))
+        position = begin(POSITION, buckets.dtype["position"], (totals[SPLITS.index("test")],))
         for bucket in buckets.sorted():
             digest.update(bucket[["high", "low", "label"]].astype(_packed(bucket.dtype)).tobytes())
             for place, split in enumerate(SPLITS):
                 part = bucket[bucket["split"] == place]
-                np.ascontiguousarray(part["features"]).tofile(files[split][0])
+                np.ascontiguousarray(part["features"], dtype=features).tofile(files[split][0])
                 part["label"].astype(target).tofile(files[split][1])
                 if split == "test":
                     part["position"].tofile(position)

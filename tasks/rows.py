@@ -21,6 +21,7 @@ from models.column import Column
 from tasks.findings import Described, Finding, printable
 from tasks.job import DataConfig
 
+Features = npt.NDArray[np.float32 | np.float64]
 Hashes = npt.NDArray[np.uint64]
 Frames = Callable[[], Iterator[pd.DataFrame]]
 Arrays = Callable[[], Iterator[tuple[npt.NDArray[Any], npt.NDArray[Any]]]]
@@ -35,27 +36,29 @@ class DataError(ExpectedError):
 
 @dataclass(frozen=True, kw_only=True)
 class Chunk:
-    """Some rows: features (rows, ...) float32; target (rows,) int64 classes or float32 values; and two words of 64 bits
-    for each row's content, and for what tells its split where that is something else. `days` are the moments that the
-    split goes by, in days since 2000-01-01 UTC, where the job splits by time."""
+    """Some rows: features (rows, ...) float32 or float64; target (rows,) int64 classes or float64 values; and two words
+    of 64 bits for each row's content, and for what tells its split where that is something else. `moments` are those
+    that the split goes by, in microseconds since 2000-01-01 UTC, where the job splits by time."""
 
-    features: npt.NDArray[np.float32]
-    target: npt.NDArray[np.int64 | np.float32]
+    features: Features
+    target: npt.NDArray[np.int64 | np.float64]
     content: Hashes
     identity: Hashes | None = None
-    days: npt.NDArray[np.float64] | None = None
+    moments: npt.NDArray[np.int64] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
     """What is known of all rows, and the way to read them, from the beginning whenever `chunks` is called.
 
-    `classes` are the names that a target indexes, none for a regression. `columns` are those of a table's matrix, none
-    where the rows are arrays; `described` and `findings` are for the data card.
+    `dtype` is what the features come in: float32 holds an image's values, and anything else needs float64. `classes`
+    are the names that a target indexes, none for a regression. `columns` are those of a table's matrix, none where the
+    rows are arrays; `described` and `findings` are for the data card.
     """
 
     count: int
     shape: tuple[int, ...]
+    dtype: "np.dtype[np.float32 | np.float64]"
     classes: tuple[str, ...]
     chunks: Callable[[], Iterator[Chunk]]
     columns: tuple[Column, ...] = ()
@@ -69,11 +72,22 @@ def stop_at_errors(findings: Iterable[Finding], data: DataConfig) -> None:
         raise DataError(f"{data.source}: " + "; and ".join(errors))
 
 
-def hash_rows(features: npt.NDArray[np.float32]) -> Hashes:
-    """The content of rows of arrays: 16 bytes of BLAKE2b over a row's values as little-endian float32 (-0 counts as
-    0)."""
-    canonical = np.ascontiguousarray(features + np.float32(0), dtype="<f4")
-    return hash_matrix(canonical.reshape(len(features), math.prod(features.shape[1:])))
+def hash_rows(features: Features) -> Hashes:
+    """The content of rows of arrays: 16 bytes of BLAKE2b over a row's values as little-endian float32 (-0 counts as 0),
+    or as float64 where float32 does not hold each of them. So equal rows have one hash, in whichever type they come."""
+    canonical = features.reshape(len(features), math.prod(features.shape[1:])) + np.float32(0)
+    narrow = narrowed(canonical)
+    hashes = hash_matrix(np.ascontiguousarray(narrow, dtype="<f4"))
+    wide = (narrow != canonical).any(axis=1)
+    if wide.any():
+        hashes[wide] = hash_matrix(np.ascontiguousarray(canonical[wide], dtype="<f8"))
+    return hashes
+
+
+def narrowed(values: Features) -> npt.NDArray[np.float32]:
+    """The values as float32, in which a very large one is infinite."""
+    with np.errstate(over="ignore"):
+        return values.astype(np.float32)
 
 
 def hash_matrix(matrix: npt.NDArray[Any]) -> Hashes:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from models.column import Column
 from models.evaluate import EVALUATION_BATCH
-from models.table import EPOCH, UNSEEN, encode
+from models.table import DAY_MICROSECONDS, EPOCH, UNSEEN, encode
 
 SERVABLE = "mlflow"
 PROGRAM = f"{SERVABLE}/artifacts/model.onnx"
@@ -53,6 +53,8 @@ def write_servable(
     loaded through us only.
     """
     program = folder / "model.onnx"
+    if columns:
+        example = example.double()  # as table.py reads them
     try:
         export_onnx(served, example, program)
         for rows in (example[:1], torch.cat([example, example])):  # it may hold a number of rows as a constant
@@ -98,9 +100,10 @@ def export_onnx(served: nn.Module, example: Tensor, path: Path) -> None:
 
 
 def run_onnx(program: Path, features: Tensor) -> Tensor:
-    """What an ONNX program gives for raw features (rows, ...), or a table's matrix. Raises whatever ONNX Runtime
-    does."""
+    """What an ONNX program gives for raw features (rows, ...), or a table's matrix, of any type. Raises whatever ONNX
+    Runtime does."""
     session = onnxruntime.InferenceSession(str(program), providers=["CPUExecutionProvider"])
+    features = features.double() if session.get_inputs()[0].type == "tensor(double)" else features.float()
     pieces = (
         session.run(None, {"features": rows.numpy()})[0] for rows in torch.split(features, EVALUATION_BATCH["cpu"])
     )
@@ -132,7 +135,7 @@ def signature_of(example: Tensor, classes: tuple[str, ...], columns: tuple[Colum
     them."""
     outputs: list[ColSpec | TensorSpec] = [ColSpec(DataType.string if classes else DataType.double, "prediction")]
     outputs += [ColSpec(DataType.double, f"probability of {name}") for name in classes]
-    inputs = Schema([TensorSpec(np.dtype(np.float32), (-1, *example.shape[1:]))])
+    inputs = Schema([TensorSpec(example.numpy().dtype, (-1, *example.shape[1:]))])
     if columns:  # of any type: MLflow would refuse whole numbers for a column of numbers, where our reader does not
         inputs = Schema([ColSpec(AnyType(), column.name, required=False) for column in columns])  # type: ignore[no-untyped-call]
     return ModelSignature(inputs=inputs, outputs=Schema(outputs))
@@ -156,7 +159,8 @@ def _written(value: float, column: Column) -> float | str:
         case "boolean":
             return "true" if value else "false"
         case "datetime":
-            return str(EPOCH + pd.Timedelta(days=value))
+            moment = np.datetime64(EPOCH.date(), "us") + np.timedelta64(round(value * DAY_MICROSECONDS), "us")
+            return f"{moment}Z"
         case _:
             return value
 

@@ -29,7 +29,7 @@ from tasks.findings import Described, Finding
 SplitName = Literal["train", "validation", "test"]
 SPLITS: tuple[SplitName, ...] = ("train", "validation", "test")
 DESCRIPTION = "snapshot.json"
-FORMAT = 2
+FORMAT = 3
 POSITION = "test.position.npy"
 FILES = (*(f"{split}.{part}.npy" for split in SPLITS for part in ("features", "target")), POSITION)
 KEPT = timedelta(days=30)
@@ -61,25 +61,26 @@ class Snapshot:
         return sum(self.row_counts.values())
 
     def features(self, split: SplitName, device: torch.device) -> DiskRows:
-        """A split's raw features, float32, read from the disk as they are needed."""
+        """A split's raw features, read from the disk as they are needed: float32 where that holds every value of the
+        snapshot as the source has it, else float64."""
         return DiskRows(path=self.path / f"{split}.features.npy", device=device)
 
     def target(self, split: SplitName, device: torch.device) -> Tensor:
-        """A split's target, int64 classes or float32 values, on the device."""
+        """A split's target, int64 classes or float64 values, on the device."""
         return torch.from_numpy(np.load(self.path / f"{split}.target.npy")).to(device)
 
     def load(self, device: torch.device) -> dict[SplitName, tuple[Tensor, Tensor]]:
         """All raw features and targets of each split, on the device."""
         return {split: (self.features(split, device)[:], self.target(split, device)) for split in SPLITS}
 
-    def first(self, split: SplitName, rows: int) -> npt.NDArray[np.float32]:
+    def first(self, split: SplitName, rows: int) -> npt.NDArray[np.float32 | np.float64]:
         """The first raw rows of a split; they lie in an order that says nothing."""
-        found: npt.NDArray[np.float32] = self.features(split, torch.device("cpu"))[:rows].numpy()
+        found: npt.NDArray[np.float32 | np.float64] = self.features(split, torch.device("cpu"))[:rows].numpy()
         return found
 
     def test_positions(self) -> Tensor:
         """Where each test row lies in what decides the split: the hash as a number in [0, 1), or with a time column its
-        days since 2000-01-01 UTC."""
+        microseconds since 2000-01-01 UTC."""
         return torch.from_numpy(np.load(self.path / POSITION))
 
     def test_groups(self) -> Tensor:

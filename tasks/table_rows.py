@@ -13,11 +13,11 @@ import pandas as pd
 
 from models.column import Column
 from models.shapes import Problem
-from models.table import FORMS, by_value, column_name, distinct, encode, text_of
+from models.table import FORMS, NO_MOMENT, by_value, column_name, distinct, encode, microseconds, text_of
 from tasks.columns import Survey
 from tasks.findings import Described, Finding, finding
 from tasks.job import DataConfig
-from tasks.rows import Chunk, DataError, Frames, Hashes, Rows, hash_bytes, hash_matrix, stop_at_errors
+from tasks.rows import Chunk, DataError, Frames, Hashes, Rows, hash_bytes, hash_matrix, narrowed, stop_at_errors
 from tasks.targets import Target
 
 LEAK_ROWS = 20_000
@@ -34,6 +34,7 @@ def table_rows(frames: Frames, data: DataConfig, problem: Problem, findings: Seq
     return Rows(
         count=table.count,
         shape=(len(table.columns),),
+        dtype=np.dtype(np.float64),
         classes=table.target.classes,
         chunks=table.chunks,
         columns=table.columns,
@@ -137,34 +138,35 @@ class _Table:
     def _chunk(self, frame: pd.DataFrame, target: npt.NDArray[Any]) -> Chunk:
         data = self._data
         matrix = self._encoded(frame)
-        identity = days = None
+        identity = moments = None
         if data.split_by is not None:
             codes, values = distinct(frame[data.split_by], data.missing)
             names = by_value(text_of(values), *FORMS)
             identity = hash_bytes([str(name).encode() for name in [*names, pd.NA]])[codes]
         if data.time_column is not None:
-            days = self._days(frame, data.time_column)
+            moments = self._moments(frame, data.time_column)
         content = _content(matrix, self.columns)
-        return Chunk(features=matrix, target=target, content=content, identity=identity, days=days)
+        return Chunk(features=matrix, target=target, content=content, identity=identity, moments=moments)
 
-    def _days(self, frame: pd.DataFrame, name: str) -> npt.NDArray[np.float64]:
+    def _moments(self, frame: pd.DataFrame, name: str) -> npt.NDArray[np.int64]:
         column = Column(name=name, role="datetime", missing=self._data.missing, dates=self._data.dates)
         try:
-            days = encode(frame, [column])[:, 0].astype(np.float64)
+            moments = microseconds(frame, column)
         except ValueError as error:
             raise DataError(
                 f"{self._data.source}: {error}; correct it, set data.dates where days or months come first, or split "
                 "by something else"
             ) from error
-        if np.isnan(days).any():
-            row = frame.index[int(np.flatnonzero(np.isnan(days))[0])]
+        without = np.flatnonzero(moments == NO_MOMENT)
+        if len(without):
+            row = frame.index[without[0]]
             raise DataError(
                 f"{self._data.source}: column {name}, data.time_column, must hold a date in every row, found none in "
                 f"row {row}; fill or drop such rows"
             )
-        return days
+        return moments
 
-    def _encoded(self, frame: pd.DataFrame) -> npt.NDArray[np.float32]:
+    def _encoded(self, frame: pd.DataFrame) -> npt.NDArray[np.float64]:
         try:
             return encode(frame, self.columns)
         except ValueError as error:
@@ -228,7 +230,7 @@ def _check_types(frame: pd.DataFrame, source: str) -> None:
 
 
 def _leaks(
-    matrix: npt.NDArray[np.float32],
+    matrix: npt.NDArray[np.float64],
     target: npt.NDArray[Any],
     columns: tuple[Column, ...],
     problem: Problem,
@@ -245,9 +247,13 @@ def _leaks(
             return []
     from sklearn.tree import DecisionTreeClassifier, DecisionTreeRegressor  # as in sources.py
 
+    if problem == "regression":  # scikit-learn takes a variance below 2e-16 for none
+        target = (target - target.mean()) / (np.abs(target - target.mean()).max() or 1)
     findings = []
     for place, column in enumerate(columns):
-        values = matrix[:, place : place + 1]
+        # It reads float32, but of a single column no more than which value is greater.
+        known, values = np.unique(matrix[:, place], return_inverse=True)
+        values = np.where(np.isnan(known), np.nan, np.arange(len(known)))[values][:, None]
         tree = (DecisionTreeClassifier if problem == "classification" else DecisionTreeRegressor)(
             max_leaf_nodes=64, random_state=0
         )
@@ -261,7 +267,7 @@ def _leaks(
     return findings
 
 
-def _content(matrix: npt.NDArray[np.float32], columns: tuple[Column, ...]) -> Hashes:
+def _content(matrix: npt.NDArray[np.float64], columns: tuple[Column, ...]) -> Hashes:
     """Each row's content, whatever the order of the columns, the file it came from, and today's list of categories: a
     category counts by its name, not by its code."""
     parts = {}
@@ -271,6 +277,16 @@ def _content(matrix: npt.NDArray[np.float32], columns: tuple[Column, ...]) -> Ha
             names = pd.util.hash_array(np.array([*column.categories, ""], dtype=object))
             parts[column.name] = names[np.where(np.isnan(values), -1, values).astype(np.int64)]
         else:
-            parts[column.name] = pd.util.hash_array(values + np.float32(0))
+            parts[column.name] = _hash_numbers(values + 0)
     hashes = np.column_stack([parts[name] for name in sorted(parts)])
     return hash_matrix(hashes.astype(">u8"))
+
+
+def _hash_numbers(values: npt.NDArray[np.float64]) -> npt.NDArray[np.uint64]:
+    """Each as float32 where that holds it, as in `hash_rows`."""
+    narrow = narrowed(values)
+    hashes: npt.NDArray[np.uint64] = pd.util.hash_array(narrow)
+    wide = (narrow != values) & ~np.isnan(values)
+    if wide.any():
+        hashes[wide] = pd.util.hash_array(values[wide])
+    return hashes

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from models.shapes import Problem
-from models.table import by_value, distinct, forms_of, read_numbers, text_of
+from models.table import LARGEST, by_value, distinct, forms_of, read_numbers, text_of
 from tasks.columns import labels_alike, tidy
 from tasks.findings import EXAMPLES, Described, Finding, finding
 from tasks.job import DataConfig
@@ -56,7 +56,7 @@ class Target:
         return there
 
     def read(self, values: "pd.Series[Any]") -> tuple[npt.NDArray[np.bool_], npt.NDArray[Any]]:
-        """Which rows have a target, and those targets: int64 classes, or float32 values. Raises DataError."""
+        """Which rows have a target, and those targets: int64 classes, or float64 values. Raises DataError."""
         codes, known = distinct(values, self._data.missing)
         there = codes >= 0
         if self._problem == "regression":
@@ -95,8 +95,10 @@ class Target:
                 "such rows out",
             )  # fmt: skip
         if self._problem == "regression":
-            if self._ends[0] == self._ends[1]:
-                raise DataError(f"{source}: the target must vary, found {self._ends[0]:g} in every row; name another")
+            low, high = self._ends
+            if high - low < np.finfo(np.float64).tiny:  # what float64 cannot divide by
+                found = f"{low!r} in every row" if low == high else f"{low!r} to {high!r}"
+                raise DataError(f"{source}: the target must vary, found {found}; name another")
             return findings
         if len(self.classes) < 2:
             raise DataError(
@@ -130,22 +132,21 @@ class Target:
 
     def _numbers(
         self, known: "pd.Series[Any]", codes: npt.NDArray[np.int64], rows: "pd.Index[Any]"
-    ) -> npt.NDArray[np.float32]:
+    ) -> npt.NDArray[np.float64]:
         """The distinct values as numbers; a date is none."""
         texts = known.astype("string") if pd.api.types.is_datetime64_any_dtype(known) else known
         column = self._as_numbers.name
         if self._data.roles.get(column) == "numeric" and not self._as_numbers.unit:
             self._as_numbers = replace(self._as_numbers, unit=unit_of(texts))
-        wide = read_numbers(texts, self._as_numbers)
-        with np.errstate(over="ignore"):
-            numbers: npt.NDArray[np.float32] = wide.astype(np.float32)
-        bad = np.flatnonzero(np.append(~np.isfinite(numbers), False)[codes])
+        numbers = read_numbers(texts, self._as_numbers)
+        bad = np.flatnonzero(np.append(~(np.abs(numbers) <= LARGEST), False)[codes])
         if len(bad):
             value = known.iloc[codes[bad[0]]]
-            number_texts, unread = NumberTexts(column, self._data), texts[~np.isfinite(wide)]
+            rule = f"at most {LARGEST:g}" if np.isfinite(numbers[codes[bad[0]]]) else "finite numbers"
+            number_texts, unread = NumberTexts(column, self._data), texts[~np.isfinite(numbers)]
             is_written = number_texts.add(unread, np.ones(len(unread), dtype=np.int64)).all()
             raise DataError(
-                f"{self._data.source}: the target of a regression must be finite numbers, found "
+                f"{self._data.source}: the target of a regression must be {rule}, found "
                 f"{value if isinstance(value, float) else repr(value)} in row {rows[bad[0]]}; "
                 f"{number_texts.remedy() if is_written and column else 'correct it'}, or choose a search.objective for "
                 "classes"

@@ -25,7 +25,9 @@ from tasks.promotions import history, latest_promotion
 MANIFEST = "manifest.json"
 WEIGHTS = "model.safetensors"
 PREPROCESSING = "preprocessing.safetensors"
-FORMAT = 4
+FORMAT = 5
+# Before, features and moments were rounded to float32 before rows were split by them.
+FORMAT_OF_EXACT_ROWS = 5
 YOUNG = timedelta(days=1)
 
 _logger = logging.getLogger(__name__)

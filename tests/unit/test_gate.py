@@ -310,6 +310,28 @@ def test_with_a_time_column_only_rows_after_the_champion_s_cut_are_judged(tmp_pa
     assert verdict.rows_left_out == 31
 
 
+def of_an_earlier_format(champion: Champion) -> Champion:
+    return replace(champion, manifest=champion.manifest.model_copy(update={"format": 4}))
+
+
+def test_a_champion_of_rounded_rows_is_judged_on_those_that_float32_holds(
+    weak: Challenger, snapshot: Snapshot, tmp_path: Path
+) -> None:
+    """Any other has another hash than it had then, and may be one that it was trained on."""
+    champion = of_an_earlier_format(as_champion(weak, snapshot, test_fraction=0.2))
+    assert verdict_of(weak, champion, snapshot).rows_left_out == 0
+    frame = pd.DataFrame({"x": np.random.default_rng(0).normal(size=600), "y": np.arange(600) % 2})
+    frame.loc[::2, "x"] = frame["x"].astype(np.float32).astype(np.float64)
+    frame.to_parquet(tmp_path / "rows.parquet")
+    rows = prepare(DataConfig(source=str(tmp_path / "rows.parquet")), "classification", tmp_path / "snapshots")
+    challenger = make_challenger(Prepared.load(rows, CPU), 1)
+    champion = of_an_earlier_format(as_champion(challenger, rows, test_fraction=0.2))
+    columns = tuple(TableColumn(**asdict(column)) for column in rows.columns)
+    champion = replace(champion, manifest=champion.manifest.model_copy(update={"columns": columns}))
+    verdict = verdict_of(challenger, champion, rows, make_job(data={"source": "rows.parquet"}))
+    assert 0.3 * rows.row_counts["test"] < verdict.rows_left_out < 0.7 * rows.row_counts["test"]
+
+
 def test_what_was_rolled_back_needs_new_rows_to_win_again(
     weak: Challenger, strong: Challenger, snapshot: Snapshot
 ) -> None:

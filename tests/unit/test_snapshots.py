@@ -13,6 +13,7 @@ from tasks.prepare import prepare
 from tasks.snapshots import (
     DESCRIPTION,
     FILES,
+    FORMAT,
     Snapshot,
     drop_old_snapshots,
     fetch_snapshot,
@@ -66,7 +67,7 @@ def test_an_altered_file_is_refused_and_nothing_is_left(store: Store, tmp_path: 
 def test_a_snapshot_of_a_former_format_counts_as_gone(tmp_path: Path) -> None:
     made = wines(tmp_path)
     description = made.path / DESCRIPTION
-    description.write_text(description.read_text().replace('"format": 2', '"format": 1'))
+    description.write_text(description.read_text().replace(f'"format": {FORMAT}', '"format": 1'))
     assert read_snapshot(tmp_path, made.fingerprint) is None
 
 

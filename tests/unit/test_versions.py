@@ -203,18 +203,18 @@ def test_a_file_that_was_added_is_damage(store: Store) -> None:
 
 
 def test_a_manifest_of_a_newer_format_says_upgrade(store: Store) -> None:
-    content = b'{"format": 5, "something": "new"}'
+    content = b'{"format": 6, "something": "new"}'
     version = hashlib.sha256(content).hexdigest()[:16]
     store.create(f"models/job/versions/{version}/manifest.json", content)
-    with pytest.raises(StoreError, match=r"newer Nightly Tuner \(format 5, this one reads up to 4\); upgrade"):
+    with pytest.raises(StoreError, match=r"newer Nightly Tuner \(format 6, this one reads up to 5\); upgrade"):
         read_manifest(store, "job", version)
 
 
-@pytest.mark.parametrize("content", [b"[]", b"null", b'{"format": "x"}', b"\xff", b'{"format": 4}'])
+@pytest.mark.parametrize("content", [b"[]", b"null", b'{"format": "x"}', b"\xff", b'{"format": 5}'])
 def test_a_manifest_that_is_none_is_damage(store: Store, content: bytes) -> None:
     version = hashlib.sha256(content).hexdigest()[:16]
     store.create(f"models/job/versions/{version}/manifest.json", content)
-    with pytest.raises(DamagedVersion, match=r"manifest\.json is not of format 4"):
+    with pytest.raises(DamagedVersion, match=r"manifest\.json is not of format 5"):
         read_manifest(store, "job", version)
 
 
