@@ -22,7 +22,7 @@ from flows.deployments import deployment_of, path_of
 from infra.errors import NotOurs
 from infra.services import servers, worker
 from infra.settings import Settings, enter
-from infra.stack import find, one_at_a_time, recorded_device_workers, start, stop
+from infra.stack import find, is_prefect_ours, one_at_a_time, recorded_device_workers, start, stop
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
@@ -45,12 +45,13 @@ def up() -> None:
     with readable_jobs(settings) as jobs, one_at_a_time(settings):  # files are read before anything starts
         with console.status("Starting the servers"):
             start(settings, servers(settings), console.print)
-        refused = _apply(settings, jobs, runs_here=True)
+        are_all_applied = _apply(settings, jobs, runs_here=True)
         if not recorded_device_workers(settings):  # which stand in for it
             with console.status("Starting the worker"):
                 start(settings, [worker(settings)], console.print)
         console.print(f"Prefect {settings.prefect_page}  MLflow {settings.mlflow_url}  state in {settings.home}")
-        _raise(refused)
+        if not are_all_applied:
+            raise typer.Exit(1)
 
 
 @app.command()
@@ -58,22 +59,23 @@ def apply() -> None:
     """Apply the deployment of every job to the Prefect server that runs already, here or elsewhere."""
     settings = enter()
     with readable_jobs(settings) as jobs:
-        _raise(_apply(settings, jobs, runs_here=False))
+        if not _apply(settings, jobs, runs_here=False):
+            raise typer.Exit(1)
 
 
-def _apply(settings: Settings, jobs: Sequence["TuningJob"], *, runs_here: bool) -> list[NotOurs]:
-    """Apply what all jobs share, and each job's deployment; returns what was refused of single jobs. Raises NotOurs
-    where it is something that all of them share."""
+def _apply(settings: Settings, jobs: Sequence["TuningJob"], *, runs_here: bool) -> bool:
+    """Apply what all jobs share, and each job's deployment. One whose name is somebody else's is said, and keeps no
+    other job from its nights; returns whether there was none. Raises NotOurs where it is what all of them share."""
     from prefect.client.orchestration import get_client
 
     from infra.deploy import apply_deployment, apply_shared_deployments, apply_work_pool, check_server
 
-    on_own_server = settings.external_prefect_url is None
+    on_own_server = is_prefect_ours(settings)
     no_worker_here = find(settings, worker(settings)) is None and not recorded_device_workers(settings)
     with console.status("Applying the deployments"), get_client(sync_client=True) as client:
         check_server(client, settings.work_pool, on_own_server=on_own_server)
         apply_work_pool(client, settings.work_pool, on_own_server=on_own_server, runs_here=runs_here)
-        refused, applied = [], []
+        applied = []
         for job in jobs:
             say_hints(job)
             # Elsewhere a worker of another machine may run it; there heartbeats tell.
@@ -83,16 +85,10 @@ def _apply(settings: Settings, jobs: Sequence["TuningJob"], *, runs_here: bool) 
                 apply_deployment(client, deployment_of(job), settings.work_pool)
                 applied.append(job)
             except NotOurs as error:
-                refused.append(error)
+                say(error)
         apply_shared_deployments(client, settings.work_pool)
     console.print(f"jobs: {', '.join(f'{job.name} ({job.schedule.cron} {job.schedule.timezone})' for job in applied)}")
-    return refused
-
-
-def _raise(refused: Sequence[NotOurs]) -> None:
-    """At the end, so that one job's name keeps no other job from its nights."""
-    if refused:
-        raise NotOurs("\n".join(map(str, refused)))
+    return len(applied) == len(jobs)
 
 
 @app.command()

@@ -16,7 +16,8 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
 
-from flows.console import readable_jobs
+from flows.console import readable_jobs, say
+from infra.errors import NotOurs
 from infra.settings import OUR_LOGGERS, Settings, enter
 
 console = Console(highlight=False, soft_wrap=True)
@@ -216,10 +217,18 @@ def reconcile(
 
     store = open_store(settings.store_url)
     with nullcontext([load_job(job, settings.jobs)]) if job else readable_jobs(settings) as jobs:
+        refused = False
         for each in jobs:
-            with only_night_of(each.name, settings.home):
-                found = settle(each, store, MlflowClient(settings.mlflow_url), settings.studies, torch.device("cpu"))
-            console.print(f"{each.name}: champion {found.promotion.version if found else 'none yet'}")
+            try:
+                with only_night_of(each.name, settings.home):
+                    client = MlflowClient(settings.mlflow_url)
+                    found = settle(each, store, client, settings.studies, torch.device("cpu"))
+                console.print(f"{each.name}: champion {found.promotion.version if found else 'none yet'}")
+            except NotOurs as error:  # which keeps no other job from being settled
+                say(error)
+                refused = True
+        if refused:
+            raise typer.Exit(1)
 
 
 def gc(as_json: AsJson = False) -> None:

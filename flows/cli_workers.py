@@ -13,7 +13,7 @@ from rich.table import Table
 from flows.console import readable_jobs
 from infra.services import device_workers, worker
 from infra.settings import Settings, enter
-from infra.stack import one_at_a_time, recorded_device_workers, start, stop
+from infra.stack import is_prefect_ours, one_at_a_time, recorded_device_workers, start, stop
 
 if TYPE_CHECKING:
     from tasks.job import TuningJob
@@ -47,7 +47,7 @@ def start_workers(
     if foreground and len(services) != 1:
         raise typer.BadParameter(f"--foreground is for one device, found {len(services)}; name one with --devices")
     with prefect_answers(settings, name), get_client(sync_client=True) as client:
-        apply_work_pool(client, name, on_own_server=settings.external_prefect_url is None, runs_here=True)
+        apply_work_pool(client, name, on_own_server=is_prefect_ours(settings), runs_here=True)
     if foreground:
         os.execve(sys.executable, services[0].command, {**os.environ, **services[0].environment})  # noqa: S606
     with one_at_a_time(settings), console.status("Starting the workers"):

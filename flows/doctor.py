@@ -26,6 +26,7 @@ from infra.errors import ExpectedError
 from infra.ours import our_deployment, our_work_pool
 from infra.records import LOOPBACK, why_not_free
 from infra.settings import Settings
+from infra.stack import is_prefect_ours
 from infra.store import check_store, open_store
 from tasks.job import load_jobs
 from tasks.ownership import check_tracking
@@ -200,7 +201,7 @@ def _clock(settings: Settings) -> Check:
 
 def _worker(settings: Settings) -> Check:
     with get_client(sync_client=True) as client:
-        our_work_pool(client, settings.work_pool, on_own_server=settings.external_prefect_url is None)
+        our_work_pool(client, settings.work_pool, on_own_server=is_prefect_ours(settings))
         answer = client.request(
             "POST",
             "/work_pools/{work_pool_name}/workers/filter",

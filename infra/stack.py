@@ -23,7 +23,7 @@ import psutil
 from filelock import FileLock, Timeout
 
 from infra.records import LOOPBACK, left_behind, read_record, recorded_process, why_not_free, write_record
-from infra.services import Service, StackError, worker
+from infra.services import Service, StackError, servers, worker
 from infra.settings import Settings
 
 START_SECONDS = 180
@@ -125,6 +125,12 @@ def find(settings: Settings, service: Service) -> Running | None:
     """The service's process, if the one that its record names still lives."""
     process = recorded_process(_record(settings, service))
     return None if process is None else Running(service=service, process=process)
+
+
+def is_prefect_ours(settings: Settings) -> bool:
+    """Whether the Prefect server is one that `nightly up` started from this home: not somebody else's, on the same port
+    or elsewhere."""
+    return any(service.name == "prefect" and find(settings, service) is not None for service in servers(settings))
 
 
 def night_runs(settings: Settings) -> bool:

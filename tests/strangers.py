@@ -3,6 +3,7 @@
 import time
 from datetime import UTC, datetime, timedelta
 from typing import Any
+from uuid import uuid4
 
 import httpx
 from mlflow import MlflowClient
@@ -72,6 +73,7 @@ class StrangersPrefect:
             {"prefect.resource.id": f"prefect.tag.{tag}", "prefect.resource.role": "tag"} for tag in found["tags"]
         ]
         event = {
+            "id": str(uuid4()),
             "event": "prefect.flow-run.heartbeat",
             "occurred": datetime.now(UTC).isoformat(),
             "resource": {"prefect.resource.id": f"prefect.flow-run.{run}"},

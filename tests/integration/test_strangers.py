@@ -11,6 +11,7 @@ import httpx
 import pytest
 from mlflow import MlflowClient
 from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.schemas.objects import StateType
 from prefect.events.schemas.automations import AutomationCore, EventTrigger
 
 from infra import deploy
@@ -123,6 +124,7 @@ def test_what_an_earlier_version_made_is_ours_and_gets_the_mark(
     earlier = {**their_automation(ZOMBIE_AUTOMATION), "description": ZOMBIE_DESCRIPTION, "enabled": False}
     automation = theirs.make("automations/", **earlier)
     apply_what_is_shared(client)
+    assert_only_our_worker_runs_are_found(theirs, client)
     assert MARK in str(client.read_work_pool("local").description)
     assert {MARK} == {tag for name in FLOWS for tag in client.read_flow_by_name(name).tags}
     (kept,) = client.read_automations_by_name(ZOMBIE_AUTOMATION)
@@ -131,6 +133,22 @@ def test_what_an_earlier_version_made_is_ours_and_gets_the_mark(
     assert len(client.read_deployments()) == len(deployments) == 3
     assert str(deployments["worker"].flow_id) == str(client.read_flow_by_name("nightly_worker").id)
     theirs.ask("PATCH", f"automations/{automation}", {"enabled": True})
+
+
+def assert_only_our_worker_runs_are_found(theirs: StrangersPrefect, client: SyncPrefectClient) -> None:
+    """Of all runs that carry the name of a study as a tag."""
+    worker = client.read_flow_by_name(deploy.WORKER.flow).id
+    runs = {
+        name: theirs.make("flow_runs/", flow_id=str(flow), tags=tags, state={"type": "PENDING"})
+        for name, flow, tags in (
+            ("ours", worker, [MARK, "a study"]),
+            ("of another study", worker, [MARK, "another study"]),
+            ("in our flow by somebody else", worker, ["a study"]),
+            ("of another flow", theirs.make("flows/", name="their_workers"), [MARK, "a study"]),
+        )
+    }
+    found = deploy.worker_runs(client, "a study", StateType.PENDING)
+    assert [str(run.id) for run in found] == [runs["ours"]]
 
 
 def apply_what_is_shared(client: SyncPrefectClient) -> None:
@@ -143,12 +161,13 @@ def test_a_house_full_of_theirs_is_the_same_after_all_that_we_do(
     stack: Stack, theirs: StrangersPrefect, client: SyncPrefectClient
 ) -> None:
     apply_what_is_shared(client)
+    mine = theirs.objects().keys()
     theirs.move_in(JOB)
     theirs.deploy_in("nightly_tuning", CLASHING)
     mlflow = MlflowClient(stack.mlflow_url)
     for name in (JOB, CLASHING):
         move_into_mlflow(mlflow, name)
-    before = theirs.objects(), mlflow_objects(mlflow)
+    before = {key: each for key, each in theirs.objects().items() if key not in mine}, mlflow_objects(mlflow)
     up = stack.nightly("up", ok=False)
     assert (up.returncode, up.stderr.count("\n")) == (1, 1)
     assert f"the deployment nightly_tuning/{CLASHING} of the Prefect server" in up.stderr
@@ -165,7 +184,9 @@ def test_a_house_full_of_theirs_is_the_same_after_all_that_we_do(
 
     wait_for(lambda: alias() == champion, 120, "the alias to follow")
     stack.nightly("pause", JOB)
-    stack.nightly("reconcile", JOB)
+    settled = stack.nightly("reconcile", ok=False)
+    assert (settled.returncode, settled.stdout.count("\n")) == (1, 3), settled.stdout  # all jobs but the clashing one
+    assert f"name another one by tracking.experiment in the job {CLASHING}" in settled.stderr
     stack.nightly("gc")
     kind, message = run_directly(stack, CLASHING)
     assert (kind, "name another one by tracking.experiment in the job clashing" in message) == ("FAILED", True)
@@ -174,6 +195,25 @@ def test_a_house_full_of_theirs_is_the_same_after_all_that_we_do(
     after = theirs.objects(), mlflow_objects(mlflow)
     for then, now in zip(before, after, strict=True):
         assert {key: now.get(key) for key in then} == then
+    ours = [{key: now[key] for key in now.keys() - then.keys() - mine} for then, now in zip(before, after, strict=True)]
+    assert {kind for kind, _ in ours[0]} <= {
+        "flow runs", "task runs", "deployments", "artifacts", "latest artifacts", "limits", "logs",
+    }  # fmt: skip
+    runs = [each["id"] for (kind, _), each in ours[0].items() if kind == "flow runs" and MARK in each["tags"]]
+    for (kind, _), each in ours[0].items():
+        if kind in ("flow runs", "deployments"):
+            assert MARK in each["tags"] or each["deployment_id"] is None  # a plain call's
+        if kind.endswith("artifacts"):
+            assert each["key"].startswith(f"{MARK}-")
+            assert each["flow_run_id"] in runs
+        if kind == "limits":
+            assert each["name"].startswith("deployment:")
+    experiment = mlflow.get_experiment_by_name(f"{JOB} nights")
+    assert experiment is not None
+    assert (experiment.tags[MARK], mlflow.get_registered_model(f"{JOB} champion").tags[MARK]) == (JOB, JOB)
+    for (kind, name), each in ours[1].items():
+        place = each["info"]["experiment_id"] if kind == "runs" else name.split(" ")[:2]
+        assert place in (experiment.experiment_id, [experiment.experiment_id], [JOB, "champion"])
 
 
 def latest(stack: Stack) -> Promotion:
@@ -186,21 +226,22 @@ def test_the_automation_finds_our_dead_runs_and_nobody_elses(
     stack: Stack, theirs: StrangersPrefect, client: SyncPrefectClient
 ) -> None:
     """With ten seconds in place of ninety, which is Prefect's least."""
+    apply_what_is_shared(client)
     (automation,) = client.read_automations_by_name(ZOMBIE_AUTOMATION)
     assert isinstance(automation.trigger, EventTrigger)
     automation.trigger.within = timedelta(seconds=10)
     client.update_automation(
         automation.id, AutomationCore.model_validate(automation.model_dump(exclude={"id", "owner_resource"}))
     )
-    ours = client.read_deployment_by_name(f"nightly_tuning/{JOB}")
+    ours = client.read_flow_by_name("nightly_tuning").id
     foreign = theirs.make("flows/", name="their_training")
     runs = {
         name: theirs.make("flow_runs/", flow_id=str(flow), tags=tags, name=name, state={"type": "RUNNING"})
         for name, flow, tags in (
             ("of another flow", foreign, []),
-            ("of another flow with our tag", foreign, ours.tags),
-            ("in our flow by somebody else", ours.flow_id, ["prod"]),
-            ("ours", ours.flow_id, ours.tags),
+            ("of another flow with our tag", foreign, [MARK]),
+            ("in our flow by somebody else", ours, ["prod"]),
+            ("ours", ours, [MARK, "mlp"]),
         )
     }
     for run in runs.values():
