@@ -376,7 +376,7 @@ def test_whatever_a_users_model_does_costs_its_trial_only(prepared: Prepared, tm
         "None": "KeyError: 'a name'",
         "unbuildable": "ValueError: cannot be built",
         "raising": "RuntimeError: in the middle",
-        "shapeless": "ModelError: net.py:Net must return outputs of shape (256, 10), found (256, 3); mend its forward",
+        "shapeless": "ModelError: net.py:Net must return outputs of shape (8, 10), found (8, 3); fix its forward",
         "nan": reasons["nan"],
         "exploding": "diverged at epoch 1: the loss is not finite",
     }
