@@ -193,7 +193,8 @@ def check(
     if as_json:
         console.print_json(json.dumps(asdict(snapshot), default=str))
     else:
-        console.print(Markdown(data_card(snapshot)) if console.is_terminal else data_card(snapshot), markup=False)
+        card = data_card(snapshot, brief=True)
+        console.print(Markdown(card) if console.is_terminal else card, markup=False)
 
 
 app.add_typer(cli_workers.app, name="workers")

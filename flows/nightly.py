@@ -44,6 +44,7 @@ from tasks.ask import ask
 from tasks.champion import Champion, read_champion
 from tasks.confirm import Challenger, Confirmed, confirm
 from tasks.drift import since
+from tasks.findings import in_brief
 from tasks.fresh import FreshProcess
 from tasks.gate import Verdict, gate
 from tasks.job import (
@@ -260,7 +261,7 @@ def _snapshot(job: TuningJob, snapshots: Path, studies: Studies, store: Store) -
         again = prepare_step.with_options(refresh_cache=True)
         snapshot = read_snapshot(snapshots, again(job.data, job.objective.problem, snapshots, last))
     assert snapshot is not None
-    for found in snapshot.findings:
+    for found in in_brief(snapshot.findings):
         _logger.warning("%s: %s", snapshot.source, found.sentence)
     mark_as_used(snapshot, _now())
     try:

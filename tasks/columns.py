@@ -105,13 +105,15 @@ class Survey:
 
     @property
     def findings(self) -> list[Finding]:
+        """A column of one value and gaps is no constant: which rows have the value is what it says."""
         _, found = self._role_and_findings()
-        if self.column is None or self._too_many or len(categories := self._categories) != 1:
+        if self.column is None or self._missing or self._too_many or len(categories := self._categories) != 1:
             return found
         (value,) = categories
         return found + finding(
             "constant_column", self._data,
             f"column {self._name} must vary, found {value!r} only; set data.roles.{self._name}: ignored",
+            self._name,
         )  # fmt: skip
 
     @property
@@ -206,8 +208,11 @@ class Survey:
             ) if is_odd else []
         if present == 0:
             return "ignored", finding(
-                "empty_column", data, f"column {name} must hold a value, found none in {self._rows} rows"
-            )
+                "empty_column", data,
+                f"column {name} must hold a value, found none in {self._rows} rows, and is left out; fill it, or set "
+                f"data.roles.{name}: ignored",
+                name,
+            )  # fmt: skip
         if self._kinds == {"boolean"}:
             return "boolean", []
         if self._kinds == {"datetime"}:
@@ -237,17 +242,21 @@ class Survey:
     def _categorical(self, found: list[Finding]) -> tuple[Role | Any, list[Finding]]:
         if not self._too_many:
             return "categorical", found
-        return "ignored", found + finding(
+        return "ignored", found or finding(
             "too_many_categories", self._data,
             f"column {self._name} must have {MOST_CATEGORIES} categories at most, found more, and is left out; set "
-            f"data.roles.{self._name}: categorical to keep it",
+            f"data.roles.{self._name}: categorical to keep those that ten training rows or more have",
+            self._name,
         )  # fmt: skip
 
     def _identifier(self) -> list[Finding]:
+        is_number = self._readable == self._rows
         return finding(
             "identifier_column", self._data,
             f"column {self._name} must say more than which row it is, found another value in every row, and is left "
-            f"out; set data.roles.{self._name} to keep it, or data.split_by: {self._name} to split by it",
+            f"out; set data.split_by: {self._name} to keep a row on its side of the split when its other columns change"
+            + (f", or data.roles.{self._name}: numeric if the order of the numbers means something" * is_number),
+            self._name,
         )  # fmt: skip
 
     def _ambiguous(self) -> list[Finding]:
@@ -258,12 +267,14 @@ class Survey:
                 f"column {name} must hold numbers that can be read in one way, found {self._grouped!r} and the like, "
                 f"which are read as {float(self._grouped):g} and may be {self._grouped.replace('.', '')}; set "
                 'data.decimal: "." if it is a point, or data.decimal: "," and data.thousands: "." if not',
+                name,
             )  # fmt: skip
         if self._with_zeros:
             return finding(
                 "ambiguous_numbers", self._data,
                 f"column {name} must hold numbers without zeros before them, found {self._with_zeros!r}, which is read "
                 f"as {float(self._with_zeros):g} and may be a code; set data.roles.{name}: categorical, or numeric",
+                name,
             )  # fmt: skip
         return []
 
@@ -275,6 +286,7 @@ class Survey:
             "dates_as_numbers", self._data,
             f"column {self._name} must hold dates such as 2026-11-23T02:00:00Z for a model to know of days, weeks and "
             f"years, found {words}, and is used as a number; write them so, or set data.roles.{remedy}",
+            self._name,
         )  # fmt: skip
 
     def _mixed(self, odd: list[tuple[Any, Any]], read: int, rule: str) -> list[Finding]:
@@ -284,6 +296,7 @@ class Survey:
             f"column {self._name} must hold {rule} in every row as it does in most, found {_in_words(odd)} "
             f"({present - read} of {present} rows); add the text to data.missing, or set data.roles.{self._name}: "
             "categorical",
+            self._name,
         )  # fmt: skip
 
     def _in_words(self) -> str:

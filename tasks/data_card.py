@@ -3,14 +3,15 @@
 Reads a snapshot and decides nothing.
 """
 
-from tasks.findings import printable
+from tasks.findings import in_brief, printable
 from tasks.snapshots import Snapshot
 
 MOST_CLASSES = 20
 
 
-def data_card(snapshot: Snapshot) -> str:
-    """In Markdown: rows and splits, classes, columns with their roles, and what the checks warn of."""
+def data_card(snapshot: Snapshot, *, brief: bool = False) -> str:
+    """In Markdown: rows and splits, classes, columns with their roles, and what the checks warn of: each finding, or
+    one line for many of a kind where it is to be brief."""
     counts = ", ".join(f"{rows} {split}" for split, rows in snapshot.row_counts.items())
     lines = [
         f"# {snapshot.source}",
@@ -29,7 +30,8 @@ def data_card(snapshot: Snapshot) -> str:
         lines += [f"| {_cell(it.name)} | {it.role} | {it.missing} | {_cell(it.values)} |" for it in snapshot.described]
     if snapshot.findings:
         lines += ["", "| check | warning |", "| --- | --- |"]
-        lines += [f"| {found.check} | {_cell(found.sentence)} |" for found in snapshot.findings]
+        findings = in_brief(snapshot.findings) if brief else snapshot.findings
+        lines += [f"| {found.check} | {_cell(found.sentence)} |" for found in findings]
     return "\n".join(lines) + "\n"
 
 

@@ -94,6 +94,7 @@ class DateTexts:
             "dates_as_text", self._data,
             f"column {self._name} must hold a date such as 2026-11-23 in every row, found {examples} ({rows} of "
             f"{present} rows hold {how}); {remedy}, or set data.roles.{self._name}: categorical or ignored",
+            self._name,
         )  # fmt: skip
 
 

@@ -2,14 +2,16 @@
 snapshot, so it knows nothing of tables.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from models.column import Role
 from tasks.job import CheckName, DataConfig, Severity
 
 EXAMPLES = 5
+# As many findings of one kind are one line where lines are read as they come.
+MANY = 3
 SEVERITIES: Mapping[CheckName, Severity] = {
     "header_row": "error",
     "empty_column": "warn",
@@ -36,11 +38,13 @@ SEVERITIES: Mapping[CheckName, Severity] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """What a check found: the rule that is broken, where, a few examples, and the remedy, in one sentence."""
+    """What a check found: the rule that is broken, where, a few examples, and the remedy, in one sentence; `column`
+    names the column where it is about one."""
 
     check: CheckName
     severity: Severity
     sentence: str
+    column: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,10 +58,28 @@ class Described:
     values: str
 
 
-def finding(check: CheckName, data: DataConfig, sentence: str) -> list[Finding]:
+def finding(check: CheckName, data: DataConfig, sentence: str, column: str = "") -> list[Finding]:
     """The finding with the severity that the job gives it, else the usual one; none where the job ignores such."""
     severity = data.checks.get(check, SEVERITIES[check])
-    return [] if severity == "ignore" else [Finding(check=check, severity=severity, sentence=printable(sentence))]
+    if severity == "ignore":
+        return []
+    return [Finding(check=check, severity=severity, sentence=printable(sentence), column=printable(column))]
+
+
+def in_brief(findings: Iterable[Finding]) -> list[Finding]:
+    """The findings for a terminal or a log: of many columns with one fault the first, which names some others."""
+    kinds: dict[tuple[CheckName, Severity], list[Finding]] = {}
+    for found in findings:
+        kinds.setdefault((found.check, found.severity), []).append(found)
+    brief = []
+    for first, *others in kinds.values():
+        columns = [found.column for found in others if found.column]
+        if len(columns) < MANY or len(columns) < len(others):
+            brief += [first, *others]
+            continue
+        names = ", ".join(columns[:EXAMPLES]) + (", ..." if len(columns) > EXAMPLES else "")
+        brief.append(replace(first, sentence=f"{first.sentence}; the same of {len(columns)} more columns ({names})"))
+    return brief
 
 
 def printable(text: str) -> str:

@@ -100,6 +100,7 @@ class NumberTexts:
             "numbers_as_text", self._data,
             f"column {name} must hold plain numbers, found {examples} ({self.rows} of {present} rows); "
             f"{self.remedy(readable)}, or set data.roles.{name}: categorical to keep them as texts",
+            name,
         )  # fmt: skip
 
     def remedy(self, readable: int = 0) -> str:

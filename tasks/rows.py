@@ -18,7 +18,7 @@ import pandas as pd
 
 from infra.errors import ExpectedError
 from models.column import Column
-from tasks.findings import Described, Finding, printable
+from tasks.findings import Described, Finding, in_brief, printable
 from tasks.job import DataConfig
 
 Features = npt.NDArray[np.float32 | np.float64]
@@ -68,7 +68,7 @@ class Rows:
 
 def stop_at_errors(findings: Iterable[Finding], data: DataConfig) -> None:
     """Raise DataError where a finding is an error, one for all of them."""
-    if errors := [found.sentence for found in findings if found.severity == "error"]:
+    if errors := [found.sentence for found in in_brief(findings) if found.severity == "error"]:
         raise DataError(f"{data.source}: " + "; and ".join(errors))
 
 

@@ -263,6 +263,7 @@ def _leaks(
                 "leaking_column", data,
                 f"column {column.name} must not give the target away, found that it predicts {found:.1%} of it alone; "
                 f"set data.roles.{column.name}: ignored, or data.checks.leaking_column: warn if that is right",
+                column.name,
             )  # fmt: skip
     return findings
 
