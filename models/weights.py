@@ -15,14 +15,27 @@ from torch import Tensor
 _SHARED = "shared"
 
 
+class NotKept(ValueError):
+    """A value cannot be kept as a tensor in a file; the message names it."""
+
+
 def kept_once(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors on the CPU, of which no two share memory; and for each name that was left out, the name that its
-    tensor is kept under, which is the first. A view that covers only part of another gets memory of its own."""
+    tensor is kept under, which is the first. A view that covers only part of another gets memory of its own.
+
+    Raises NotKept where a value is no dense tensor.
+    """
     kept: dict[str, Tensor] = {}
     shared: dict[str, str] = {}
     first: dict[object, str] = {}
     taken: set[int] = set()
     for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
+            found = f"a tensor of layout {tensor.layout}" if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise NotKept(
+                f"{name} of its state_dict must be a dense tensor, found {found}; keep a sparse tensor as its dense "
+                "parts, and let get_extra_state return a tensor"
+            )
         identity = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
         if tensor.numel() and first.setdefault(identity, name) != name:
             shared[name] = first[identity]

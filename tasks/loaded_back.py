@@ -50,8 +50,8 @@ STATE = (
     "submodules or buffers"
 )
 CHANCE = (
-    "it answers the same rows otherwise each time, so something draws at random in evaluation, as dropout does that is "
-    "always on; draw only while self.training"
+    "it answers the same rows otherwise each time, so something draws at random in evaluation, as dropout that is "
+    "always on does, or changes the model; do both only while self.training"
 )
 BATCH = (
     "a row alone gets other outputs than in a batch, so its forward depends on the batch; let it treat each row by "
@@ -86,10 +86,12 @@ def rehearse(job: TuningJob, snapshot: Snapshot, trainer: TrainerProcesses | Loc
         try:
             hyperparameters = baseline_hyperparameters(job)
             seed = derived_seed(job.seed, "rehearsal", 0)
-            trainer.rehearse(Training(hyperparameters=hyperparameters, seed=seed), folder)
+            unsaved = trainer.rehearse(Training(hyperparameters=hyperparameters, seed=seed), folder)
         except Exception as error:  # noqa: BLE001 a user's code raises anything, and its trials will tell it
             _logger.info("no model could be trained ahead of the search: %s", error)
             return
+        if unsaved is not None:
+            raise _would_not_ship(job, unsaved)
         judged = read_tensors((folder / OUTPUTS).read_bytes())["outputs"]
         manifest = _manifest(job, snapshot, hyperparameters, folder)
         kept = version_folder(Path(name), job.name, manifest.version)
@@ -101,10 +103,14 @@ def rehearse(job: TuningJob, snapshot: Snapshot, trainer: TrainerProcesses | Loc
             loaded = fresh.load(Path(name).as_uri(), job.name, manifest.version, snapshot, "validation", len(judged))
             compare(judged, loaded, trainer.device.type)
         except (NotLoaded, Differs) as error:
-            raise WouldNotShip(
-                f"model {job.model} cannot be published as it is trained, so the night stops before its search: after "
-                f"one step of training, loaded in a fresh process, {error}"
-            ) from error
+            raise _would_not_ship(job, f"loaded in a fresh process, {error}") from error
+
+
+def _would_not_ship(job: TuningJob, why: str) -> WouldNotShip:
+    return WouldNotShip(
+        f"model {job.model} cannot be published as it is trained, so the night stops before its search: after one step "
+        f"of training, {why}"
+    )
 
 
 def _manifest(job: TuningJob, snapshot: Snapshot, hyperparameters: Hyperparameters, folder: Path) -> Manifest:

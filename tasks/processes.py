@@ -114,8 +114,9 @@ class TrainerProcesses:
     def costs(self, hyperparameters: Hyperparameters, needed: Collection[str]) -> dict[str, float]:
         return dict(self._processes[0].ask("costs", (hyperparameters, tuple(needed))))
 
-    def rehearse(self, training: Training, folder: Path) -> None:
-        self._processes[0].ask("rehearse", (training, folder))
+    def rehearse(self, training: Training, folder: Path) -> str | None:
+        unsaved: str | None = self._processes[0].ask("rehearse", (training, folder))
+        return unsaved
 
     def train(self, trainings: Sequence[Training], on_epoch: OnEpoch) -> Iterator[tuple[int, Ended]]:
         if not trainings:

@@ -17,9 +17,9 @@ from models.evaluate import MetricName, latency_ms, parameter_count, predict_out
 from models.families import build_model
 from models.fused import OnEpoch, Stopped
 from models.hyperparameters import Hyperparameters
-from models.solo import Diverged, Epoch, Trained, Training, train
+from models.solo import Diverged, Epoch, Trained, Training
 from models.training import fusion_for, train_all
-from models.weights import write_tensors
+from models.weights import NotKept, write_tensors
 from tasks.job import TuningJob
 from tasks.prepared import Prepared
 from tasks.versions import PREPROCESSING, WEIGHTS
@@ -88,24 +88,30 @@ class LocalTrainer:
             costs["latency"] = latency_ms(model, self._prepared.training.features[:1])
         return costs
 
-    def rehearse(self, training: Training, folder: Path) -> None:
+    def rehearse(self, training: Training, folder: Path) -> str | None:
         """Train one step, and write into the folder what a version holds of the model, and its outputs for the first
-        raw validation rows. Raises what is wrong with the model."""
-        training = replace(
-            training,
-            hyperparameters=training.hyperparameters.model_copy(update={"epochs": 1, "batch_size": REHEARSED_ROWS}),
-        )
+        raw validation rows. Returns why the model cannot be saved, if so; raises what else is wrong with it."""
+        brief = training.hyperparameters.model_copy(update={"epochs": 1, "batch_size": REHEARSED_ROWS})
         some = replace(
             self._setting,
             training=self._prepared.training.first(REHEARSED_ROWS),
             validation=self._prepared.validation.first(REHEARSED_ROWS),
         )
-        model, preprocessing = train(some, training).model, self._prepared.preprocessing
+        # Two, which are one computation where trials will be; and alone torch's optimizer imports a second's worth.
+        seeds = (training.seed, training.seed + 1)
+        trained = dict(train_all(some, [Training(hyperparameters=brief, seed=seed) for seed in seeds]))[0]
+        if isinstance(trained, Exception):
+            raise trained
+        model, preprocessing = trained.model, self._prepared.preprocessing
         rows = self._prepared.snapshot.features("validation", self.device)[:REHEARSED_ROWS]
         outputs = predict_outputs(nn.Sequential(preprocessing, model), rows)
-        write_tensors(model.state_dict(), folder / WEIGHTS)
+        try:
+            write_tensors(model.state_dict(), folder / WEIGHTS)
+        except NotKept as error:
+            return str(error)
         write_tensors(preprocessing.state_dict(), folder / PREPROCESSING)
         write_tensors({"outputs": outputs}, folder / OUTPUTS)
+        return None
 
     def train(self, trainings: Sequence[Training], on_epoch: OnEpoch) -> Iterator[tuple[int, Ended]]:
         for place, outcome in train_all(self._setting, trainings, on_epoch):

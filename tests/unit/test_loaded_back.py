@@ -124,10 +124,26 @@ UNSHIPPABLE = {
     ),
     "dropout that is always on": (net("return self.out(F.dropout(self.a(rows), 0.5, training=True))"), CHANCE),
     "weights drawn in forward": (net("return self.out(self.a(rows) @ torch.randn(16, 16))"), CHANCE),
-    "normalised by the batch": (net("return self.out(self.a((rows - rows.mean(0)) / (rows.std(0) + 1)))"), BATCH),
-    "batch norm without running statistics": (
-        net("return self.out(self.norm(self.a(rows)))", "self.norm = nn.BatchNorm1d(16, track_running_stats=False)"),
-        "one row alone",
+    "centred by the batch": (net("return self.out(self.a(rows - rows.mean(0)))"), BATCH),
+    "a softmax over the batch": (net("return self.out(F.softmax(self.a(rows), dim=0))"), BATCH),
+    "what evaluation counts": (
+        net("self.seen += 1\nreturn self.out(self.a(rows)) * (1 + self.seen / 100)", "self.seen = 0"),
+        "changes the model",
+    ),
+    "a mean of earlier weights in a list": (
+        net(
+            """
+            if self.training:
+                self.kept = [0.9 * old + 0.1 * new.detach() for old, new in zip(self.kept, self.a.parameters())]
+            return self.out(F.linear(rows, *self.kept)) + 0 * self.a(rows).sum()
+            """,
+            "self.kept = [weight.detach().clone() for weight in self.a.parameters()]",
+        ),
+        STATE,
+    ),
+    "an attribute drawn where it is built": (
+        net("return self.out(self.a(rows)) * self.scale", "import random\nself.scale = random.random()"),
+        STATE,
     ),
     "layers made in forward": (
         net(
@@ -153,6 +169,29 @@ SHIPPABLE = {
         "self.seen = 0",
     ),
     "squeezed": net("return self.out(self.a(rows)).unsqueeze(-1).squeeze()"),
+    "masked by torch.nn.utils.prune": net(
+        "return self.out(self.a(rows))",
+        "from torch.nn.utils import prune\nprune.l1_unstructured(self.a, 'weight', 0.5)",
+    ),
+    "recurrent": net(
+        "return self.out(self.more(rows.view(-1, 8, 8))[0][:, -1])",
+        "self.more = nn.LSTM(8, 16, 2, batch_first=True, dropout=0.2)",
+    ),
+    "of several types": net(
+        "return self.out(self.more(rows.double()).bfloat16()).float()",
+        "self.more = nn.Linear(64, 16).double()\nself.out.bfloat16()",
+    ),
+    "extra state as a tensor": net(
+        "self.seen += self.training\nreturn self.out(self.a(rows)) * (1 + self.seen)",
+        "self.seen = 0",
+    )
+    + """
+    def get_extra_state(self):
+        return torch.tensor(self.seen)
+
+    def set_extra_state(self, state):
+        self.seen = int(state)
+""",
     "as good as constant": net("return self.out(0 * self.a(rows))"),
 }
 
@@ -171,6 +210,24 @@ def test_one_step_of_training_shows_that_a_model_would_not_ship(
     job = make_job(model=write_net(tmp_path, text), search={"space": {"epochs": 1}})
     says = rf"model .*net\.py:Net cannot be published as it is trained, .* in a fresh process, .*{cause}"
     with pytest.raises(WouldNotShip, match=says):
+        rehearse(job, prepared.snapshot, LocalTrainer(job, prepared), fresh)
+
+
+UNSAVED = {
+    "more .*found a tensor of layout torch.sparse_coo": net(
+        "return self.out(self.a(rows))", "self.register_buffer('more', torch.eye(16).to_sparse())"
+    ),
+    "_extra_state .*found dict": net("return self.out(self.a(rows))")
+    + "    def get_extra_state(self):\n        return {}\n",
+}
+
+
+@pytest.mark.parametrize("found", UNSAVED)
+def test_what_cannot_be_saved_is_named_before_the_search(
+    prepared: Prepared, fresh: FreshProcess, tmp_path: Path, found: str
+) -> None:
+    job = make_job(model=write_net(tmp_path, UNSAVED[found]), search={"space": {"epochs": 1}})
+    with pytest.raises(WouldNotShip, match=rf"after one step of training, model\.{found}; keep a sparse"):
         rehearse(job, prepared.snapshot, LocalTrainer(job, prepared), fresh)
 
 
