@@ -29,25 +29,7 @@ def object_tags(url: str) -> dict[str, str]:
     The URL names an object, a pattern such as s3://bucket/day-*.csv, or everything below a folder. Raises StoreError:
     nothing is there, a name leads out of the folder, or S3 refuses or does not answer.
     """
-    store, key = _open(url)
-    if _PATTERN.search(key):
-        folder = key[: key.rfind("/") + 1]
-        found = {
-            name.removeprefix(folder): tag
-            for name, tag in store.tags(folder).items()
-            if fnmatchcase(name, key) and name.count("/") == key.count("/")
-        }
-    else:
-        below = store.tags(key)
-        prefix = key.rstrip("/") + "/"
-        found = {PurePosixPath(key).name: below[key]} if key in below else {}
-        found = found or {name.removeprefix(prefix): tag for name, tag in below.items() if name.startswith(prefix)}
-    if not found:
-        raise StoreError(f"{url} must name an object, a pattern or a folder of objects, found none; correct it")
-    for name in found:
-        if ".." in PurePosixPath(name).parts or PurePosixPath(name).is_absolute():
-            raise StoreError(f"{url}: an object's name must lead to a file below it, found {name!r}; rename it")
-    return {name: tag for name, tag in found.items() if not name.endswith("/")}
+    return _look(*_open(url), url)[0]
 
 
 def download(url: str, folder: Path) -> str:
@@ -61,9 +43,8 @@ def download(url: str, folder: Path) -> str:
     place.mkdir(parents=True, exist_ok=True)
     index = place / INDEX
     known: dict[str, str] = json.loads(index.read_text()) if index.exists() else {}
-    wanted = object_tags(url)
+    wanted, is_folder = _look(store, key, url)
     files = place / "files"
-    is_folder = not _PATTERN.search(key) and PurePosixPath(key).name not in wanted
     for name in known.keys() - wanted.keys():
         (files / name).unlink(missing_ok=True)
     prefix = key.rstrip("/") + "/" if is_folder else key[: key.rfind("/") + 1]
@@ -83,6 +64,29 @@ def download(url: str, folder: Path) -> str:
     if object_tags(url) != wanted:
         raise StoreError(f"{url} must stay as it is while it is read, found that it changed; run again")
     return str(files if is_folder else files / PurePosixPath(key).name)
+
+
+def _look(store: S3Store, key: str, url: str) -> tuple[dict[str, str], bool]:
+    """The objects that a key means, by their names below it, each with its tag; and whether it means a folder. A name
+    such as data[1].csv is one before it is a pattern."""
+    below, prefix = store.tags(key), key.rstrip("/") + "/"
+    found = {PurePosixPath(key).name: below[key]} if key in below else {}
+    is_folder = not found and any(name.startswith(prefix) for name in below)
+    if is_folder:
+        found = {name.removeprefix(prefix): tag for name, tag in below.items() if name.startswith(prefix)}
+    elif not found and _PATTERN.search(key):
+        folder = key[: key.rfind("/") + 1]
+        found = {
+            name.removeprefix(folder): tag
+            for name, tag in store.tags(folder).items()
+            if fnmatchcase(name, key) and name.count("/") == key.count("/")
+        }
+    if not found:
+        raise StoreError(f"{url} must name an object, a pattern or a folder of objects, found none; correct it")
+    for name in found:
+        if ".." in PurePosixPath(name).parts or PurePosixPath(name).is_absolute():
+            raise StoreError(f"{url}: an object's name must lead to a file below it, found {name!r}; rename it")
+    return {name: tag for name, tag in found.items() if not name.endswith("/")}, is_folder
 
 
 def _open(url: str) -> tuple[S3Store, str]:

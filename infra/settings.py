@@ -40,8 +40,9 @@ def _absolute(path: Path) -> Path:
         raise ValueError("must be a path without ~ where the user has no home folder") from error
 
 
+# A description is the rule that a sentence states.
 AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
-Port = Annotated[int, Field(ge=1, le=65535)]
+Port = Annotated[int, Field(ge=1, le=65535, description="a port from 1 to 65535")]
 
 
 class SettingsError(ExpectedError):
@@ -53,10 +54,12 @@ class S3Options(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="NIGHTLY_S3_", env_ignore_empty=True, frozen=True, extra="ignore")
 
-    encryption: Literal["AES256", "aws:kms"] | None = None
+    encryption: Literal["AES256", "aws:kms"] | None = Field(default=None, description="AES256 or aws:kms")
     kms_key: str | None = None
-    tags: str | None = Field(default=None, pattern=r"^[^&=]+=[^&=]*(&[^&=]+=[^&=]*)*$")
-    lock_days: int | None = Field(default=None, ge=1)
+    tags: str | None = Field(
+        default=None, pattern=r"^[^&=]+=[^&=]*(&[^&=]+=[^&=]*)*$", description="tags such as team=vision&env=prod"
+    )
+    lock_days: int | None = Field(default=None, ge=1, description="a whole number of days, 1 or more")
 
     @classmethod
     def read(cls) -> Self:
@@ -64,7 +67,7 @@ class S3Options(BaseSettings):
         try:
             return cls()
         except ValidationError as error:
-            raise _sentence(error, "NIGHTLY_S3_") from error
+            raise _sentence(cls, error, "NIGHTLY_S3_") from error
 
     def for_object(self, now: datetime) -> dict[str, Any]:
         """The arguments of a PUT, by S3's names. A lock is in governance mode: special rights can lift it."""
@@ -109,6 +112,10 @@ class Settings(BaseSettings):
     def _store_is_known(cls, store: str | None) -> str | None:
         if store is not None and urlsplit(store).scheme not in ("file", "s3"):
             raise ValueError("must start with file:// (a directory) or s3:// (a bucket)")
+        if store is not None and set("?#") & set(store):  # whatever follows them would be left out in silence
+            raise ValueError(
+                "must hold no ? and #, which end the path of a URL (write %3F and %23 in that of a folder)"
+            )
         return store
 
     @field_validator("optuna_url")
@@ -134,7 +141,7 @@ class Settings(BaseSettings):
         try:
             settings = cls()
         except ValidationError as error:
-            raise _sentence(error, "NIGHTLY_") from error
+            raise _sentence(cls, error, "NIGHTLY_") from error
         _check_home(settings.home)
         _check_proxies()
         return settings._with_ports_of_its_own()
@@ -270,11 +277,13 @@ def _has_home_folder() -> bool:
     return True
 
 
-def _sentence(error: ValidationError, prefix: str) -> SettingsError:
+def _sentence(settings: type[BaseSettings], error: ValidationError, prefix: str) -> SettingsError:
     problem = error.errors()[0]
     field = str(problem["loc"][0])
     variable = field if field.isupper() else f"{prefix}{field.upper()}"
     reason = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] != "value_error":
+        reason = f"must be {settings.model_fields[field].description}"
     found = "" if variable in ("NIGHTLY_WEBHOOK", "NIGHTLY_OPTUNA_URL") else f", found {problem['input']!r}"
     return SettingsError(f"{variable}: {reason}{found}; set it right or unset it")
 

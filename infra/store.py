@@ -93,6 +93,8 @@ def open_store(url: str) -> Store:
     """The store at a URL. Raises StoreError for a URL that names none, or plain HTTP to another machine."""
     # Each store knows this module; and a directory needs no boto3, which takes its time to import.
     parts = urlsplit(url)
+    if parts.query or parts.fragment:
+        raise StoreError(f"NIGHTLY_STORE must hold no ? and #, found {url!r}; write %3F and %23 in a folder's path")
     if parts.scheme == "file" and parts.netloc in ("", "localhost") and parts.path:
         from infra.directory import DirectoryStore
 

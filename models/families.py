@@ -266,7 +266,7 @@ def _own_family(path: str, class_name: str, code: str) -> Family:
     name = f"{Path(path).name}:{class_name}"
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ModelError(f"{path} raised {type(error).__name__} when it was loaded: {error}; mend it") from error
     own = getattr(module, class_name, None)
     if not (isinstance(own, type) and issubclass(own, nn.Module)):
@@ -295,7 +295,7 @@ def _names_drawn(name: str, suggest: Callable[[Any], Mapping[str, JsonValue]]) -
         trial = study.ask()
         try:
             drawn = suggest(trial)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise ModelError(f"suggest of {name} raised {type(error).__name__}: {error}; mend it") from error
         if not isinstance(drawn, Mapping):
             raise ModelError(f"suggest of {name} must return a dict, found {type(drawn).__name__}; return what it drew")

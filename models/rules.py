@@ -48,12 +48,14 @@ class Mistake:
 
     @property
     def sentence(self) -> str:
+        """The mistake in one line."""
         name = ".".join(str(part) for part in self.field)
         joint = " " if self.rule.partition(" ")[0] in _VERBS else ": "
         found = "" if self.found is NOTHING else f", found {in_yaml(self.found)}"
         if found and self.written and self.written != in_yaml(self.found):
             found += f", which is what YAML makes of {self.written}"
-        return f"{name}{joint if name else ''}{self.rule}{found}; {self.remedy}"
+        text = f"{name}{joint if name else ''}{self.rule}{found}; {self.remedy}"
+        return re.sub(r"\s*\n\s*", " ", text)
 
     def below(self, *place: str | int) -> "Mistake":
         """The same mistake, said of a field that lies below another."""

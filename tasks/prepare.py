@@ -42,6 +42,8 @@ DOWNLOADS = "downloads"
 BUCKET_BYTES = 32 * 2**20
 # Each is an open file, of which a process may have 1,024 on most machines.
 MOST_BUCKETS = 512
+# Fewer say nothing about any others.
+LEAST_TRAINING_ROWS = 10
 # A class's share differs between splits by chance; by more than both of these it is no chance, and it matters.
 UNBALANCED_CHANCE = 1e-4
 UNBALANCED_SHARE = 0.05
@@ -258,6 +260,12 @@ def _check_splits(counts: _Array, rows: Rows, data: DataConfig) -> None:
             if data.test_from is not None:
                 remedy = f"choose another data.test_from than {data.test_from:%Y-%m-%d}, or {remedy}"
             raise DataError(f"{data.source}: the {split} split must not be empty; {remedy}")
+    if (left := int(counts[0].sum())) < LEAST_TRAINING_ROWS:
+        raise DataError(
+            f"{data.source}: the train split must have {LEAST_TRAINING_ROWS} rows at least, found {left} of "
+            f"{rows.count} beside data.validation_fraction {data.validation_fraction:g} and data.test_fraction "
+            f"{data.test_fraction:g}; give more rows, or lower a fraction"
+        )
     missing = [name for name, count in zip(rows.classes, counts[0], strict=False) if count == 0]
     if missing:
         names = ", ".join(missing[:EXAMPLES])

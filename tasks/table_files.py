@@ -159,8 +159,10 @@ def parquet_frames(path: Path) -> Iterator[pd.DataFrame]:
 
 
 def matching(path: Path) -> list[Path]:
-    """All files that a pattern matches, in the order of their names; the path itself where it is none."""
-    return sorted(path.parent.glob(path.name)) if {"*", "?", "["} & set(path.name) else [path]
+    """All files that a pattern matches, in the order of their names; the path itself where it is none, or is there: a
+    name such as data[1].csv is one before it is a pattern."""
+    is_pattern = {"*", "?", "["} & set(path.name) and not path.exists()
+    return sorted(path.parent.glob(path.name)) if is_pattern else [path]
 
 
 def chunk_rows(columns: Collection[Any]) -> int:

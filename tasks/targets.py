@@ -22,6 +22,8 @@ from tasks.number_texts import NumberTexts, numeric_column, unit_of
 from tasks.rows import DataError
 
 SMALL_CLASS_ROWS = 10
+# A scale of marks in halves has fewer; what has more is measured, not named.
+MOST_FRACTIONS = 30
 
 
 class Target:
@@ -105,6 +107,11 @@ class Target:
                 f"{source}: labels must have two classes at least, found {len(self.classes)} "
                 f"({', '.join(map(repr, self.classes))}); give rows of another"
             )
+        if len(self.classes) > MOST_FRACTIONS and _are_fractions(self.classes):
+            raise DataError(
+                f"{source}: {self._named} must be a class for such a search.objective, found {len(self.classes)} "
+                f"numbers with fractions, such as {self.classes[0]}; choose search.objective rmse, mae or r2"
+            )
         findings += [] if data.tidy_labels else labels_alike(self._labels, data)
         return findings + self._small_classes()
 
@@ -167,6 +174,12 @@ def _spelled(counts: Counter[str], *, tidied: bool) -> dict[str, str]:
     for name in sorted(rows, key=lambda name: (-rows[name], name)):
         spelled.setdefault(tidy(name), name)
     return {label: spelled[tidy(name)] for label, name in names.items()}
+
+
+def _are_fractions(names: tuple[str, ...]) -> bool:
+    """Whether all are numbers, and not all whole ones."""
+    numbers = pd.to_numeric(pd.Series(names), errors="coerce")
+    return bool(numbers.notna().all() and (numbers % 1 != 0).any())
 
 
 def _in_order(names: set[str]) -> tuple[str, ...]:

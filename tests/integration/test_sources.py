@@ -72,6 +72,11 @@ def test_a_pattern_in_s3_is_the_table_that_the_files_are_here(s3: Any, tmp_path:
     assert snapshot_of(url, tmp_path).rows > there.rows
     again = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "downloads").rglob("*.csv")}
     assert (again["day-1.csv"], again["day-2.csv"] > files["day-2.csv"]) == (files["day-1.csv"], True)
+    put(s3, "sales/day-[4].csv", day(5).to_csv(index=False))  # a name before it is a pattern
+    assert list(object_tags(f"s3://{BUCKET}/sales/day-[4].csv")) == ["day-[4].csv"]
+    assert snapshot_of(f"s3://{BUCKET}/sales/day-[4].csv", tmp_path).rows == 300
+    s3.delete_object(Bucket=BUCKET, Key="sales/day-[4].csv")
+    assert list(object_tags(f"s3://{BUCKET}/sales/day-[4].csv")) == ["day-4.csv"]
     s3.delete_object(Bucket=BUCKET, Key="sales/day-1.csv")
     assert sorted(object_tags(url)) == ["day-2.csv", "day-4.csv"]
     assert snapshot_of(url, tmp_path).rows < there.rows + 300

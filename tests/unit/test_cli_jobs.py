@@ -76,11 +76,14 @@ def test_init_refuses_in_one_sentence_and_leaves_what_was_there(
 
 def test_without_servers_jobs_are_listed_and_the_doctor_says_what_to_do(tmp_path: Path) -> None:
     alone = make_stack(tmp_path)
-    rows = json.loads(alone.nightly("ls", "--json").stdout)
-    assert {(row["job"], row["champion"], row["last night"]) for row in rows} == {
+    (Path(alone.environment["NIGHTLY_JOBS"]) / "bad.yaml").write_text("name: bad\nbudget: {trials: 0}\n")
+    listed = alone.nightly("ls", "--json", ok=False)
+    # A bad file keeps no other job from anything; it is named, and the exit code says so.
+    assert listed.returncode == 1
+    assert [line.split("bad.yaml: ")[1].split()[0] for line in listed.stderr.splitlines()] == ["data", "budget.trials"]
+    assert {(row["job"], row["champion"], row["last night"]) for row in json.loads(listed.stdout)} == {
         ("digits-cnn", None, None), ("digits-mlp", None, None),
     }  # fmt: skip
-    (Path(alone.environment["NIGHTLY_JOBS"]) / "bad.yaml").write_text("name: bad\nbudget: {trials: 0}\n")
     alone.environment["NIGHTLY_OPTUNA_URL"] = f"postgresql://nightly@127.0.0.1:{free_port()}/optuna"
     found = alone.nightly("doctor", ok=False)
     assert found.returncode == 1
@@ -89,6 +92,7 @@ def test_without_servers_jobs_are_listed_and_the_doctor_says_what_to_do(tmp_path
     for name in ("prefect", "mlflow", "worker", "clock"):
         assert marks[name].startswith("✗")
         assert marks[name].endswith("; run `nightly up`")
-    assert "budget.trials" in marks["jobs"]
+    assert marks["jobs"].startswith("✗ jobs       digits-cnn, digits-mlp are right, 1 more are not: ")
+    assert "budget.trials must be" in marks["jobs"]
     assert marks["studies"].startswith("✗")
     assert marks["studies"].endswith("start it or set NIGHTLY_OPTUNA_URL right")

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from tasks.job import JobError, PresetName, job_files, load_job, load_jobs, parse_job
+from models.shapes import DataShape
+from tasks.job import JobError, PresetName, check_shape, job_files, load_job, load_jobs, parse_job
 from tests.conftest import make_job
 from tests.unit.test_families import NET, write_net
 
@@ -238,3 +239,96 @@ def test_mlflows_names_are_the_jobs_unless_it_says_otherwise() -> None:
 def test_a_name_that_mlflow_or_its_queries_do_not_take_is_refused(field: str, name: str) -> None:
     with pytest.raises(JobError, match=f"tracking.{field} must be of letters, digits, dots"):
         make_job(tracking={field: name})
+
+
+def test_a_bad_file_is_an_error_of_its_own_job_only(tmp_path: Path) -> None:
+    """Whatever is wrong with it: that it is a folder, that it may not be read, that it runs code which leaves."""
+    (tmp_path / "good.yaml").write_text("name: good\ndata: {source: 'sklearn://iris'}\n")
+    (tmp_path / "short.yml").write_text("name: short\ndata: {source: 'sklearn://iris'}\n")
+    (tmp_path / "folder.yaml").mkdir()
+    (tmp_path / "gone.yaml").symlink_to(tmp_path / "nowhere.yaml")
+    (tmp_path / "two.yaml").write_text("name: two\ndata: {source: 'sklearn://iris'}\n")
+    (tmp_path / "two.yml").write_text("name: two\ndata: {source: 'sklearn://iris'}\n")
+    (tmp_path / "leaves.py").write_text("import sys\nsys.exit(3)\n")
+    (tmp_path / "leaves.yaml").write_text("name: leaves\ndata: {source: 'sklearn://iris'}\nmodel: leaves.py:Net\n")
+    (tmp_path / "list.yaml").write_text("- a\n")
+    for hidden in (".good.yaml.swp", "._good.yaml", ".#good.yaml"):
+        (tmp_path / hidden).write_text("\0")
+    jobs, errors = load_jobs(tmp_path)
+    assert {job.name for job in jobs} == {"digits-cnn", "digits-mlp", "good", "short"}
+    said = sorted(str(error).removeprefix(f"{tmp_path}/") for error in errors)
+    assert [sentence.partition(": ")[0] for sentence in said] == [
+        "folder.yaml", "gone.yaml", "leaves.yaml", "list.yaml", "two.yaml",
+    ]  # fmt: skip
+    assert "must be a file, found something else; put a file there" in said[0]
+    assert "must be a file, found none; put a file there" in said[1]
+    assert "leaves.py raised SystemExit when it was loaded: 3, found" in said[2]
+    assert "a job must have one file, found two.yml too; rename or remove one of them" in said[4]
+    assert load_job("good", tmp_path).name == "good"
+
+
+def test_a_tilde_is_the_home_of_whoever_reads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_net(tmp_path)
+    data = {"source": "~/images-idx3-ubyte.gz", "labels": "~/labels-idx1-ubyte.gz"}
+    job = make_job(data=data, model="~/net.py:Net", search={})
+    assert (job.data.source, job.data.labels) == (
+        f"{tmp_path}/images-idx3-ubyte.gz",
+        f"{tmp_path}/labels-idx1-ubyte.gz",
+    )
+    assert job.model == f"{tmp_path}/net.py:Net"
+    database = make_job(data={"source": "sqlite:///~/rows.db", "query": "SELECT 1"}).data.source
+    assert database == f"sqlite:///{tmp_path}/rows.db"
+    assert make_job(data={"source": "~no-such-user/rows.csv"}).data.source == "~no-such-user/rows.csv"
+
+
+def test_an_override_is_refused_as_a_file_would_be_and_leaves_nothing_without_effect(tmp_path: Path) -> None:
+    (tmp_path / "asks.yaml").write_text(
+        "name: asks\ndata: {source: 'sklearn://iris'}\nsearch: {pruner: median}\n"
+        "promotion: {mode: ask, ask_minutes: 30}\n"
+    )
+    assert load_job("asks", tmp_path, promotion="never").promotion.ask_minutes == 30
+    assert load_job("asks", tmp_path, preset="smoke").promotion.mode == "never"
+    with pytest.raises(JobError) as error:
+        load_job("asks", tmp_path, sampler="gp", trials=True, minutes=float("inf"))
+    after = " (the file was overridden with budget.trials True, budget.minutes inf, search.sampler gp)"
+    sentences = str(error.value).splitlines()
+    assert all(sentence.startswith(f"{tmp_path}/asks.yaml: ") and sentence.endswith(after) for sentence in sentences)
+    assert [sentence.split(": ")[1].split()[0] for sentence in sentences] == [
+        "budget.trials", "budget.minutes", "search.pruner",
+    ]  # fmt: skip
+
+
+def test_a_gaussian_process_prunes_nothing_unless_the_file_says_so() -> None:
+    assert make_job(search={"sampler": "gp"}).search.pruner == "none"
+    assert make_job(search={"cost": "parameters"}).search.pruner == "none"
+    assert make_job().search.pruner == "median"
+
+
+@pytest.mark.parametrize(
+    ("search", "shape", "says"),
+    [
+        ({"max_parameters": 100}, (64,), "search.max_parameters must be at least 1210, the size of the smallest model"),
+        ({"max_parameters": 1210}, (64,), None),
+        ({}, (1, 8, 8), None),
+    ],
+)
+def test_a_limit_that_no_model_of_the_space_keeps_is_refused_once_the_rows_are_known(
+    search: dict[str, Any], shape: tuple[int, ...], says: str | None
+) -> None:
+    """The smallest reads 64 features by 16 units, and tells ten classes apart: 64 * 16 + 16 + 16 * 10 + 10."""
+    job = make_job(search={"space": {"width": {"low": 16, "high": 64}}, **search})
+    rows = DataShape(features=shape, outputs=10, problem="classification")
+    if says is None:
+        check_shape(job, rows)
+        return
+    with pytest.raises(JobError, match=says):
+        check_shape(job, rows)
+
+
+def test_rows_that_are_no_images_are_refused_for_a_cnn() -> None:
+    with pytest.raises(JobError, match=r"model must be another than cnn where the rows have the shape \(4,\)"):
+        check_shape(
+            make_job(model="cnn", search={}, data={"source": "load.py:rows"}),
+            DataShape(features=(4,), outputs=3, problem="classification"),
+        )

@@ -242,3 +242,38 @@ def test_rows_many_times_the_memory_become_a_snapshot_and_are_trained_on(tmp_pat
     found = json.loads(finished.stdout.splitlines()[-1])
     assert found["rows"] == 1_400_000
     assert found["accuracy"] > 0.95
+
+
+@pytest.mark.parametrize("name", ["data[1].csv", "what?.csv", "a*b.csv", "[old] rows.csv"])
+def test_a_name_that_could_be_a_pattern_is_a_name_first(tmp_path: Path, name: str) -> None:
+    rows = "a,b\n" + "".join(f"{number / 7:.4f},{'xy'[number % 2]}\n" for number in range(100))
+    (tmp_path / name).write_text(rows)
+    for other in ("data1.csv", "whats.csv", "a-b.csv", "o rows.csv"):
+        (tmp_path / other).write_text("another,table\n1,2\n")
+    assert prepare(DataConfig(source=str(tmp_path / name)), "classification", tmp_path / "snapshots").rows == 100
+
+
+def test_fractions_that_leave_few_training_rows_are_refused(tmp_path: Path) -> None:
+    rows = "".join(f"{number / 7:.4f},{'xy'[number % 2]}\n" for number in range(30))
+    (tmp_path / "few.csv").write_text(f"a,b\n{rows}")
+    data = DataConfig(source=str(tmp_path / "few.csv"), validation_fraction=0.4, test_fraction=0.4)
+    says = r"the train split must have 10 rows at least, found \d of 30 beside data\.validation_fraction 0\.4 "
+    with pytest.raises(DataError, match=says):
+        prepare(data, "classification", tmp_path / "snapshots")
+
+
+@pytest.mark.parametrize("digits", [1, 4])
+def test_measured_numbers_are_no_classes(tmp_path: Path, digits: int) -> None:
+    random = np.random.default_rng(0)
+    values = random.normal(size=3000).round(digits)
+    (tmp_path / "real.csv").write_text("a,b\n" + "".join(f"{value / 7:.4f},{value}\n" for value in values))
+    says = r"column b, the target, must be a class .* found \d+ numbers with fractions, such as -?\d.*; choose search"
+    with pytest.raises(DataError, match=says):
+        prepare(DataConfig(source=str(tmp_path / "real.csv")), "classification", tmp_path / "snapshots")
+
+
+def test_marks_in_halves_are_classes(tmp_path: Path) -> None:
+    marks = "".join(f"{number / 7:.4f},{1 + number % 11 / 2}\n" for number in range(1100))
+    (tmp_path / "marks.csv").write_text(f"a,b\n{marks}")
+    data = DataConfig(source=str(tmp_path / "marks.csv"))
+    assert len(prepare(data, "classification", tmp_path / "snapshots").classes) == 11

@@ -41,12 +41,19 @@ def test_telemetry_is_off_and_pickles_are_refused() -> None:
     ("variable", "value", "says"),
     [
         ("NIGHTLY_HOME", "/dev/null/home", "NIGHTLY_HOME must be a folder that can be written, found /dev/null/home"),
-        ("NIGHTLY_PREFECT_PORT", "0", "NIGHTLY_PREFECT_PORT: Input should be greater than or equal to 1, found '0'"),
-        ("NIGHTLY_MLFLOW_PORT", "http", "NIGHTLY_MLFLOW_PORT: Input should be a valid integer"),
+        ("NIGHTLY_PREFECT_PORT", "0", "NIGHTLY_PREFECT_PORT: must be a port from 1 to 65535, found '0'"),
+        ("NIGHTLY_MLFLOW_PORT", "http", "NIGHTLY_MLFLOW_PORT: must be a port from 1 to 65535, found 'http'"),
         ("NIGHTLY_HOME", "/data/what?", "NIGHTLY_HOME: must be a path without ? and %, found '/data/what?'"),
         ("NIGHTLY_HOME", "/data/100%", "NIGHTLY_HOME: must be a path without ? and %, found '/data/100%'"),
         ("ALL_PROXY", "socks5://10.0.0.1:1080", "ALL_PROXY must start with http:// or https://, found socks5://; name"),
         ("https_proxy", "socks://proxy:1", "HTTPS_PROXY must start with http:// or https://, found socks://; name"),
+        ("NIGHTLY_STORE", "file:///data/a#b", "NIGHTLY_STORE: must hold no ? and #"),
+        ("NIGHTLY_STORE", "s3://bucket/a?versions", "NIGHTLY_STORE: must hold no ? and #"),
+        (
+            "NIGHTLY_JOBS",
+            "~no-such-user/jobs",
+            "NIGHTLY_JOBS: must be a path without ~ where the user has no home folder",
+        ),
         ("NIGHTLY_STORE", "ftp://x", "NIGHTLY_STORE: must start with file:// (a directory) or s3://"),
     ],
 )
