@@ -27,6 +27,8 @@ SEVERITIES: Mapping[CheckName, Severity] = {
     "missing_target": "error",
     "small_class": "warn",
     "leaking_column": "error",
+    "duplicate_rows": "warn",
+    "odd_split": "warn",
     "unbalanced_split": "warn",
     "changed_column": "error",
     "rows_lost": "error",

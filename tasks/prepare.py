@@ -24,7 +24,7 @@ from models.shapes import DataShape, Problem
 from models.table import EPOCH
 from tasks.findings import EXAMPLES, Finding, finding
 from tasks.job import DataConfig
-from tasks.rows import Chunk, DataError, Rows, narrowed, stop_at_errors
+from tasks.rows import Chunk, Rows, narrowed, stop_at_errors
 from tasks.snapshots import (
     FORMAT,
     POSITION,
@@ -36,17 +36,13 @@ from tasks.snapshots import (
     write_description,
 )
 from tasks.sources import read_rows
+from tasks.split_checks import Copies, check_splits, split_findings
 
 DOWNLOADS = "downloads"
 # What is sorted at once; as few rows as this are never written to a bucket.
 BUCKET_BYTES = 32 * 2**20
 # Each is an open file, of which a process may have 1,024 on most machines.
 MOST_BUCKETS = 512
-# Fewer say nothing about any others.
-LEAST_TRAINING_ROWS = 10
-# A class's share differs between splits by chance; by more than both of these it is no chance, and it matters.
-UNBALANCED_CHANCE = 1e-4
-UNBALANCED_SHARE = 0.05
 
 _Array = npt.NDArray[Any]
 _logger = logging.getLogger(__name__)
@@ -67,11 +63,11 @@ def prepare(data: DataConfig, problem: Problem, snapshots: Path, last: Snapshot 
             for chunk in rows.chunks():
                 buckets.add(chunk, _positions(chunk), _splits(chunk, data))
             counts = buckets.counts
-            _check_splits(counts, rows, data)
-            unbalanced = _unbalanced(counts, rows, data)
-            stop_at_errors(unbalanced, data)
+            check_splits(counts, rows, data)
             folder = Path(name) / "snapshot"
-            fingerprint = _write(buckets, rows, data, folder)
+            fingerprint, copies = _write(buckets, rows, data, folder)
+        odd = split_findings(counts, copies, rows, data)
+        stop_at_errors(odd, data)
         row_counts = {split: int(counts[place].sum()) for place, split in enumerate(SPLITS)}
         snapshot = Snapshot(
             fingerprint=fingerprint,
@@ -85,7 +81,7 @@ def prepare(data: DataConfig, problem: Problem, snapshots: Path, last: Snapshot 
             else {},
             columns=rows.columns,
             described=rows.described,
-            findings=(*rows.findings, *changed, *unbalanced),
+            findings=(*rows.findings, *odd, *changed),
             checksums={path.name: checksum(path) for path in sorted(folder.iterdir())},
         )
         if read_snapshot(snapshots, fingerprint) is None:
@@ -206,11 +202,11 @@ def _runs(numbers: npt.NDArray[np.int64], rows: _Array) -> tuple[list[int], list
     return numbers[begins].tolist(), np.split(rows, begins[1:])
 
 
-def _write(buckets: _Buckets, rows: Rows, data: DataConfig, folder: Path) -> str:
+def _write(buckets: _Buckets, rows: Rows, data: DataConfig, folder: Path) -> tuple[str, Copies]:
     """The files of a snapshot; returns the fingerprint: 32 hexadecimal digits over the rows in any order, their labels,
-    and how they are split."""
+    and how they are split; and which rows are copies."""
     folder.mkdir()
-    digest = hashlib.sha256()
+    digest, copies = hashlib.sha256(), Copies()
     header: list[Any] = [FORMAT, rows.shape, rows.classes, data.validation_fraction, data.test_fraction]
     if rows.columns:
         # What a column is read as, whatever the order of the columns; the categories are in the rows' hashes.
@@ -238,6 +234,7 @@ def _write(buckets: _Buckets, rows: Rows, data: DataConfig, folder: Path) -> str
         }
         position = begin(POSITION, buckets.dtype["position"], (totals[SPLITS.index("test")],))
         for bucket in buckets.sorted():
+            copies.add(bucket["high"], bucket["low"], bucket["position"])
             digest.update(bucket[["high", "low", "label"]].astype(_packed(bucket.dtype)).tobytes())
             for place, split in enumerate(SPLITS):
                 part = bucket[bucket["split"] == place]
@@ -245,56 +242,12 @@ def _write(buckets: _Buckets, rows: Rows, data: DataConfig, folder: Path) -> str
                 part["label"].astype(target).tofile(files[split][1])
                 if split == "test":
                     part["position"].tofile(position)
-    return digest.hexdigest()[:32]
+    return digest.hexdigest()[:32], copies
 
 
 def _packed(dtype: "np.dtype[Any]") -> "np.dtype[Any]":
     """The fields that the fingerprint is of, one beside the other."""
     return np.dtype([(name, dtype[name]) for name in ("high", "low", "label")])
-
-
-def _check_splits(counts: _Array, rows: Rows, data: DataConfig) -> None:
-    for place, split in enumerate(SPLITS):
-        if counts[place].sum() == 0:
-            remedy = f"give more rows than {rows.count}"
-            if data.test_from is not None:
-                remedy = f"choose another data.test_from than {data.test_from:%Y-%m-%d}, or {remedy}"
-            raise DataError(f"{data.source}: the {split} split must not be empty; {remedy}")
-    if (left := int(counts[0].sum())) < LEAST_TRAINING_ROWS:
-        raise DataError(
-            f"{data.source}: the train split must have {LEAST_TRAINING_ROWS} rows at least, found {left} of "
-            f"{rows.count} beside data.validation_fraction {data.validation_fraction:g} and data.test_fraction "
-            f"{data.test_fraction:g}; give more rows, or lower a fraction"
-        )
-    missing = [name for name, count in zip(rows.classes, counts[0], strict=False) if count == 0]
-    if missing:
-        names = ", ".join(missing[:EXAMPLES])
-        raise DataError(
-            f"{data.source}: every class needs a training row, found none of {len(missing)} of {len(rows.classes)} "
-            f"classes ({names}); give more rows, or choose search.objective rmse, mae or r2 if the target is a number"
-        )
-
-
-def _unbalanced(counts: _Array, rows: Rows, data: DataConfig) -> list[Finding]:
-    """Classes whose share in a split is another than in all rows, by more than chance (a chi-squared test of the table
-    of splits and classes)."""
-    if not rows.classes:
-        return []
-    from scipy.stats import chi2_contingency  # half a second, as in sources.py
-
-    if chi2_contingency(counts).pvalue > UNBALANCED_CHANCE:
-        return []
-    shares, overall = counts / counts.sum(axis=1, keepdims=True), counts.sum(axis=0) / counts.sum()
-    away = np.abs(shares - overall)
-    split, label = np.unravel_index(int(away.argmax()), away.shape)
-    if away[split, label] < UNBALANCED_SHARE:
-        return []
-    return finding(
-        "unbalanced_split", data,
-        f"each class must have about the same share of every split, found {shares[split, label]:.1%} of the "
-        f"{SPLITS[int(split)]} rows in {rows.classes[int(label)]!r} and {overall[label]:.1%} of all; give more groups "
-        "of rows, or split by another column",
-    )  # fmt: skip
 
 
 def _changes(rows: Rows, last: Snapshot | None, data: DataConfig) -> list[Finding]:

@@ -45,6 +45,8 @@ CheckName = Literal[
     "missing_target",
     "small_class",
     "leaking_column",
+    "duplicate_rows",
+    "odd_split",
     "unbalanced_split",
     "changed_column",
     "rows_lost",

@@ -20,9 +20,10 @@ from hypothesis import strategies as st
 
 from tasks.job import DataConfig
 from tasks.prepare import position_of, prepare, split_of
-from tasks.rows import DataError, hash_rows
+from tasks.rows import DataError, Rows, hash_rows
 from tasks.snapshots import SPLITS, Snapshot
 from tasks.sources import read_rows
+from tasks.split_checks import Copies, split_findings
 from tests.conftest import CPU
 
 DATA = DataConfig(source="sklearn://digits")
@@ -217,6 +218,90 @@ def test_classes_that_a_split_has_too_few_of_are_named(tmp_path: Path) -> None:
     assert sum(skewed.class_rows["test"]) == skewed.row_counts["test"]
     with pytest.raises(DataError, match="each class must have about the same share of every split"):
         prepared_csv(frame, tmp_path, split_by="customer", checks={"unbalanced_split": "error"} | TOLERATED)
+
+
+def findings_of(snapshot: Snapshot) -> dict[str, str]:
+    return {found.check: found.sentence for found in snapshot.findings}
+
+
+# How often a survivor and a victim of each kind is there, as in the passenger list of the Titanic.
+KINDS = {
+    "crew,male,adult": (150, 494), "3rd,male,adult": (103, 421), "1st,male,adult": (53, 211),
+    "2nd,male,adult": (46, 173), "crew,female,adult": (126, 46), "3rd,female,adult": (104, 44),
+    "1st,female,adult": (52, 20), "2nd,female,adult": (45, 14), "crew,male,child": (12, 30), "3rd,male,child": (7, 24),
+    "3rd,female,child": (6, 5), "2nd,female,child": (4, 3), "1st,male,child": (2, 1), "crew,female,child": (7, 2),
+}  # fmt: skip
+
+
+def test_a_few_kinds_of_rows_are_named_with_the_splits_that_they_make(tmp_path: Path) -> None:
+    rows = [
+        (*kind.split(","), label)
+        for kind, both in KINDS.items()
+        for label, n in zip("yn", both, strict=True)
+        for _ in range(n)
+    ]
+    frame = pd.DataFrame(rows, columns=["class", "sex", "age", "survived"])
+    findings = findings_of(prepared_csv(frame, tmp_path, checks=TOLERATED))
+    assert (
+        f"found {len(frame) - 14} of {len(frame)} that are copies of another, one row 644 times"
+        in (findings["duplicate_rows"])
+    )
+    assert "set data.split_by to a column that tells rows apart" in findings["duplicate_rows"]
+    assert "each split must have about its share of the rows, found" in findings["odd_split"]
+    with pytest.raises(DataError, match="each split must have about its share of the rows, found"):
+        prepared_csv(frame, tmp_path, checks=TOLERATED | {"odd_split": "error"})
+    frame["passenger"] = np.arange(len(frame)) + 7
+    frame["survived"] = frame.pop("survived")
+    named = findings_of(prepared_csv(frame, tmp_path, checks=TOLERATED))
+    assert "set data.split_by to passenger if they are rows of their own" in named["duplicate_rows"]
+    split = findings_of(prepared_csv(frame, tmp_path, checks=TOLERATED, split_by="passenger"))
+    assert not {"duplicate_rows", "odd_split", "unbalanced_split"} & set(split)
+
+
+def test_one_row_many_times_is_named_with_the_rare_class_that_it_drowns(tmp_path: Path) -> None:
+    """One row 3,322 times in 7,542 came into the test rows and made them 44 % of all, with a third of the positives
+    that there should be."""
+    draw = np.random.default_rng(0)
+    frame = pd.DataFrame(
+        {"x": draw.normal(size=4220).round(6), "y": draw.choice(["no", "yes"], 4220, p=[0.945, 0.055])}
+    )
+    test = prepared_csv(frame, tmp_path).first("test", 1)[0, 0]
+    twin = frame[np.isclose(frame["x"], test, atol=1e-6)][:1].assign(y="no")
+    many = pd.concat([frame, *[twin] * 3322])
+    snapshot = prepared_csv(many, tmp_path)
+    assert snapshot.row_counts["test"] / len(many) > 0.5
+    findings = findings_of(snapshot)
+    assert "found 3322 of 7542 that are copies of another, one row 3323 times" in findings["duplicate_rows"]
+    assert "in the test split, which should have 20.0%" in findings["odd_split"]
+    assert "rows in 'yes' and 3." in findings["unbalanced_split"]
+    even = findings_of(prepared_csv(frame, tmp_path))
+    assert not {"duplicate_rows", "odd_split", "unbalanced_split"} & set(even)
+
+
+def test_what_is_a_copy_depends_on_what_tells_rows_apart(tmp_path: Path) -> None:
+    frame = pd.DataFrame({"id": np.arange(600) // 2, "x": [0.5, 0.5, 1.5] * 200, "y": ["a", "b", "b", "a"] * 150})
+    by_id = findings_of(prepared_csv(frame, tmp_path, split_by="id", checks=TOLERATED))
+    assert "found 100 of 600 that are copies of another, one row 2 times" in by_id["duplicate_rows"]
+    assert by_id["duplicate_rows"].endswith("the gate counts them as one row; drop them")
+    frame["id"] = pd.date_range("2026-01-01", periods=600)
+    cut: dict[str, Any] = {"time_column": "id", "test_from": "2027-04-01"}
+    by_time = prepared_csv(frame, tmp_path, checks=TOLERATED, roles={"x": "numeric"}, **cut)
+    assert by_time.row_counts["test"] > 0
+    assert "duplicate_rows" not in findings_of(by_time)
+    assert "odd_split" in findings_of(by_time)
+
+
+@pytest.mark.parametrize("rows", [60, 400, 5000])
+def test_splits_that_chance_makes_are_no_finding(rows: int, tmp_path: Path) -> None:
+    """With a class of one row in thirty, on twenty tables."""
+    draw = np.random.default_rng(rows)
+    odd = 0
+    for _ in range(20 if rows < 5000 else 4):
+        counts = np.array([draw.multinomial(rows, np.outer([0.6, 0.2, 0.2], [29 / 30, 1 / 30]).ravel())]).reshape(3, 2)
+        counts[0] += 1  # every class has a training row
+        known = Rows(count=rows, shape=(1,), dtype=np.dtype(np.float64), classes=("a", "b"), chunks=lambda: iter(()))
+        odd += len(split_findings(counts, Copies(), known, DATA))
+    assert odd == 0
 
 
 def test_rows_many_times_the_memory_become_a_snapshot_and_are_trained_on(tmp_path: Path) -> None:

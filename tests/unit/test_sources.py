@@ -703,7 +703,7 @@ def test_nothing_in_a_folder_of_images_is_lost_in_silence(
     [
         ({"cat/1.png": b"no image"}, "found 1 that are not (cat/1.png), the first because it holds no image"),
         ({"cat/a.tif": Image.new("F", (6, 4))}, "(cat/a.tif), the first because a pixel of its mode F has 32 bits"),
-        ({"Cat/1.png": GREY}, "labels must differ in more than blanks, case or punctuation, found 'Cat' and 'cat'"),
+        ({"Cat/1.png": GREY}, "punctuation or the form of their letters in Unicode, found 'Cat' and 'cat'"),
         ({"a\nb/1.png": GREY}, "a class's folder must have a printable name, found 'a\\nb'"),
         ({"b\udcff/1.png": GREY}, "a class's folder must have a printable name, found 'b\\udcff'"),
     ],
