@@ -191,11 +191,12 @@ def artifact_key(kind: str, job_name: str) -> str:
 
 def check_server(client: SyncPrefectClient, work_pool: str, *, on_own_server: bool) -> None:
     """Raises NotOurs where something of the server that all jobs share bears one of our names and is somebody
-    else's: before anything is applied."""
+    else's: before anything is applied. On the server that `nightly up` starts our flows are ours, whoever else has
+    deployed or called them."""
     our_work_pool(client, work_pool, on_own_server=on_own_server)
     our_automation(client)
-    for name in FLOWS:
-        check_flow(client, name, on_own_server=on_own_server)
+    for name in () if on_own_server else FLOWS:
+        check_flow(client, name)
     for deployment in (ROLLBACK, WORKER):
         with suppress(ObjectNotFound):
             our_deployment(client, deployment.path)

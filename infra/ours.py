@@ -38,16 +38,15 @@ def our_deployment(client: SyncPrefectClient, name: str) -> DeploymentResponse:
     return deployment
 
 
-def check_flow(client: SyncPrefectClient, name: str, *, on_own_server: bool) -> None:
-    """Raises NotOurs where a flow of that name is not ours: our runs would be shown among its runs. On the server that
-    `nightly up` starts one without deployments is a plain call's."""
+def check_flow(client: SyncPrefectClient, name: str) -> None:
+    """Raises NotOurs where a flow of that name is not ours: our runs would be shown among its runs."""
     named = FlowFilter.model_validate({"name": {"any_": [name]}})
     flows = client.read_flows(flow_filter=named)
     if not flows or MARK in flows[0].tags:
         return
     deployments = client.read_deployments(flow_filter=named)
     # An earlier version gave its flows no tag, and made each together with a deployment.
-    if not all(map(_is_ours, deployments)) or not (deployments or on_own_server):
+    if not deployments or not all(map(_is_ours, deployments)):
         raise NotOurs(
             f"the flow {name} of the Prefect server {client.api_url} must have the tag {MARK}, found "
             f"{flows[0].tags}, so it is somebody else's; use another server (PREFECT_API_URL), or delete that flow if "

@@ -366,7 +366,12 @@ def _create_night_run(
 def _experiment(client: MlflowClient, job: TuningJob) -> str:
     experiment = our_experiment(client, job)
     if experiment is None:
-        return str(client.create_experiment(job.experiment, tags={MARK: job.name}))
+        try:
+            return str(client.create_experiment(job.experiment, tags={MARK: job.name}))
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+            return _experiment(client, job)  # the night of a job that shares it was first
     if MARK not in experiment.tags:
         client.set_experiment_tag(experiment.experiment_id, MARK, job.name)
     return str(experiment.experiment_id)

@@ -17,7 +17,8 @@ from prefect.events.schemas.automations import AutomationCore, EventTrigger
 from infra import deploy
 from infra.errors import NotOurs
 from infra.ours import FLOWS, ZOMBIE_AUTOMATION, ZOMBIE_DESCRIPTION
-from infra.settings import MARK
+from infra.settings import MARK, Settings
+from infra.stack import is_prefect_ours
 from infra.store import open_store
 from tasks.promotions import Promotion, latest_promotion
 from tests.conftest import Stack, make_stack
@@ -109,9 +110,16 @@ def test_what_bears_one_of_our_names_is_refused(theirs: StrangersPrefect, client
 
 
 def test_what_an_earlier_version_made_is_ours_and_gets_the_mark(
-    theirs: StrangersPrefect, client: SyncPrefectClient
+    stack: Stack, theirs: StrangersPrefect, client: SyncPrefectClient
 ) -> None:
+    assert not is_prefect_ours(Settings(home=stack.home, prefect_port=int(stack.environment["NIGHTLY_PREFECT_PORT"])))
     theirs.make("work_pools/", name="local", type="process")
+    theirs.make("work_pools/", name="elsewhere", type="docker")
+    flow = theirs.make("flows/", name="nightly_worker")  # a plain call makes it
+    deploy.check_server(client, "local", on_own_server=True)
+    with pytest.raises(NotOurs):
+        deploy.check_server(client, "elsewhere", on_own_server=True)
+    theirs.ask("DELETE", f"flows/{flow}")
     for former, name, flow in (
         ("nightly_tuning", "digits-mlp", "nightly_tuning"),
         ("rollback", "rollback", "nightly_rollback"),
@@ -161,13 +169,13 @@ def test_a_house_full_of_theirs_is_the_same_after_all_that_we_do(
     stack: Stack, theirs: StrangersPrefect, client: SyncPrefectClient
 ) -> None:
     apply_what_is_shared(client)
-    mine = theirs.objects().keys()
+    already_there = theirs.objects().keys()
     theirs.move_in(JOB)
     theirs.deploy_in("nightly_tuning", CLASHING)
     mlflow = MlflowClient(stack.mlflow_url)
     for name in (JOB, CLASHING):
         move_into_mlflow(mlflow, name)
-    before = {key: each for key, each in theirs.objects().items() if key not in mine}, mlflow_objects(mlflow)
+    before = {key: each for key, each in theirs.objects().items() if key not in already_there}, mlflow_objects(mlflow)
     up = stack.nightly("up", ok=False)
     assert (up.returncode, up.stderr.count("\n")) == (1, 1)
     assert f"the deployment nightly_tuning/{CLASHING} of the Prefect server" in up.stderr
@@ -195,7 +203,10 @@ def test_a_house_full_of_theirs_is_the_same_after_all_that_we_do(
     after = theirs.objects(), mlflow_objects(mlflow)
     for then, now in zip(before, after, strict=True):
         assert {key: now.get(key) for key in then} == then
-    ours = [{key: now[key] for key in now.keys() - then.keys() - mine} for then, now in zip(before, after, strict=True)]
+    ours = [
+        {key: now[key] for key in now.keys() - then.keys() - already_there}
+        for then, now in zip(before, after, strict=True)
+    ]
     assert {kind for kind, _ in ours[0]} <= {
         "flow runs", "task runs", "deployments", "artifacts", "latest artifacts", "limits", "logs",
     }  # fmt: skip
@@ -222,7 +233,7 @@ def latest(stack: Stack) -> Promotion:
     return promotion
 
 
-def test_the_automation_finds_our_dead_runs_and_nobody_elses(
+def test_the_automation_finds_our_dead_runs_alone(
     stack: Stack, theirs: StrangersPrefect, client: SyncPrefectClient
 ) -> None:
     """With ten seconds in place of ninety, which is Prefect's least."""

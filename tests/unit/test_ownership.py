@@ -8,6 +8,7 @@ from typing import cast
 import optuna
 import pytest
 from mlflow import MlflowClient
+from mlflow.entities import Experiment
 
 from infra.errors import NotOurs
 from infra.settings import MARK
@@ -84,7 +85,7 @@ def test_an_experiment_without_our_tag_is_refused(client: MlflowClient, make: Ma
     assert mlflow_objects(client) == before
 
 
-def test_mlflows_own_default_experiment_is_nobodys(client: MlflowClient) -> None:
+def test_mlflows_own_default_experiment_is_not_ours(client: MlflowClient) -> None:
     with pytest.raises(NotOurs):
         check_tracking(client, job_of("Default"))
 
@@ -111,6 +112,24 @@ def test_jobs_may_share_an_experiment_and_not_a_model(client: MlflowClient, snap
     client.create_registered_model("shared model", tags={MARK: "another job"})
     with pytest.raises(NotOurs, match=r"found .another job., another job, .* tracking.model"):
         check_tracking(client, job_of("one", "shared model"))
+
+
+def test_two_nights_that_make_their_experiment_at_once_share_it(client: MlflowClient, snapshot: Snapshot) -> None:
+    class Late(MlflowClient):
+        """Sees that there is none just before another night makes it."""
+
+        def get_experiment_by_name(self, name: str) -> Experiment | None:
+            if super().get_experiment_by_name(name) is None:
+                super().create_experiment(name, tags={MARK: "another job"})
+                return None
+            return super().get_experiment_by_name(name)
+
+    study = optuna.create_study()
+    begin_night(Late(client.tracking_uri), job_of("at once"), study, snapshot, None, "page")
+    experiment = client.get_experiment_by_name("at once")
+    assert experiment is not None
+    assert study.user_attrs[MLFLOW_EXPERIMENT] == experiment.experiment_id
+    assert experiment.tags[MARK] == "another job"
 
 
 def an_empty_model(client: MlflowClient, name: str) -> None:
