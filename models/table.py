@@ -32,13 +32,13 @@ UNSEEN = -1.0
 LARGEST = 1e150
 BLANKS = " \u00a0\u2009\u202f"
 MARKS = {" ": f"[{BLANKS}]", "'": "['\u2019]", ",": ",", ".": r"\."}
-_CURRENCY = (
+CURRENCY = (
     r"[A-Z]{0,3}[$\u00a2-\u00a5\u0e3f\u20a0-\u20cf]|(?:Rs|kr|Fr|AED|AUD|BRL|CAD|CHF|CNY|CZK|DKK|EUR|GBP|HKD|HUF|IDR|ILS|"
     r"INR|JPY|KRW|MXN|NOK|NZD|PLN|RMB|RUB|SAR|SEK|SGD|THB|TRY|USD|ZAR)\.?"
 )
 # -$ 1,234.50 or (12 kg) or 5e3-: at most one sign, at most one unit; digits and marks are looked at afterwards.
 _NUMBER = re.compile(
-    rf"(?P<open>\()?[{BLANKS}]*(?P<first>[-+\u2212])?[{BLANKS}]*(?P<before>{_CURRENCY})?[{BLANKS}]*(?P<second>[-+\u2212])?"
+    rf"(?P<open>\()?[{BLANKS}]*(?P<first>[-+\u2212])?[{BLANKS}]*(?P<before>{CURRENCY})?[{BLANKS}]*(?P<second>[-+\u2212])?"
     rf"(?P<digits>[0-9.,](?:[0-9.,'\u2019{BLANKS}]*[0-9.,])?)(?P<power>[eE][-+\u2212]?[0-9]+)?"
     rf"[{BLANKS}]*(?P<after>[^\W\d_][^\d(){{}}\-+]{{0,11}}|[%\u2030\u00b0$\u00a2-\u00a5\u0e3f\u20a0-\u20cf][^\d()\-+]{{0,3}}|)"
     rf"[{BLANKS}]*(?P<last>[-\u2212])?(?P<close>\))?"
@@ -182,6 +182,8 @@ def read_numbers(values: pd.Series[Any], column: Column) -> npt.NDArray[np.float
     is_plain = (column.decimal, column.thousands, column.unit) == (".", "", None)
     numbers = _floats(pd.to_numeric(values, errors="coerce")).copy() if is_plain else np.full(len(values), np.nan)
     unread = np.isnan(numbers) & values.notna().to_numpy(dtype=bool)
+    if is_plain and unread.any():  # all else that is a plain number pandas reads, a hundred times as fast
+        unread[unread] = values[unread].astype("string").str.contains("^[-+]|\u2212").to_numpy(dtype=bool)
     if unread.any():
         plain = [_plain(value, column) if isinstance(value, str) else value for value in values[unread]]
         numbers[unread] = _floats(pd.to_numeric(pd.Series(plain, dtype=object), errors="coerce"))

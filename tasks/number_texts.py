@@ -5,12 +5,14 @@ would read it. Knows nothing of what else a column holds.
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 
 from models.column import Column
-from models.table import MARKS, plain_digits, written_number
+from models.table import BLANKS, CURRENCY, MARKS, plain_digits, written_number
 from tasks.findings import Finding, finding
 from tasks.job import DataConfig
 
@@ -18,6 +20,11 @@ Marks = tuple[str, str]
 
 ALL_MARKS: tuple[Marks, ...] = tuple(
     (decimal, thousands) for decimal in (".", ",") for thousands in ("", *MARKS) if decimal != thousands
+)
+# What is no such text is looked at no further: words, dates, codes.
+LIKE_A_NUMBER = (
+    rf"\(?[{BLANKS}]*[-+\u2212]?[{BLANKS}]*(?:{CURRENCY})?[{BLANKS}]*[-+\u2212]?[0-9.,][0-9.,'\u2019{BLANKS}]*"
+    r"(?:[eE][-+\u2212]?[0-9]+)?[^0-9]*"
 )
 ORDINALS = ("st", "nd", "rd", "th")
 MOST_UNITS = 3
@@ -61,12 +68,19 @@ class NumberTexts:
         self._example = ""
         self.rows = 0
 
-    def add(self, texts: Iterable[object], counts: Iterable[int]) -> npt.NDArray[np.bool_]:
+    def add(self, texts: "pd.Series[Any]", counts: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
         """The next distinct texts that were not read, and how many rows hold each; returns which are numbers."""
-        return np.array([self._add(text, count) for text, count in zip(texts, counts, strict=True)], dtype=np.bool_)
+        is_number: npt.NDArray[np.bool_] = (
+            texts.astype("string").str.fullmatch(LIKE_A_NUMBER).to_numpy(dtype=np.bool_, na_value=False)
+        )
+        is_number[is_number] = [
+            isinstance(text, str) and self._add(text, count)
+            for text, count in zip(texts[is_number], counts[is_number], strict=True)
+        ]
+        return is_number
 
-    def _add(self, text: object, count: int) -> bool:
-        if not isinstance(text, str) or (self._seen >= ENOUGH_TEXTS and 2 * self._distinct < self._seen):
+    def _add(self, text: str, count: int) -> bool:
+        if self._seen >= ENOUGH_TEXTS and 2 * self._distinct < self._seen:
             return False
         self._seen += 1
         written = written_number(text)
