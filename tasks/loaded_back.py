@@ -41,9 +41,9 @@ from tasks.versions import (
     version_folder,
 )
 
-# What rounding may change: a share of the outputs' spread, and a share of the largest. A GPU multiplies in convolutions
-# with 10 bits (TF32), and what it made is loaded on a CPU.
-ROUNDING: dict[str, tuple[float, float]] = {"cpu": (1e-3, 2e-6), "cuda": (2e-2, 1e-3)}
+# What rounding may change: a share of the outputs' spread, and so many of the last digit of the largest. A GPU
+# multiplies in convolutions with 10 bits (TF32), and what it made is loaded on a CPU.
+ROUNDING: dict[str, tuple[float, float]] = {"cpu": (1e-3, 16), "cuda": (2e-2, 8192)}
 STATE = (
     "the likely cause is state outside its state_dict: a plain attribute, layers or tensors in a list or dict, a "
     "buffer with persistent=False, or a global that training changes; register all that it learns as parameters, "
@@ -215,17 +215,19 @@ def compare_served(folder: Path, manifest: Manifest, judged: Tensor, snapshot: S
 
 def rounding(judged: Tensor, device: str) -> float:
     """How far apart two outputs may be by rounding alone, where these were judged on a kind of device."""
-    of_spread, of_largest = ROUNDING[device]
+    of_spread, last_digits = ROUNDING[device]
     values = judged.double()
-    return float(of_spread * values.std(correction=0) + of_largest * values.abs().max())
+    digit = torch.finfo(judged.dtype).eps * values.abs().max()
+    return float(of_spread * values.std(correction=0) + last_digits * digit)
 
 
 def _deviation(expected: Tensor, found: Tensor) -> float:
-    """The largest; infinite where an output is not finite, or there are others."""
+    """The largest; infinite where only one of two is finite, or there are others than expected."""
     if expected.shape != found.shape:
         return math.inf
-    largest = float((expected.double() - found.double()).abs().max())
-    return largest if math.isfinite(largest) else math.inf
+    expected, found = expected.double(), found.double()
+    is_same = (expected == found) | (expected.isnan() & found.isnan())
+    return float(torch.where(is_same, 0.0, (expected - found).abs()).nan_to_num(nan=math.inf, posinf=math.inf).max())
 
 
 def _in_words(largest: float, allowed: float, judged: Tensor) -> str:

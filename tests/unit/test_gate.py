@@ -12,6 +12,7 @@ import torch
 from optuna.trial import FrozenTrial, create_trial
 
 from models.comparison import compare
+from models.evaluate import predict_outputs
 from models.preprocessing import Standardization
 from models.shapes import DataShape
 from tasks.champion import Champion
@@ -105,6 +106,9 @@ def test_on_the_first_night_the_baseline_stands_in_for_the_champion(
     worse = verdict_of(weak, None, snapshot, baseline=strong)
     assert (worse.decision, worse.winner) == ("PROMOTE", strong)
     assert worse.winner_test == worse.opponent_test != worse.challenger_test
+    for verdict, winner in ((better, strong), (worse, strong), (verdict_of(weak, None, snapshot), weak)):
+        served = torch.nn.Sequential(winner.preprocessing, winner.model)
+        assert torch.equal(verdict.winner_outputs, predict_outputs(served, snapshot.features("test", CPU)))
 
 
 def test_no_first_champion_breaks_a_limit(weak: Challenger, strong: Challenger, snapshot: Snapshot) -> None:

@@ -1,10 +1,11 @@
 """What is judged is what ships: a version is loaded in a fresh process before it can be the champion, and a model that
 is another one once it is loaded is found out, before the search where one step of training shows it."""
 
+import math
 import re
 import textwrap
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import optuna
@@ -15,10 +16,10 @@ from torch import nn
 
 from infra.store import Store, open_store
 from tasks.champion import load_champion
-from tasks.fresh import FreshProcess
+from tasks.fresh import FreshProcess, Loaded
 from tasks.gate import Verdict
 from tasks.job import TuningJob
-from tasks.loaded_back import WouldNotShip, rehearse
+from tasks.loaded_back import Differs, WouldNotShip, compare, rehearse
 from tasks.prepared import Prepared
 from tasks.promote import promote
 from tasks.promotions import Promotion, history
@@ -238,6 +239,47 @@ def test_a_model_that_is_the_same_once_it_is_loaded_passes(
     model = write_net(tmp_path, SHIPPABLE[what]) if what in SHIPPABLE else what
     job = make_job(model=model, search={"space": {"epochs": 1}})
     rehearse(job, prepared.snapshot, LocalTrainer(job, prepared), fresh)
+
+
+def loaded(outputs: torch.Tensor, **others: torch.Tensor) -> Loaded:
+    return Loaded(**{"outputs": outputs, "again": outputs[:256], "alone": outputs[:8]} | others, code_changed=False)
+
+
+LOGITS = torch.randn(400, 3, generator=torch.Generator().manual_seed(0))
+# Logits, also of a large offset, and a regression's values in units that they are small or large in, or vary little.
+JUDGED = {
+    "logits": LOGITS,
+    "large logits": 1e4 * LOGITS + 3e5,
+    **{
+        f"{scale:g} around {at:g}": at + scale * LOGITS[:, 0].double()
+        for scale, at in ((1e-23, 0), (0.01, 1e6), (1e20, 0))
+    },
+}
+
+
+@pytest.mark.parametrize("what", JUDGED)
+def test_rounding_is_forgiven_and_a_hundredth_of_the_spread_is_not(what: str) -> None:
+    judged = JUDGED[what]
+    spread = float(judged.std())
+    for by in (0.0, 1e-5):
+        assert compare(judged, loaded(judged + by * spread), "cpu") <= 2e-5 * spread
+    moved = judged.clone()
+    moved[17] += spread / 100
+    for wrong in (moved, judged.flip(0), judged[:-1], moved * math.nan):
+        with pytest.raises(Differs, match="state outside its state_dict"):
+            compare(judged, loaded(wrong), "cpu")
+    assert compare(judged, loaded(moved), "cuda") > 0  # a GPU's convolutions are no more exact
+
+
+@pytest.mark.parametrize(("what", "cause"), [("again", "draws at random"), ("alone", "depends on the batch")])
+def test_a_single_row_and_a_second_time_count_as_well(what: str, cause: str) -> None:
+    with pytest.raises(Differs, match=cause):
+        compare(LOGITS, loaded(LOGITS, **{what: LOGITS[: 256 if what == "again" else 8] + 1}), "cpu")
+
+
+def test_a_model_that_was_edited_in_the_night_is_named() -> None:
+    with pytest.raises(Differs, match="the file of its model was changed in the meantime"):
+        compare(LOGITS, replace(loaded(LOGITS + 1), code_changed=True), "cpu")
 
 
 @pytest.mark.parametrize("fault", ["raise LookupError('no')", "return rows * float('nan')"])
