@@ -1,7 +1,6 @@
 """What others have on an MLflow server is refused where it bears a name of ours, and stays as it is."""
 
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import cast
 
@@ -26,13 +25,11 @@ Maker = Callable[[MlflowClient, str], None]
 
 
 @pytest.fixture(scope="module")
-def client(tmp_path_factory: pytest.TempPathFactory) -> MlflowClient:
-    return MlflowClient(f"sqlite:///{tmp_path_factory.mktemp('mlflow') / 'mlflow.db'}")
-
-
-@pytest.fixture(autouse=True)
-def _artifacts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowClient]:
+    folder = tmp_path_factory.mktemp("mlflow")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)  # artifacts go to where a client is made
+        yield MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
 
 
 def job_of(experiment: str, model: str = "unused") -> TuningJob:
