@@ -1,5 +1,6 @@
 """What is confirmed is a configuration, by the mean of fresh seeds; what ships is one model of it."""
 
+import math
 import statistics
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from tasks.study import open_study
 from tasks.trainer import LocalTrainer
 from tasks.tune import Tuned, TuningFailed, tune
 from tests.conftest import make_job
+from tests.unit.test_families import write_net
 from tests.unit.test_tune import NOW
 
 DIVERGED = Diverged("diverged at epoch 1: the loss is not finite")
@@ -103,3 +105,37 @@ def test_nothing_that_can_be_trained_again_is_one_sentence(
     monkeypatch.setattr(tasks.confirm, "train_seeds", lambda *arguments: [DIVERGED] * len(arguments[-1]))
     with pytest.raises(TuningFailed, match="no configuration of small could be trained a second time"):
         confirmed(make_job(), prepared, tmp_path)
+
+
+HEAD_UNUSED = """
+import torch
+from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self, hyperparameters, shape):
+        super().__init__()
+        self.hidden, self.out, self.spare = nn.Linear(64, 16), nn.Linear(16, shape.outputs), nn.Linear(16, 3)
+
+    def forward(self, features):
+        return self.out(self.hidden(features.flatten(1)).relu())
+"""
+
+
+@pytest.mark.parametrize(("ending", "warned"), [("", 0), (".softmax(dim=1)", 1)])
+def test_a_user_s_model_is_confirmed_with_a_remark_where_it_gives_probabilities(
+    prepared: Prepared, tmp_path: Path, caplog: pytest.LogCaptureFixture, ending: str, warned: int
+) -> None:
+    """A head that is never used has a gradient of zero, in sharpness as in the search. One warning a night, of the
+    challenger, however many candidates there are."""
+    net = write_net(tmp_path, HEAD_UNUSED.replace(".relu())", f".relu()){ending}"))
+    job = make_job(
+        model=net,
+        search={"space": {"epochs": 2, "batch_size": 64}},
+        confirm={"candidates": 2, "seeds": 2},
+        budget={"trials": 3},
+    )
+    (challenger,) = confirmed(job, prepared, tmp_path)
+    assert math.isfinite(challenger.sharpness)
+    assert caplog.text.count("net.py:Net: its outputs sum to 1 in each row, as probabilities do") == warned
+    assert bool(challenger.remark) == bool(warned)

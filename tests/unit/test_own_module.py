@@ -266,7 +266,7 @@ def test_outputs_of_another_rank_or_type_are_taken_for_what_they_are(nets: Path,
     own.try_out(rows)
     outputs = model(rows)
     assert outputs.shape == ((5,) if shape.problem == "regression" else (5, 3))
-    assert outputs.dtype == torch.float32
+    assert own(rows).dtype == torch.float32
     alone = torch.cat([model(rows[place : place + 1]) for place in range(5)])
     torch.testing.assert_close(alone, outputs, rtol=1e-2, atol=1e-2)
 
