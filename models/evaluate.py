@@ -204,7 +204,7 @@ def sharpness(model: nn.Module, loss: Callable[[], Tensor]) -> float:
     value = base
     try:
         for _ in range(SHARPNESS_STEPS):
-            gradients = torch.autograd.grad(value, weights, materialize_grads=True)
+            gradients = [one.to_dense() for one in torch.autograd.grad(value, weights, materialize_grads=True)]
             with torch.no_grad():
                 for weight, gradient, middle, reach in zip(weights, gradients, centre, radius, strict=True):
                     moved = weight + 2 / SHARPNESS_STEPS * reach * gradient.sign()

@@ -207,6 +207,8 @@ class _Run:
         for parameter in self._parameters:
             if parameter.grad is None:  # it took no part in this batch
                 parameter.grad = torch.zeros_like(parameter)
+            elif parameter.grad.is_sparse:  # as an Embedding may have it, and hardly an optimizer takes it
+                parameter.grad = parameter.grad.to_dense()
         if chosen.gradient_clip_norm:
             nn.utils.clip_grad_norm_(self._parameters, chosen.gradient_clip_norm)
         self._optimizer.step()

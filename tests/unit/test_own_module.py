@@ -20,6 +20,7 @@ from models.training import train_all
 from tasks.prepared import Prepared
 from tasks.serving import export_onnx
 from tests.conftest import train_on
+from tests.unit.test_families import write_net
 from tests.unit.test_solo import assert_equal
 
 NETS = """
@@ -344,3 +345,36 @@ def test_probabilities_are_noticed_where_logits_are_expected(ending: Callable[[T
     found = probabilities_in_words(ending(logits))
     assert says in found
     assert bool(found) == bool(says)
+
+
+EMBEDDING = """
+import torch
+from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self, hyperparameters, shape):
+        super().__init__()
+        self.rows = nn.Embedding(50, 4, sparse=SPARSE)
+        self.out = nn.Linear(4, shape.outputs)
+
+    def forward(self, features):
+        return self.out(self.rows((9 * features).flatten(1).long().clamp(0, 49)).mean(dim=1))
+"""
+
+
+@pytest.mark.parametrize("optimizer", ["momentum", "adamw", "rmsprop", "adagrad"])
+def test_sparse_gradients_train_as_dense_ones(prepared: Prepared, tmp_path: Path, optimizer: str) -> None:
+    found = []
+    for sparse in ("True", "False"):
+        (tmp_path / sparse).mkdir()
+        net = write_net(tmp_path / sparse, EMBEDDING.replace("SPARSE", sparse))
+        trained = train_on(prepared, net, optimizer=optimizer, l1=1e-4, gradient_clip_norm=0.5, epochs=2)
+        found.append([epoch.train_loss for epoch in trained.epochs])
+        assert_sharpness_is_measured(trained.model, prepared)
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
+def assert_sharpness_is_measured(model: nn.Module, prepared: Prepared) -> None:
+    """Only that it can be measured."""
+    assert math.isfinite(sharpness(model, lambda: mean_loss(model, prepared.training.first(64))))
