@@ -277,8 +277,8 @@ def write_jobs(folder: Path) -> None:
         ("asked-nobody", 2, yearly),
         ("scheduled", 2, f"{minute.minute} {minute.hour} * * *"),
     ):
-        mode = "ask" if name.startswith("asked") else "automatic"
         minutes = 0.1 if name == "asked-nobody" else 10
+        promotion = f"{{mode: ask, ask_minutes: {minutes}}}" if name.startswith("asked") else "{}"
         unchanged = "skip" if name == "unchanging" else "continue"
         (folder / f"{name}.yaml").write_text(
             f"name: {name}\n"
@@ -286,7 +286,7 @@ def write_jobs(folder: Path) -> None:
             f"{search}\n"
             f"budget: {{trials: {trials}, minutes: 10}}\n"
             "confirm: {candidates: 2, seeds: 2}\n"
-            f"promotion: {{mode: {mode}, ask_minutes: {minutes}}}\n"
+            f"promotion: {promotion}\n"
             f"schedule: {{cron: '{cron}', overlap: {'refuse' if name == 'refusing' else 'wait'}}}\n"
         )
     (folder / "slow.py").write_text("import time\ndef rows():\n    time.sleep(600)\n")
