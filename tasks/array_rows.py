@@ -77,6 +77,7 @@ def _rows(source: str, arrays: Arrays) -> Iterator[tuple[npt.NDArray[Any], "pd.S
             raise DataError(f"{source}: labels must be numbers or texts, found {labels.dtype}; turn them into such")
         if labels.dtype.kind == "S":
             labels = np.char.decode(labels, "utf-8", "replace")
+        labels = labels.astype(labels.dtype.newbyteorder("="), copy=False)
         if len(labels):
             yield features, pd.Series(labels, index=pd.RangeIndex(before, before + len(labels))).infer_objects()
         before += len(labels)

@@ -122,11 +122,15 @@ def _frame(source: str, frame: pd.DataFrame) -> pd.DataFrame:
         raise DataError(
             f"data.source: {source} must return columns with names of their own, found {repeated!r} twice; rename one"
         )
-    dense = {name: dtype.subtype for name, dtype in frame.dtypes.items() if isinstance(dtype, pd.SparseDtype)}
+    stored: dict[Any, Any] = {}
     for name, dtype in frame.dtypes.items():
         if pd.api.types.is_object_dtype(dtype):
             _check_plain(source, f"column {name}", frame[name])
-    return frame.astype(dense)
+        if isinstance(dtype, pd.SparseDtype):
+            stored[name] = dtype.subtype
+        elif isinstance(dtype, np.dtype) and not dtype.isnative:
+            stored[name] = dtype.newbyteorder("=")
+    return frame.astype(stored)
 
 
 def _array(source: str, what: str, value: Any, dtype: type | None) -> npt.NDArray[Any]:

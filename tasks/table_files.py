@@ -153,9 +153,9 @@ def parquet_frames(path: Path) -> Iterator[pd.DataFrame]:
     texts = [field.name for field in fields if pa.types.is_string(field.type) or pa.types.is_large_string(field.type)]
     with pyarrow.parquet.ParquetFile(path, read_dictionary=texts, pre_buffer=False, buffer_size=2**20) as file:
         if file.metadata.num_rows == 0:
-            yield pa.schema(fields).empty_table().to_pandas(ignore_metadata=True)
+            yield pa.schema(fields).empty_table().to_pandas()
         for batch in file.iter_batches(chunk_rows(names), columns=names):
-            yield batch.to_pandas(types_mapper=NUMPY_TYPES.get, ignore_metadata=True)
+            yield batch.replace_schema_metadata().to_pandas(types_mapper=NUMPY_TYPES.get)
 
 
 def matching(path: Path) -> list[Path]:

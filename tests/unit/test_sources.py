@@ -590,6 +590,7 @@ def test_a_function_that_gives_no_rows_is_one_sentence(
         a_function("return [torch.tensor(row, requires_grad=True) for row in x], y"),
         a_function("return x.astype(object), y.astype(object)"),
         a_function("return x.astype(str), y"),
+        a_function("return x.astype('>f8'), y.astype('>U1')"),
         a_function("return np.ma.masked_invalid(x), y"),
         a_function("return x.astype(np.longdouble), y"),
         a_function("print('reading'); return x, y"),
@@ -636,6 +637,7 @@ def test_labels_are_named_alike_whatever_holds_them(labels: str, tmp_path: Path)
         "pd.DataFrame(x, index=pd.MultiIndex.from_arrays([y, y]))",
         "pd.DataFrame(x)",
         "pd.DataFrame(x, dtype=pd.SparseDtype(float))",
+        "pd.DataFrame(x.astype('>f8'))",
     ],
 )
 def test_a_frame_is_read_whatever_its_index_and_its_columns_hold(rows: str, tmp_path: Path) -> None:
@@ -793,9 +795,12 @@ def test_a_parquet_file_s_columns_are_read_whatever_pandas_wrote_beside_them(tmp
     frame["town"] = frame["town"].astype("category")
     frame[frame["age"] > 0].to_parquet(tmp_path / "unnamed.parquet")
     frame[frame["age"] > 0].set_index("town").to_parquet(tmp_path / "named.parquet")
-    roles = [roles_of(read(tmp_path / name, target="bought").known) for name in ("unnamed.parquet", "named.parquet")]
-    assert roles[0] == roles[1]
-    assert roles[0]["town"] == "categorical"
+    damaged = pyarrow.parquet.read_table(tmp_path / "named.parquet").replace_schema_metadata({"pandas": "{cut"})
+    pyarrow.parquet.write_table(damaged, tmp_path / "damaged.parquet")
+    names = ("unnamed.parquet", "named.parquet", "damaged.parquet")
+    first, *others = [roles_of(read(tmp_path / name, target="bought").known) for name in names]
+    assert others == [first, first]
+    assert first["town"] == "categorical"
 
 
 def test_a_source_that_changes_while_it_is_read_is_one_sentence(tmp_path: Path) -> None:
