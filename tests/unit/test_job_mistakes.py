@@ -207,7 +207,7 @@ IN_WORDS = [
     ("data: {source: 'sqlite:///a.db'}", "data.query is missing"),
     ("data: {source: images-idx3-ubyte.gz}", "data.labels is missing"),
     ("data: {source: a.csv, delimiter: ';;'}", "data.delimiter must be one letter, found ';;'"),
-    ("data: {source: a.csv, delimiter: '\"'}", "data.delimiter must be a letter that is no quote"),
+    ("data: {source: a.csv, delimiter: '\"'}", "data.delimiter must be an ASCII letter that is no quote"),
     # The space.
     (
         "search: {space: {width: 100000000000}}",
@@ -266,7 +266,7 @@ IN_WORDS = [
     ("data: {source: a.npz, roles: {a: numeric}}", "data.roles has no effect where the source is a NumPy file"),
     ("data: {source: pictures, thousands: ','}", "data.thousands has no effect where the source is a folder of images"),
     (
-        "data: {source: a.csv, target: y, roles: {y: numeric}}",
+        "data: {source: a.csv, target: y, roles: {y: categorical}}",
         "data.roles.y has no effect on the column of data.target",
     ),
     (
