@@ -1,11 +1,13 @@
 """Whether a user's model is fused is found out by a few steps: nothing that is fused ends other than alone."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from models.batches import Split
 from models.families import family_named
 from models.fused import NotFusable
 from models.fusion import fusion_signature
@@ -214,6 +216,15 @@ class Groups(Plain):
         self.hidden = nn.Sequential(nn.Linear(64, 16), nn.GroupNorm(4, 16), nn.Dropout(0.2), nn.BatchNorm1d(16))
 
 
+class AnyRows(nn.Module):
+    def __init__(self, hyperparameters, shape):
+        super().__init__()
+        self.layers = nn.Sequential(nn.LazyLinear(8), nn.ReLU(), nn.LazyLinear(shape.outputs))
+
+    def forward(self, features):
+        return self.layers(features)
+
+
 class Constant(Plain):
     def setup(self):
         self.frequencies = torch.arange(64.0)
@@ -284,6 +295,18 @@ def test_a_state_that_shows_after_the_trial_is_found_at_the_end(prepared: Prepar
     outcomes = dict(train_all(setting, some))
     for place, training in enumerate(some):
         assert_equal(outcomes[place], train(setting, training))  # type: ignore[arg-type]
+
+
+def test_a_target_that_does_not_vary_in_the_first_rows_is_no_obstacle(
+    prepared_regression: Prepared, nets: Path
+) -> None:
+    """As where most of a regression's values are 0."""
+    setting = setting_of(prepared_regression, f"{nets}:AnyRows")
+    target = torch.where(torch.arange(len(setting.training)) < 50, 0.0, setting.training.target.cpu())
+    training_rows = Split(features=setting.training.features, target=target.to(setting.training.target))
+    setting = replace(setting, training=training_rows)
+    (training,) = trainings(setting, {})
+    assert fusion_for(setting, training).reason == ""
 
 
 def test_a_trial_leaves_no_trace(prepared: Prepared, nets: Path) -> None:
