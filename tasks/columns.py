@@ -202,10 +202,7 @@ class Survey:
         name, data = self._name, self._data
         present = self._rows - self._missing
         if name in data.roles:
-            is_odd = data.roles[name] == "datetime" and self._kinds == {"text"} and self._date_texts.read < present
-            return data.roles[name], self._date_texts.findings(
-                _in_words(self._odd_dates[:2]), present
-            ) if is_odd else []
+            return data.roles[name], self._unread_in_role(data.roles[name], present)
         if present == 0:
             return "ignored", finding(
                 "empty_column", data,
@@ -238,6 +235,15 @@ class Survey:
         if self._is_identifier:
             return "identifier", self._identifier()
         return self._categorical([])
+
+    def _unread_in_role(self, role: str, present: int) -> list[Finding]:
+        """What settings would read in a column whose role the job says."""
+        if role == "datetime" and self._kinds == {"text"} and self._date_texts.read < present:
+            return self._date_texts.findings(_in_words(self._odd_dates[:2]), present)
+        if role == "numeric" and self._number_texts.rows:
+            examples, unit = _in_words(self._written_numbers), self._as_numbers.unit
+            return self._number_texts.finding(examples, self._readable, present, unit)
+        return []
 
     def _categorical(self, found: list[Finding]) -> tuple[Role | Any, list[Finding]]:
         if not self._too_many:

@@ -247,9 +247,10 @@ def _is_number(text: str) -> bool:
 
 
 def _count_up(names: Record) -> bool:
-    """Names such as 0, 1, 2 or 2024, 2025, 2026, with others beside them."""
+    """Names such as 2024, 2025, 2026 with others beside them, or 0, 1 alone, as pandas names columns without names."""
     numbers = [int(name) for name in names if name.isascii() and name.isdigit()]
-    return len(numbers) > 2 and len({after - before for before, after in pairwise(numbers)}) == 1
+    is_even = len(numbers) > 2 and len({after - before for before, after in pairwise(numbers)}) == 1
+    return is_even or [str(place) for place in range(len(names))] == names
 
 
 def _named(path: Path, names: Record) -> tuple[str, ...]:

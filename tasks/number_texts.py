@@ -107,22 +107,24 @@ class NumberTexts:
         is_code = len(self._units) > MOST_UNITS or (len(self._units) > 1 and self._has_letter_codes)
         return not is_code and 2 * self.rows > present - readable and 2 * (readable + self.rows) > present
 
-    def finding(self, examples: str, readable: int, present: int) -> list[Finding]:
-        """`examples` are some of them, in words."""
+    def finding(self, examples: str, readable: int, present: int, unit: str | None = None) -> list[Finding]:
+        """`examples` are some of them, in words; `unit` stands beside those that are read."""
         name = self._name
         return finding(
             "numbers_as_text", self._data,
             f"column {name} must hold plain numbers, found {examples} ({self.rows} of {present} rows); "
-            f"{self.remedy(readable)}, or set data.roles.{name}: categorical to keep them as texts",
+            f"{self.remedy(readable, unit)}, or set data.roles.{name}: categorical to keep them as texts",
             name,
         )  # fmt: skip
 
-    def remedy(self, readable: int = 0) -> str:
-        """What would read them; `readable` rows of the column are plain numbers."""
-        if len(self._units) > 1 or (self._units and readable):
-            units = [*(["none"] if readable else []), *(repr(unit) for unit in sorted(self._units))]
+    def remedy(self, readable: int = 0, unit: str | None = None) -> str:
+        """What would read them; `readable` rows of the column are numbers with the `unit`, or plain ones."""
+        units = [*(["none"] if readable and not unit else []), *map(repr, sorted({*self._units, unit or ""} - {""}))]
+        if self._units and len(units) > 1:
             return f"write all of them in one unit, where now some have {' and some '.join(units)}"
-        role = [f"data.roles.{self._name}: numeric"] if self._units or self._is_accounting else []
+        is_said = self._data.roles.get(self._name) == "numeric"
+        is_more = (self._units or self._is_accounting) and not is_said
+        role = [f"data.roles.{self._name}: numeric"] if is_more else []
         choices = {" and ".join(self._settings(marks) + role): marks for marks in self._choices()}
         if not choices:
             return "write all of them with the same marks, where now a comma or a point means two things"

@@ -62,6 +62,7 @@ def sizes(tmp_path: Path) -> NDArray[np.float32]:
         (lines().replace("size", '"size\nin cm"'), "rows.csv", {}),
         (lines(header=False), "rows.csv", {"header": False}),
         (lines().replace("size,", "#size,"), "rows.csv", {}),
+        ("\ufeff" + lines(header=False), "rows.csv", {"header": False}),
     ],
 )
 def test_a_table_is_read_whatever_its_file_looks_like(
@@ -135,6 +136,7 @@ def test_a_file_that_is_other_than_the_job_says_is_one_sentence(
         lines(),
         lines().replace("size,colour,y", "2024,2025,y"),
         "2024,2025,2026\n" + "0.5,1.5,a\n2,3,b\n" * 20,
+        "0,1\n" + "0.5,1.5\n2,3\n" * 20,
         "colour,kind,y\n" + "red,colour,a\nblue,kind,b\nred,kind,b\n" * 20,
         "when,size\n" + "2026-01-01,1\n2026-01-02,2\n" * 20,
     ],
