@@ -121,7 +121,7 @@ class Split:
 
 
 def step_count(rows: int, batch_size: int) -> int:
-    """Count the batches of an epoch of so many rows."""
+    """Count the batches of an epoch."""
     return len(batch_sizes(rows, batch_size))
 
 

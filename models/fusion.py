@@ -66,7 +66,7 @@ def fusion_signature(model: nn.Module, training: Training) -> Hashable:
 
 def fusion_of(setting: Setting, model: nn.Module, training: Training) -> Fusion:
     """Say whether and how far a training can be fused: the operations and the memory of a whole batch are counted, and
-    a user's model is tried (`_difference`). The model is one to be tried out: nobody trains it afterwards."""
+    a user's model is tried (`_difference`). The model given is used up by it, and may not be trained afterwards."""
     if setting.training.is_streamed or setting.validation.is_streamed:
         return Fusion(members=1, reason="their rows do not fit into memory and are streamed, each in its own order")
     first = setting.training.first(training.hyperparameters.batch_size)
@@ -116,7 +116,7 @@ def fusion_of(setting: Setting, model: nn.Module, training: Training) -> Fusion:
 
 def gains_alone(device: torch.device, model: nn.Module) -> bool:
     """Whether a training takes less time as a group of one than alone: on a GPU its step is replayed as a graph, on a
-    CPU a chain of layers is led by hand."""
+    CPU a chain of layers has a hand-written backward pass."""
     return device.type == "cuda" or stacked_chain(model) is not None
 
 

@@ -6,6 +6,7 @@ from functools import cache
 
 from torch import nn
 
+from models.checkpoints import Checkpoint
 from models.fused import NotFusable, OnEpoch, Outcome, Stopped, train_fused
 from models.fusion import Fusion, fusion_of, fusion_signature, gains_alone
 from models.hyperparameters import OwnHyperparameters
@@ -68,6 +69,9 @@ def _train_group(
                 yield place, outcome
         except NotFusable as error:
             _say_once(f"models of {setting.family.name} are trained one by one: {error}")
+            for training in waiting.values():
+                if training.resumable is not None:  # what the group left there may not be what one alone comes to
+                    Checkpoint.delete(training.resumable.path)
     for place, training in waiting.items():
         yield place, _train_alone(setting, place, training, once)
 

@@ -11,7 +11,7 @@ from models.batches import Split
 from models.families import family_named
 from models.fused import NotFusable
 from models.fusion import fusion_signature
-from models.solo import Trained, Training, new_model, train
+from models.solo import Resumable, Trained, Training, new_model, train
 from models.training import fusion_for, train_all
 from tasks.prepared import Prepared
 from tests.unit.test_fused import assert_as_alone, fused, setting_of, trainings
@@ -188,17 +188,13 @@ class SeveralTypes(Plain):
         return self.out(self.hidden(features.flatten(1)).relu().double())
 
 
-class LateState:
-    seen = 0
-
-
 class CountsLate(Plain):
     def setup(self):
-        self.state = LateState()
+        self.seen = 0
 
     def forward(self, features):
-        self.state.seen += self.training
-        return super().forward(features) * (1 if self.state.seen < 9 else 3)
+        self.seen += self.training and len(features) == 64
+        return super().forward(features) * (1 if self.seen < 4 else 3)
 
 
 class WeightNorm(Plain):
@@ -285,14 +281,19 @@ def test_what_trains_as_alone_is_fused(prepared: Prepared, nets: Path, name: str
     assert_as_alone(setting, some, 1e-3)
 
 
-def test_a_state_that_shows_after_the_trial_is_found_at_the_end(prepared: Prepared, nets: Path) -> None:
-    """A group's outcome is compared with what its members judged, and is trained again alone where they differ."""
+def test_a_state_that_shows_after_the_trial_is_found_at_the_end(prepared: Prepared, nets: Path, tmp_path: Path) -> None:
+    """A group's outcome is compared with what its members judged, and is trained again alone where they differ: from
+    the beginning, not from what the group wrote."""
     setting = setting_of(prepared, f"{nets}:CountsLate")
     some = trainings(setting, {}, {})
     assert fusion_for(setting, some[0]).members > 1
     with pytest.raises(NotFusable, match="one alone does not give what it gave among others"):
         fused(setting, some)
-    outcomes = dict(train_all(setting, some))
+    kept = [
+        replace(training, resumable=Resumable(path=tmp_path / f"{place}", key="k", interval_seconds=0))
+        for place, training in enumerate(some)
+    ]
+    outcomes = dict(train_all(setting, kept))
     for place, training in enumerate(some):
         assert_equal(outcomes[place], train(setting, training))  # type: ignore[arg-type]
 

@@ -210,7 +210,7 @@ WRITERS = ("InPlace", "WritesData", "WritesArray", "Keeps", "GivesRowsBack")
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_a_model_that_writes_into_its_rows_changes_them_for_nobody_else(
+def test_a_model_that_writes_into_its_rows_changes_them_for_no_one_else(
     prepared: Prepared, nets: Path, name: str
 ) -> None:
     """Fused and alone, in training, evaluation, and whatever measures it; equal trainings end alike."""
