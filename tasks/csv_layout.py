@@ -165,13 +165,14 @@ def _refuse_uneven(path: Path, lines: list[str], records: list[Record], delimite
     """Say what lines that do not fit what the job says look like. Raises DataError where that can be told."""
     counts = Counter(len(record) for record in records)
     fields = counts.most_common(1)[0][0] if counts else 0
+    seen = " to ".join(str(count) for count in sorted({min(counts, default=0), max(counts, default=0)}))
     if any("  " in line for line in lines) and _is_even([line.split() for line in lines if line.strip()]):
         raise DataError(f"{path} looks like runs of blanks stand between its fields; write it with one {delimiter!r}")
     for other in DELIMITERS.replace(delimiter, ""):
         if _is_even(even := _records(lines, other)):
             raise DataError(
                 f"{path} looks like {other!r} is the delimiter, found {len(even[0])} fields a line with it and "
-                f"{fields} with {delimiter!r}; set data.delimiter: {json.dumps(other)}"
+                f"{seen} with {delimiter!r}; set data.delimiter: {json.dumps(other)}"
             )
     quoted = f"{delimiter}'"
     if any(quoted in line for line in lines) and _is_even(_records(lines, delimiter, quotechar="'")):

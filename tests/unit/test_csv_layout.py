@@ -86,7 +86,7 @@ OPENS = lines().replace("red", '"red', 1)
     ("text", "data", "says"),
     [
         (lines(";"), {}, "looks like ';' is the delimiter, found 3 fields a line with it and 1 with ','; set"),
-        (lines(";").replace(".", ","), {}, "looks like ';' is the delimiter, found 3 fields a line"),
+        (lines(";").replace(".", ","), {}, "looks like ';' is the delimiter, found 3 fields a line with it and 1 to 2"),
         (lines("\t"), {}, 'set data.delimiter: "\\t"'),
         (lines("|"), {"delimiter": ";"}, 'set data.delimiter: "|"'),
         (lines(","), {"delimiter": ";"}, 'set data.delimiter: ","'),
