@@ -332,7 +332,8 @@ def _refuse(values: pd.Series[Any], unread: Any, column: Column, rule: str) -> N
     if len(bad):
         row = int(bad[0])
         raise ValueError(
-            f"column {column.name} must hold {rule}, found {values.iloc[row]!r} in row {values.index[row]}"
+            f"column {column.name} must hold {rule}, found {values.iloc[[row]].tolist()[0]!r} in row "
+            f"{values.index[row]}"
         )
 
 

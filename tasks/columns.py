@@ -134,7 +134,7 @@ class Survey:
         self._missing += len(numbers) - int(there.sum())
         if len(self._odd_numbers) < EXAMPLES:
             odd = np.flatnonzero(there & ~finite)[: EXAMPLES - len(self._odd_numbers)]
-            self._odd_numbers += [(column.index[row], column.iloc[row]) for row in odd]
+            self._odd_numbers += list(zip(column.index[odd], column.iloc[odd].tolist(), strict=True))
         found = numbers[finite]
         self._count_numbers(found, np.ones(len(found), dtype=np.int64))
 
@@ -377,4 +377,4 @@ def _examples(
     if most <= 0 or not odd.any():
         return []
     rows = np.flatnonzero(np.append(odd, False)[codes])[:most]
-    return [(column.index[row], values.iloc[codes[row]]) for row in rows]
+    return list(zip(column.index[rows], values.iloc[codes[rows]].tolist(), strict=True))

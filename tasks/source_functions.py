@@ -63,7 +63,10 @@ def _call(source: str) -> Any:
             return function()
     except DataError:
         raise
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
+        # Ctrl-C and signals pass: what else is no Exception is sys.exit, or a class of the user's own.
+        if not isinstance(error, Exception | SystemExit) and type(error).__module__ != MODULE:
+            raise
         raise DataError(
             f"data.source: {source} must return features and labels, or a DataFrame, but {_in_words(error, path)}"
         ) from error
