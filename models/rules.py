@@ -113,15 +113,22 @@ def mistakes_of(
     return list(mistakes.values())
 
 
-def unknown_name(place: Place, noun: str, known: Iterable[str], found: Any = NOTHING, remedy: str = "") -> Mistake:
-    """A name that nothing has: the remedy proposes the known name that was probably meant, and lists all of them."""
+def unknown_name(place: Place, noun: str, known: Iterable[str], found: Any = NOTHING, home: str = "") -> Mistake:
+    """A name that nothing has: the remedy proposes the known name that was probably meant, or the section that has such
+    a field, and lists all names. `beside` is what was meant."""
     known = tuple(known)
     near = nearest(str(place[-1]), known)
     if _SECRET_NAME.search(str(place[-1])):
         found = NOTHING
-    meant = () if near is None else ((*place[:-1], near),)
-    remedy = f"{f'write {near}' if near else remedy or 'remove it'} (known are {', '.join(known)})"
-    return Mistake(field=place, rule=f"{IS_NOT} {noun}", found=found, remedy=remedy, beside=meant)
+    remedy = f"write {near}" if near else f"write it below {home}" if home else "remove it"
+    meant = near or home
+    return Mistake(
+        field=place,
+        rule=f"{IS_NOT} {noun}",
+        found=found,
+        remedy=f"{remedy} (known are {', '.join(known)})",
+        beside=((*place[:-1], meant),) if meant else (),
+    )
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
@@ -176,15 +183,14 @@ def _mistake(model: type[BaseModel], place: Place, problem: str, found: Any, wri
     if problem in ("extra_forbidden", "invalid_key"):
         section = _rule_at(model, place[:-1]).kind
         homes = [name for name, field in model.model_fields.items() if place[-1] in _fields_of(field.annotation)]
-        remedy = f"write it below {homes[0]}" if homes else ""
-        return unknown_name(place, f"a field of {section.noun}", _fields_of(section), found, remedy)
+        return unknown_name(place, f"a field of {section.noun}", _fields_of(section), found, *homes[:1])
     rule = _rule_at(model, place)
     if problem == "missing":
         return Mistake(field=place, rule=IS_MISSING, remedy=f"add it, such as {place[-1]}: {rule.example}")
     text = written.get(rule.place)
     return Mistake(
         field=rule.place,
-        rule=f"must be {accepts(rule.kind, rule.limits)}",
+        rule="must not be empty" if found == "" else f"must be {accepts(rule.kind, rule.limits)}",
         found=found,
         written=text,
         remedy=_remedy(rule, found, text),
@@ -249,10 +255,11 @@ class _Rule:
 def _remedy(rule: _Rule, found: Any, written: str | None) -> str:
     """What to write instead of the value found."""
     kinds, example = rule.kinds, rule.example
+    or_not = "" if rule.field is not None and rule.field.is_required() else "leave it out, or "
     if any(_is_model(kind) for kind in kinds):
-        return f"write its fields below it{'' if example == '{}' else f', such as {example}'}, or leave it out"
+        return f"{or_not}write its fields below it{'' if example == '{}' else f', such as {example}'}"
     if found is None:
-        return f"leave it out, or write a value such as {example}"
+        return f"{or_not}write a value such as {example}"
     if kinds & {tuple, dict}:
         return f"write {'a list' if tuple in kinds else 'names with values'}, such as {example}"
     if isinstance(found, Mapping | list | tuple):
@@ -326,7 +333,8 @@ def _accepts_one(kind: Any, limits: tuple[Any, ...]) -> str:
     if origin is dict:
         return f"names, each with {accepts(get_args(kind)[1])}"
     if origin is str:
-        return "one letter" if any(isinstance(limit, MaxLen) and limit.max_length == 1 for limit in limits) else "text"
+        most = [limit.max_length for limit in limits if isinstance(limit, MaxLen)]
+        return "one letter" if most == [1] else "text"
     if _is_model(origin):
         return "a section of fields"
     named = {bool: "true or false", datetime: "a date", Any: "a value"}

@@ -26,6 +26,7 @@ from tasks.array_files import IDX_SUFFIXES, idx_pairs, read_npz
 from tasks.array_rows import array_rows
 from tasks.image_files import images
 from tasks.job import DataConfig
+from tasks.job.kinds import SKLEARN_SETS
 from tasks.rows import Arrays, Chunk, DataError, Frames, Rows
 from tasks.source_functions import rows_of
 from tasks.table_files import (
@@ -38,7 +39,6 @@ from tasks.table_files import (
 from tasks.table_queries import frames_of_query
 from tasks.table_rows import table_rows
 
-SKLEARN_SETS = ("digits", "iris", "wine", "breast_cancer", "diabetes")
 DATABASES = ("postgresql", "sqlite")
 READ_ERRORS = (OSError, EOFError, UnicodeError, pa.ArrowException, zipfile.BadZipFile, zlib.error, struct.error)
 

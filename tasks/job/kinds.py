@@ -6,7 +6,6 @@ Knows nothing of how a source is read.
 from collections.abc import Mapping
 from pathlib import PurePosixPath
 from typing import Literal
-from urllib.parse import urlsplit
 
 Kind = Literal["csv", "parquet", "npz", "idx", "images", "database", "built_in", "function"]
 
@@ -29,19 +28,42 @@ _BY_SUFFIX: Mapping[str, Kind] = {
     ".npz": "npz",
     **dict.fromkeys(("ubyte", "ubyte.gz", ".idx", ".idx.gz"), "idx"),
 }
+SKLEARN_SETS = ("digits", "iris", "wine", "breast_cancer", "diabetes")
+# What people keep rows in too.
+UNREAD = (
+    *(
+        ".xlsx",
+        ".xls",
+        ".ods",
+        ".json",
+        ".jsonl",
+        ".xml",
+        ".html",
+        ".feather",
+        ".arrow",
+        ".orc",
+        ".avro",
+        ".h5",
+        ".hdf5",
+    ),
+    *(".pkl", ".pickle", ".npy", ".pt", ".zip", ".tar", ".tar.gz", ".sqlite", ".db", ".mat", ".rds"),
+)
 _BY_SCHEME: Mapping[str, Kind] = {"sklearn": "built_in", "postgresql": "database", "sqlite": "database"}
 
 
 def kind_of(source: str) -> Kind:
     """The kind of a source; a name without a known ending is a folder. Raises ValueError where nothing reads it."""
-    scheme = urlsplit(source).scheme.partition("+")[0] if "://" in source else ""
-    if scheme in _BY_SCHEME:
-        return _BY_SCHEME[scheme]
+    scheme, _, rest = source.partition("://") if "://" in source else ("", "", source)
+    kind = _BY_SCHEME.get(scheme.partition("+")[0])
+    if kind is not None:
+        return kind
     if scheme not in ("", "s3"):
         remedy = "fetch the file first and name its path" if scheme in ("http", "https", "ftp") else "name its path"
         raise ValueError(
             f"must be a path, s3://..., postgresql://..., sqlite:///... or sklearn://..., found {source!r}; {remedy}"
         )
+    if scheme and not all(rest.partition("/")[::2]):
+        raise ValueError(f"must be s3://bucket/key, found {source!r}; add what is missing")
     if ".py:" in source:
         return "function"
     name = PurePosixPath(source).name.lower()

@@ -5,7 +5,8 @@ nothing of where job files lie.
 """
 
 import copy
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,9 @@ from tasks.job.yaml_text import Text
 
 # What the rest is validated with, where a source is wrong: of a function nothing is known.
 UNKNOWN_SOURCE = "unknown.py:rows"
+
+# Of base 60 and of base 8.
+_ODD_NUMBER = re.compile(r"[-+]?([0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?|0[0-7_]+)")
 
 Overrides = Mapping[tuple[str, str], object]
 
@@ -70,6 +74,7 @@ def parse_text(text: Text, path: Path, overrides: Overrides | None = None) -> Tu
             content.setdefault("name", "job")
             content.setdefault("data", {}).setdefault("source", UNKNOWN_SOURCE)
     if job is not None:
+        mistakes += _odd_numbers(content, written)
         wrong = {mistake.field for mistake in mistakes}
         if job.data.source == UNKNOWN_SOURCE:
             wrong.add(("data", "source"))
@@ -104,6 +109,17 @@ def _nearest(content: Mapping[str, Any], place: Place) -> Place:
             return place[: max(1, length)]
         inner = inner[part]
     return place
+
+
+def _odd_numbers(content: Mapping[str, Any], written: Mapping[Place, str]) -> Iterator[Mistake]:
+    """Numbers of which YAML made others than stand there: 1:30 is 90 to it, and 010 is 8."""
+    for place, letters in written.items():
+        if _ODD_NUMBER.fullmatch(letters) and _nearest(content, place) == place:
+            value: Any = content
+            for part in place:
+                value = value[part]
+            rule, remedy = "must be a decimal number", f"write {value} if that is meant"
+            yield Mistake(field=place, rule=rule, found=value, written=letters, remedy=remedy)
 
 
 def _anchored(content: dict[str, Any], path: Path) -> dict[str, Any]:

@@ -9,9 +9,9 @@ from typing import Any
 from pydantic import BaseModel
 
 from models.families import FAMILIES, least_parameters
-from models.rules import NOTHING, Mistake
+from models.rules import NOTHING, Mistake, nearest
 from models.shapes import DataShape
-from tasks.job.kinds import IN_WORDS, TABLES, Kind, kind_of
+from tasks.job.kinds import IN_WORDS, SKLEARN_SETS, TABLES, UNREAD, Kind, kind_of
 from tasks.job.schema import TuningJob
 from tasks.job.sections import DataConfig
 
@@ -103,6 +103,13 @@ def contradictions_of_shape(job: TuningJob, shape: DataShape) -> Iterator[Mistak
 
 def _of_data(job: TuningJob) -> Iterator[Mistake]:
     data, kind = job.data, kind_of(job.data.source)
+    if kind == "built_in" and (name := data.source.removeprefix("sklearn://")) not in SKLEARN_SETS:
+        rule = f"must be one of sklearn://{', sklearn://'.join(SKLEARN_SETS)}"
+        near = nearest(name, SKLEARN_SETS)
+        yield _mistake("data.source", rule, data.source, f"write sklearn://{near}" if near else "choose one of them")
+    if kind == "images" and data.source.lower().endswith(UNREAD):
+        rule = "must be a file that is read (CSV, Parquet, NumPy, IDX)"
+        yield _mistake("data.source", rule, data.source, "save it as one")
     if kind == "database" and data.query is None:
         yield _mistake(
             "data.query", "is missing: it says what to select from the database", NOTHING, "add it", "data.source"

@@ -173,8 +173,13 @@ IN_WORDS = [
         "search: {memory: 'off'}",
         "search.memory must be true or false, found 'off'; write true or false, without quotes",
     ),
-    ("budget:", "budget must be a section of fields, found null; write its fields below it, or leave it out"),
+    ("budget:", "budget must be a section of fields, found null; leave it out, or write its fields below it"),
     # Numbers.
+    ("seed: 010", "seed must be a decimal number, found 8, which is what YAML makes of 010; write 8 if that is meant"),
+    ("budget: {minutes: 1:30}", "budget.minutes must be a decimal number, found 90, which is what YAML makes of 1:30"),
+    ("search: {space: {width: 1:00}}", "search.space.width must be a decimal number, found 60"),
+    ("budget: {minutes: 30 min}", "budget.minutes must be a number above 0 and at most 10080, found '30 min'"),
+    ("promotion: {confidence: '0,95'}", "must be a number of at least 0.5 and below 1, found '0,95'"),
     ("budget: {trials: 1e3}", "budget.trials must be a whole number from 1 to 100000, found '1e3'; write a number"),
     ("promotion: {confidence: 95}", "found 95; write 0.95 for 95 %"),
     (
@@ -208,6 +213,14 @@ IN_WORDS = [
     ("data: {source: images-idx3-ubyte.gz}", "data.labels is missing"),
     ("data: {source: a.csv, delimiter: ';;'}", "data.delimiter must be one letter, found ';;'"),
     ("data: {source: a.csv, delimiter: '\"'}", "data.delimiter must be an ASCII letter that is no quote"),
+    ("data: {source: rows.xlsx}", "data.source must be a file that is read (CSV, Parquet, NumPy, IDX), found"),
+    ("data: {source: 'sklearn://moons'}", "data.source must be one of sklearn://digits"),
+    ("data: {source: 'sklearn://irs'}", "write sklearn://iris"),
+    ("data: {source: 's3://'}", "data.source must be s3://bucket/key, found 's3://'; add what is missing"),
+    ("data: {source: 'S3://bucket/a.csv'}", "data.source must be a path, s3://"),
+    ("data: {source: ''}", "data.source must not be empty, found ''; write for example rows.csv"),
+    ("data: {source: ~}", "data.source must be text, found null, which is what YAML makes of ~; write a"),
+    ("data:", "data must be a section of fields, found null; write its fields below it, such as {source: rows.csv}"),
     # The space.
     (
         "search: {space: {width: 100000000000}}",
