@@ -121,7 +121,9 @@ def without_missing(values: pd.Series[Any], missing: Sequence[str]) -> pd.Series
     if isinstance(values.dtype, pd.StringDtype):
         stripped = values.str.strip()
     elif values.dtype == object:
-        stripped = values.map(lambda value: value.strip() if isinstance(value, str) else value)
+        # Left to itself pandas would make floats of whole numbers beside a gap.
+        plain = [value.strip() if isinstance(value, str) else value for value in values]
+        stripped = pd.Series(plain, index=values.index, dtype=object)
     else:
         return values
     written = [unicodedata.normalize(form, text) for text in missing for form in ("NFC", "NFD")]

@@ -24,6 +24,8 @@ from tasks.number_texts import NumberTexts, numeric_column, unit_of
 
 MOST_CATEGORIES = 1000
 MOSTLY = 0.5
+# What pandas says of a column of Python's numbers.
+NUMBER_OBJECTS = ("integer", "floating", "mixed-integer-float", "decimal")
 LEAST_IDENTIFIERS = 20
 # As many values that are all different are an identifier's, whatever comes after them.
 SURELY_UNIQUE = 1_000_000
@@ -70,7 +72,9 @@ class Survey:
         counts = np.bincount(codes[codes >= 0], minlength=len(values))
         kind = _kind_of(values)
         self._kinds.add(kind)
-        if kind != "datetime":
+        if kind == "datetime":
+            self._date_texts.read += int(counts.sum())
+        else:
             self._add_numbers(column, codes, values, counts)
         if kind == "number" and self._hashes is None and self._too_many:
             return
@@ -363,7 +367,10 @@ def _kind_of(values: "pd.Series[Any]") -> str:
         return "boolean"
     if pd.api.types.is_datetime64_any_dtype(values):
         return "datetime"
-    return "number" if pd.api.types.is_numeric_dtype(values) else "text"
+    if pd.api.types.is_numeric_dtype(values):
+        return "number"
+    is_number = values.dtype == object and pd.api.types.infer_dtype(values, skipna=True) in NUMBER_OBJECTS
+    return "number" if is_number else "text"
 
 
 def _in_words(examples: list[tuple[Any, Any]]) -> str:

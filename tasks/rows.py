@@ -18,6 +18,7 @@ import pandas as pd
 
 from infra.errors import ExpectedError
 from models.column import Column
+from models.table import column_name
 from tasks.findings import Described, Finding, in_brief, printable
 from tasks.job import DataConfig
 
@@ -101,6 +102,6 @@ def hash_bytes(values: Iterable[bytes | memoryview]) -> Hashes:
     return np.frombuffer(digests, dtype=">u8").reshape(-1, 2).astype(np.uint64)
 
 
-def first_repeated(names: Iterable[str]) -> str | None:
-    """The first name that stands there twice."""
-    return next((name for name, count in Counter(names).items() if count > 1), None)
+def first_repeated(names: Iterable[object]) -> str | None:
+    """The first name of a column that stands there twice."""
+    return next((name for name, count in Counter(map(column_name, names)).items() if count > 1), None)

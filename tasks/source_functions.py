@@ -121,7 +121,7 @@ def _frame(source: str, frame: pd.DataFrame) -> pd.DataFrame:
             f"data.source: {source} must return columns with plain names, found a MultiIndex of "
             f"{frame.columns.nlevels} levels; join each name into one text"
         )
-    if (repeated := first_repeated(map(str, frame.columns))) is not None:
+    if (repeated := first_repeated(frame.columns)) is not None:
         raise DataError(
             f"data.source: {source} must return columns with names of their own, found {repeated!r} twice; rename one"
         )
