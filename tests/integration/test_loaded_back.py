@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from infra.deploy import artifact_key
 from infra.store import open_store
 from tasks.promotions import history
 from tasks.study import finished_trials
@@ -46,5 +47,5 @@ def test_what_is_another_model_once_it_is_loaded_is_rejected_everywhere(stack: S
     night = runs_of(stack, study)[0]
     assert (night.data.tags["verdict"], night.data.tags["promoted"]) == ("REJECT", "no")
     assert "loaded in a fresh process, the model gives other outputs" in night.data.tags["mlflow.note.content"]
-    artifacts = stack.prefect("artifacts/filter", artifacts={"key": {"any_": ["report-otherwise"]}})
+    artifacts = stack.prefect("artifacts/filter", artifacts={"key": {"any_": [artifact_key("report", "otherwise")]}})
     assert "champion stays (REJECT)" in str(artifacts[0]["data"])
