@@ -14,7 +14,7 @@ from tasks.findings import in_brief
 from tasks.job import DataConfig
 from tasks.prepare import prepare
 from tasks.rows import DataError
-from tests.unit.test_sources import Read, read, roles_of
+from tests.reading import Read, read, roles_of
 
 ROWS = 80
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from tasks.job import JobError, parse_job
 from tasks.rows import DataError
-from tests.unit.test_sources import read, roles_of
+from tests.reading import read, roles_of
 
 NAMES = ("size", "colour", "y")
 ROWS = 40

@@ -5,9 +5,8 @@ import os
 import sqlite3
 import struct
 import sys
-import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +23,15 @@ from PIL import Image
 
 from models.column import Column
 from models.preprocessing import FREQUENT_ROWS, TablePreprocessing, preprocessing_of
-from models.shapes import Problem
 from models.table import encode, recode
 from tasks import prepare as prepare_module
 from tasks import table_files
 from tasks.job import DataConfig
 from tasks.prepare import prepare
-from tasks.rows import DataError, Rows
+from tasks.rows import DataError
 from tasks.sources import read_rows, source_stamp
 from tests.conftest import CPU, require
+from tests.reading import read, roles_of
 
 
 def shared_data() -> Path:
@@ -57,26 +56,6 @@ def people(rows: int = 200, seed: int = 0) -> pd.DataFrame:
             "bought": draw.choice(["often", "never"], rows),
         }
     )
-
-
-@dataclass(frozen=True)
-class Read:
-    """All rows of a source."""
-
-    known: Rows
-    features: NDArray[np.float32]
-    target: NDArray[Any]
-
-
-def read(source: Path | str, problem: Problem = "classification", **data: Any) -> Read:
-    with tempfile.TemporaryDirectory() as scratch:
-        known = read_rows(DataConfig(source=str(source), **data), problem, Path(scratch), Path(scratch))
-        chunks = list(known.chunks())
-    return Read(known, *(np.concatenate([getattr(chunk, name) for chunk in chunks]) for name in ("features", "target")))
-
-
-def roles_of(rows: Rows) -> dict[str, str]:
-    return {described.name: described.role for described in rows.described}
 
 
 def test_a_csv_file_and_a_parquet_file_of_the_same_rows_are_the_same_snapshot(tmp_path: Path) -> None:

@@ -13,8 +13,7 @@ from models.column import Column
 from models.table import encode
 from tasks.rows import DataError
 from tasks.versions import TableColumn
-from tests.unit.test_sources import read
-from tests.unit.test_written_numbers import a_table, role_of, values_of
+from tests.reading import a_column, read, roles_of, values_of
 
 DAY = (pd.Timestamp("2026-12-31") - pd.Timestamp("2000-01-01")).days
 
@@ -35,8 +34,8 @@ DAY = (pd.Timestamp("2026-12-31") - pd.Timestamp("2000-01-01")).days
 def test_dates_are_read_as_the_job_says_and_served_by_the_same_columns(
     texts: list[str], data: dict[str, Any], days: list[float], tmp_path: Path
 ) -> None:
-    rows = read(a_table(tmp_path, texts), **data)
-    assert role_of(rows.known) == "datetime"
+    rows = read(a_column(tmp_path, texts), **data)
+    assert roles_of(rows.known)["v"] == "datetime"
     assert values_of(rows, texts) == pytest.approx(days, abs=1e-3)
     shipped = [
         TableColumn.model_validate_json(TableColumn(**asdict(it)).model_dump_json()) for it in rows.known.columns
@@ -66,10 +65,10 @@ def test_dates_are_read_as_the_job_says_and_served_by_the_same_columns(
 def test_dates_that_are_not_read_are_named_with_what_would_read_them(
     texts: list[str], data: dict[str, Any], says: str, tmp_path: Path
 ) -> None:
-    path = a_table(tmp_path, texts)
+    path = a_column(tmp_path, texts)
     with pytest.raises(DataError, match=re.escape(says)):
         read(path, **data)
-    assert role_of(read(path, **data | {"roles": {"v": "categorical"}}).known) == "categorical"
+    assert roles_of(read(path, **data | {"roles": {"v": "categorical"}}).known)["v"] == "categorical"
 
 
 @pytest.mark.parametrize(
@@ -88,8 +87,8 @@ def test_dates_that_are_not_read_are_named_with_what_would_read_them(
     ],
 )
 def test_codes_and_words_are_no_dates(texts: list[str], tmp_path: Path) -> None:
-    rows = read(a_table(tmp_path, texts))
-    assert (role_of(rows.known), rows.known.findings) == ("categorical", ())
+    rows = read(a_column(tmp_path, texts))
+    assert (roles_of(rows.known)["v"], rows.known.findings) == ("categorical", ())
 
 
 @pytest.mark.parametrize(
@@ -113,14 +112,14 @@ def test_numbers_that_may_be_dates_are_a_finding(numbers: list[float], says: str
     frame.to_parquet(tmp_path / "rows.parquet")
     for name in ("rows.csv", "rows.parquet"):
         rows = read(tmp_path / name)
-        assert role_of(rows.known) == "numeric"
+        assert roles_of(rows.known)["v"] == "numeric"
         assert [found.check for found in rows.known.findings] == ([] if says is None else ["dates_as_numbers"])
         assert says is None or says in rows.known.findings[0].sentence
         assert read(tmp_path / name, roles={"v": "numeric"}).known.findings == ()
 
 
 def test_rows_are_split_by_days_that_begin_with_the_day(tmp_path: Path) -> None:
-    path = a_table(tmp_path, ["30.09.2026", "01.10.2026", "02.10.2026"])
+    path = a_column(tmp_path, ["30.09.2026", "01.10.2026", "02.10.2026"])
     cut: dict[str, Any] = {"time_column": "v", "test_from": "2026-10-01"}
     with pytest.raises(DataError, match=r"found '30\.09\.2026' in row 0; correct it, set data\.dates where days or"):
         read(path, **cut)

@@ -16,31 +16,10 @@ from models.column import Column
 from models.table import encode
 from tasks.job import DataConfig, JobError, parse_job
 from tasks.prepare import prepare
-from tasks.rows import DataError, Rows
+from tasks.rows import DataError
 from tasks.snapshots import read_snapshot
 from tasks.versions import TableColumn
-from tests.unit.test_sources import Read, read
-
-ROWS = 60
-
-
-def a_table(folder: Path, texts: list[str]) -> Path:
-    """A CSV file with the texts, over and over, in column v, beside whole numbers and a target."""
-    draw = np.random.default_rng(0)
-    column = [texts[row % len(texts)] for row in range(ROWS)]
-    frame = pd.DataFrame({"v": column, "u": draw.integers(0, 9, ROWS), "y": draw.choice(["a", "b"], ROWS)})
-    frame.to_csv(folder / "rows.csv", index=False)
-    return folder / "rows.csv"
-
-
-def values_of(rows: Read, texts: list[str]) -> list[float]:
-    """What the first of the texts were read as."""
-    place = [column.name for column in rows.known.columns].index("v")
-    return [float(value) for value in rows.features[: len(texts), place]]
-
-
-def role_of(rows: Rows, name: str = "v") -> str:
-    return next(described.role for described in rows.described if described.name == name)
+from tests.reading import ROWS, a_column, read, roles_of, values_of
 
 
 @pytest.mark.parametrize(
@@ -65,9 +44,9 @@ def role_of(rows: Rows, name: str = "v") -> str:
 def test_numbers_are_read_as_the_job_says_and_served_by_the_same_columns(
     texts: list[str], data: dict[str, Any], values: list[float], tmp_path: Path
 ) -> None:
-    path = a_table(tmp_path, texts)
+    path = a_column(tmp_path, texts)
     rows = read(path, **data)
-    assert role_of(rows.known) == "numeric"
+    assert roles_of(rows.known)["v"] == "numeric"
     assert values_of(rows, texts) == pytest.approx(values)
     # What ships: through the manifest's JSON, as the champion and MLflow's model read rows.
     shipped = [
@@ -110,11 +89,11 @@ def test_numbers_are_read_as_the_job_says_and_served_by_the_same_columns(
 def test_numbers_that_are_not_read_are_named_with_what_would_read_them(
     texts: list[str], data: dict[str, Any], says: str, tmp_path: Path
 ) -> None:
-    path = a_table(tmp_path, texts)
+    path = a_column(tmp_path, texts)
     with pytest.raises(DataError, match=re.escape(says)):
         read(path, **data)
     kept = read(path, **(data | {"roles": {"v": "categorical"}}))
-    assert role_of(kept.known) == "categorical"
+    assert roles_of(kept.known)["v"] == "categorical"
 
 
 @pytest.mark.parametrize(
@@ -132,20 +111,20 @@ def test_numbers_that_are_not_read_are_named_with_what_would_read_them(
     ],
 )
 def test_codes_and_words_are_no_numbers(texts: list[str], tmp_path: Path) -> None:
-    rows = read(a_table(tmp_path, texts))
-    assert (role_of(rows.known), rows.known.findings) == ("categorical", ())
+    rows = read(a_column(tmp_path, texts))
+    assert (roles_of(rows.known)["v"], rows.known.findings) == ("categorical", ())
 
 
 def test_a_number_that_may_be_another_is_a_finding_until_the_job_says_which(tmp_path: Path) -> None:
-    path = a_table(tmp_path, ["1.234", "999", "12.500"])
+    path = a_column(tmp_path, ["1.234", "999", "12.500"])
     (found,) = read(path).known.findings
     assert (found.check, found.severity) == ("ambiguous_numbers", "warn")
     assert "found '1.234' and the like, which are read as 1.234 and may be 1234" in found.sentence
     assert read(path, decimal=".").known.findings == ()
     assert values_of(read(path, decimal=",", thousands="."), ["1.234", "999"]) == [1234, 999]
     for measured in (["0.123", "1.234"], ["1.234", "1.5"]):
-        assert read(a_table(tmp_path, measured)).known.findings == ()
-    (found,) = read(a_table(tmp_path, ["01067", "80331"])).known.findings
+        assert read(a_column(tmp_path, measured)).known.findings == ()
+    (found,) = read(a_column(tmp_path, ["01067", "80331"])).known.findings
     assert "found '01067', which is read as 1067 and may be a code; set data.roles.v: categorical" in found.sentence
 
 
@@ -169,7 +148,7 @@ def test_what_a_finding_advises_reads_every_number(style: tuple[str, str, str, s
     draw = np.random.default_rng(STYLES.index(style))
     values = np.round(draw.uniform(-3e6, 3e6, ROWS), 2).tolist()
     texts = [written(value, style) for value in values]
-    path = a_table(tmp_path, texts)
+    path = a_column(tmp_path, texts)
     try:
         rows = read(path)
     except DataError as error:
@@ -180,7 +159,7 @@ def test_what_a_finding_advises_reads_every_number(style: tuple[str, str, str, s
             _, field, *column = key.split(".")
             settings[field] = {column[0]: value} if column else value
         rows = read(path, **settings)
-    assert role_of(rows.known) == "numeric"
+    assert roles_of(rows.known)["v"] == "numeric"
     assert values_of(rows, texts) == pytest.approx(values, rel=1e-6)
 
 
@@ -203,7 +182,7 @@ def test_a_target_is_read_as_features_are(tmp_path: Path) -> None:
 
 
 def test_the_data_card_says_how_numbers_were_read(tmp_path: Path) -> None:
-    path = a_table(tmp_path, ["$1.234,50", "$7"])
+    path = a_column(tmp_path, ["$1.234,50", "$7"])
     rows = read(path, decimal=",", thousands=".", roles={"v": "numeric"})
     assert rows.known.described[0].values == "7 to 1234.5 $, mean 620.8, read with decimal , and thousands '.'"
 
