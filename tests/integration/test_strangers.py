@@ -55,7 +55,13 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
         "--backend-store-uri", f"sqlite:///{folder / 'theirs.db'}",
         "--artifacts-destination", (folder / "artifacts").as_uri(),
     ]  # fmt: skip
-    quiet = {"PREFECT_HOME": str(folder / "prefect"), "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "DO_NOT_TRACK": "1"}
+    quiet = {
+        "PREFECT_HOME": str(folder / "prefect"),
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "DO_NOT_TRACK": "1",
+        # The server itself ends a run that has been CANCELLING for five minutes, which a slow machine takes for this.
+        "PREFECT_SERVER_SERVICES_CANCELLATION_CLEANUP_CANCELLING_TIMEOUT_SECONDS": "36000",
+    }
     with (
         background(prefect, folder / "prefect.log", **quiet),
         background(mlflow, folder / "mlflow.log", **quiet) as mlflow_server,
