@@ -124,6 +124,11 @@ METRICS: Mapping[MetricName, Metric] = {
 }
 
 
+def in_figures(value: float) -> str:
+    """Write a metric as people read it: four decimals, or four digits where it is very large or small."""
+    return f"{value:.4f}" if value == 0 or 1e-4 <= abs(value) < 1e6 else f"{value:.4g}"
+
+
 def metrics_of(problem: Problem) -> tuple[MetricName, ...]:
     """The names of all metrics that fit the problem."""
     return tuple(name for name, metric in METRICS.items() if metric.problem == problem)

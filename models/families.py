@@ -181,11 +181,12 @@ class Unscale(nn.Module):
         self.register_buffer("scale", torch.ones((), dtype=torch.float64))
 
     def fit(self, target: Tensor) -> None:
-        """Fit on the training rows' target (rows,), float64."""
-        mean = target.mean()
-        farthest = (target - mean).abs().max()
-        self.mean.copy_(mean)
-        self.scale.copy_(((target - mean) / farthest).std(correction=0) * farthest)
+        """Fit on the training rows' target (rows,), float64; where they do not vary the scale is 1."""
+        distances = target - target.mean()
+        unit = distances.abs().max()
+        self.mean.copy_(target.mean())
+        if unit > 0:  # in which the squares of small distances are not 0, nor those of large ones infinite
+            self.scale.copy_((distances / unit).square().mean().sqrt() * unit)
 
     def forward(self, outputs: Tensor) -> Tensor:
         return outputs.squeeze(-1).double() * self.scale + self.mean

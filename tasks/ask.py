@@ -12,6 +12,7 @@ from prefect.flow_runs import pause_flow_run
 from prefect.input import RunInput
 from pydantic import Field
 
+from models.evaluate import in_figures
 from tasks.gate import Verdict
 from tasks.job import TuningJob
 
@@ -53,7 +54,7 @@ def question(job: TuningJob, verdict: Verdict) -> str:
     """The comparison as Markdown, as it stands above the form."""
     theirs = verdict.opponent_test or {}
     rows = "\n".join(
-        f"| {name} | {value:.4f} | {f'{theirs[name]:.4f}' if name in theirs else ''} |"
+        f"| {name} | {in_figures(value)} | {f'{in_figures(theirs[name])}' if name in theirs else ''} |"
         for name, value in verdict.winner_test.items()
     )
     rails = "\n".join(f"- {rail.name}: {rail.evidence}" for rail in verdict.guard_rails)

@@ -17,7 +17,7 @@ from optuna.trial import FrozenTrial, TrialState
 from torch import nn
 
 from models.batches import Split
-from models.evaluate import METRICS, MetricName, metrics_of, predict_outputs, score, sharpness
+from models.evaluate import METRICS, MetricName, in_figures, metrics_of, predict_outputs, score, sharpness
 from models.families import Ensemble, Family
 from models.fused import Outcome
 from models.hyperparameters import Hyperparameters
@@ -114,13 +114,10 @@ def confirm(
             continue
         confirmed[trial.number] = found
         _logger.info(
-            "trial %d: %s %.4f in the search, %.4f ± %.4f confirmed with %d seeds; generalization gap %.4f, "
-            "sharpness %.4f",
+            "trial %d: %s %s in the search, %s ± %s confirmed with %d seeds; generalization gap %.4f, sharpness %.4f",
             number_of(trial),
             job.search.objective,
-            trial.values[0],
-            found.mean,
-            found.spread,
+            *map(in_figures, (trial.values[0], found.mean, found.spread)),
             len(found.values),
             found.generalization_gap,
             found.sharpness,

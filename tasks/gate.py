@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from models.batches import DiskRows
 from models.comparison import Comparison, calibration_error, compare, interval, slice_gains
-from models.evaluate import MetricName, latency_ms, metrics_of, predict_outputs, score
+from models.evaluate import MetricName, in_figures, latency_ms, metrics_of, predict_outputs, score
 from models.table import recode
 from tasks.champion import Champion
 from tasks.confirm import Challenger, Confirmed
@@ -191,12 +191,13 @@ def with_rail(verdict: Verdict, rail: GuardRail) -> Verdict:
 def in_words(comparison: Comparison, opponent: str) -> str:
     """`test accuracy 0.9750 against the champion's 0.9583 on 360 rows, a gain of 0.0167 (0.0028 to 0.0306; ...)`."""
     provable = comparison.detectable
-    power = f"; so many rows prove a gain of {provable:.4f} four times in five" if provable else ""
+    power = f"; so many rows prove a gain of {in_figures(provable)} four times in five" if provable else ""
     groups = f" in {comparison.groups} independent groups" if comparison.groups < comparison.rows else ""
     return (
-        f"test {comparison.metric} {comparison.ours:.4f} against {opponent}'s {comparison.theirs:.4f} on "
-        f"{comparison.rows} rows{groups}, a gain of {comparison.gain:.4f} ({comparison.low:.4f} to "
-        f"{comparison.high:.4f}; "
+        f"test {comparison.metric} {in_figures(comparison.ours)} against {opponent}'s "
+        f"{in_figures(comparison.theirs)} on "
+        f"{comparison.rows} rows{groups}, a gain of {in_figures(comparison.gain)} ({in_figures(comparison.low)} to "
+        f"{in_figures(comparison.high)}; "
         f"{comparison.method}{power})"
     )
 
@@ -329,8 +330,8 @@ class _TestRows:
         worst = min(gains, key=lambda found: (found.high, found.gain))
         change = "falls" if worst.gain < 0 else "rises"
         evidence = (
-            f"{worst.name} {change} by {abs(worst.gain):.4f} on {worst.rows} rows, surely falls by "
-            f"{max(0.0, -worst.high):.4f} of max_slice_fall {most:g}"
+            f"{worst.name} {change} by {in_figures(abs(worst.gain))} on {worst.rows} rows, surely falls by "
+            f"{in_figures(max(0.0, -worst.high))} of max_slice_fall {most:g}"
         )
         return (GuardRail(name="worst slice", holds=worst.high >= -most, evidence=evidence),)
 

@@ -5,6 +5,7 @@ After Mitchell et al., Model Cards for Model Reporting (arXiv 1810.03993). Reads
 
 from collections.abc import Mapping
 
+from models.evaluate import in_figures
 from tasks.snapshots import Snapshot
 from tasks.versions import Manifest
 
@@ -78,7 +79,10 @@ def _metrics(manifest: Manifest) -> str:
     lines = []
     for name, value in manifest.metrics["test"].items():
         low, high = manifest.intervals.get(name, (value, value))
-        lines.append(f"| {name} | {value:.4f} | {low:.4f} to {high:.4f} | {manifest.metrics['validation'][name]:.4f} |")
+        bounds = f"{in_figures(low)} to {in_figures(high)}"
+        lines.append(
+            f"| {name} | {in_figures(value)} | {bounds} | {in_figures(manifest.metrics['validation'][name])} |"
+        )
     return "\n".join(lines)
 
 

@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from optuna.trial import FrozenTrial, TrialState
 
 from models.diagnosis import Diagnosis
+from models.evaluate import in_figures
 from models.space import Range
 from tasks.confirm import Confirmed
 from tasks.drift import Change
@@ -216,8 +217,8 @@ def advices_of(
     comparison = verdict.comparison
     if verdict.decision == "HOLD" and comparison is not None and comparison.detectable:
         advices.append(
-            f"A gain below {comparison.detectable:.4f} is hard to prove on {comparison.rows} test rows: more test rows "
-            "would show smaller ones."
+            f"A gain below {in_figures(comparison.detectable)} is hard to prove on {comparison.rows} test rows: more "
+            "test rows would show smaller ones."
         )
     if len(trials) < job.budget.trials:
         advices.append(f"The budget's {job.budget.trials} trials were not reached: give it more minutes.")

@@ -23,6 +23,7 @@ from prefect.client.schemas.actions import ArtifactUpdate
 
 from infra.deploy import artifact_key
 from infra.device import device_use
+from models.evaluate import in_figures
 from tasks.job import TuningJob
 from tasks.study import finished_trials, in_words, number_of, ranked, tonights_trials
 from tasks.tracking import DIAGNOSIS
@@ -83,7 +84,7 @@ class Progress:
         complete = ranked(tonights_trials(self._study, TrialState.COMPLETE), self._job)
         parts = [f"{len(finished_trials(self._study))} of {self._job.budget.trials} trials"]
         if complete:
-            parts.append(f"best {complete[0].values[0]:.4f}")
+            parts.append(f"best {in_figures(complete[0].values[0])}")
         left = self._seconds_left()
         if left:
             parts.append(f"about {f'{left / 60:.0f} minutes' if left >= 120 else f'{left:.0f} s'} left")
@@ -94,7 +95,7 @@ class Progress:
         name = self._job.search.objective
         best = ranked(tonights_trials(self._study, TrialState.COMPLETE), self._job)[:BEST_TRIALS]
         rows = "\n".join(
-            f"| {self._linked(trial)} | {trial.values[0]:.4f} | {trial.user_attrs.get(DIAGNOSIS, '')} | "
+            f"| {self._linked(trial)} | {in_figures(trial.values[0])} | {trial.user_attrs.get(DIAGNOSIS, '')} | "
             f"{in_words(trial.params)} |"
             for trial in best
         )

@@ -22,7 +22,7 @@ from torch import nn
 
 from infra.deploy import artifact_key
 from infra.settings import Settings
-from models.evaluate import predict_outputs, predictions_of
+from models.evaluate import in_figures, predict_outputs, predictions_of
 from tasks import plots
 from tasks.confirm import Challenger, Confirmed
 from tasks.drift import Change, drift_table
@@ -216,7 +216,7 @@ def summarize(
     name = job.search.objective
     rows = snapshot.row_counts
     challenger = verdict.challenger
-    theirs = "" if verdict.opponent_test is None else f", {verdict.opponent} {verdict.opponent_test[name]:.4f}"
+    theirs = "" if verdict.opponent_test is None else f", {verdict.opponent} {in_figures(verdict.opponent_test[name])}"
     trials = ranked(tonights_trials(study, TrialState.COMPLETE), job)
     best = "\n".join(_trial_row(trial, job) for trial in trials[:5])
     return f"""\
@@ -227,8 +227,8 @@ def summarize(
 - **data**: {snapshot.source}, snapshot `{snapshot.fingerprint[:12]}`: {rows["train"]} training, {rows["validation"]} validation and {rows["test"]} test rows
 {changed}{_drift_in_words(moved)}- **search**: {tuned.complete} trials complete, {tuned.pruned} pruned, {tuned.failed} failed in {trained_seconds(study):.0f} s of training; ended by {tuned.ended_by}
 {_mishaps(tuned)}{_remark(challenger, job)}- **baseline**: {_baseline_in_words(job, tuned)}
-- **challenger**: trial {number_of(challenger.trial)}, validation {name} {challenger.trial.values[0]:.4f} in the search, {challenger.mean:.4f} ± {challenger.spread:.4f} confirmed with {len(challenger.seeds)} seeds ({_curse(challenger)}); generalization gap {challenger.generalization_gap:.4f}, sharpness {challenger.sharpness:.4f}
-- **on the test rows**: challenger {name} {verdict.challenger_test[name]:.4f}{theirs}{_left_out(verdict)}
+- **challenger**: trial {number_of(challenger.trial)}, validation {name} {in_figures(challenger.trial.values[0])} in the search, {in_figures(challenger.mean)} ± {in_figures(challenger.spread)} confirmed with {len(challenger.seeds)} seeds ({_curse(challenger)}); generalization gap {in_figures(challenger.generalization_gap)}, sharpness {in_figures(challenger.sharpness)}
+- **on the test rows**: challenger {name} {in_figures(verdict.challenger_test[name])}{theirs}{_left_out(verdict)}
 {_guard_rails(verdict)}- **trained on**: {challenger.trial.user_attrs[DEVICE]}
 
 | trial | validation {name} |{_cost_head(job)} diagnosis | hyperparameters |
@@ -256,7 +256,7 @@ def _changed(job: TuningJob, study: optuna.Study, before: optuna.Study, snapshot
     )
     if best and best_before and before.user_attrs[OBJECTIVE] == study.user_attrs[OBJECTIVE]:
         gain = job.objective.gain(best[0].values[0], best_before[0].values[0])
-        how = "as good" if gain == 0 else f"{abs(gain):.4f} {'better' if gain > 0 else 'worse'}"
+        how = "as good" if gain == 0 else f"{in_figures(abs(gain))} {'better' if gain > 0 else 'worse'}"
         parts.append(f"the best validation {job.search.objective} is {how}")
     return f"- **since {before.study_name}**: {'; '.join(parts)}\n"
 
@@ -292,7 +292,11 @@ def _guard_rails(verdict: Verdict) -> str:
 
 def _curse(challenger: Challenger) -> str:
     curse = challenger.winners_curse
-    return f"the search's value was better by {curse:.4f}: the winner's curse" if curse > 0 else "no winner's curse"
+    return (
+        f"the search's value was better by {in_figures(curse)}: the winner's curse"
+        if curse > 0
+        else "no winner's curse"
+    )
 
 
 def _left_out(verdict: Verdict) -> str:
@@ -305,7 +309,7 @@ def _trial_row(trial: FrozenTrial, job: TuningJob) -> str:
     cost = "" if job.search.cost == "none" else f" {trial.values[1]:.4g} |"
     role = f"{trial.user_attrs[ROLE]}: " if ROLE in trial.user_attrs else ""
     return (
-        f"| {number_of(trial)} | {trial.values[0]:.4f} |{cost} {trial.user_attrs.get(DIAGNOSIS, '')} | "
+        f"| {number_of(trial)} | {in_figures(trial.values[0])} |{cost} {trial.user_attrs.get(DIAGNOSIS, '')} | "
         f"{role}{in_words(trial.params)} |"
     )
 
@@ -324,8 +328,8 @@ def _baseline_in_words(job: TuningJob, tuned: Tuned) -> str:
         for name in ("optimizer", "learning_rate", "batch_size", "epochs", "depth", "width")
         if name in chosen
     }
-    outcome = f"the search found {abs(gain):.4f} better" if gain > 0 else "the search found nothing better"
-    return f"{in_words(described)}: validation {job.search.objective} {tuned.baseline.values[0]:.4f}; {outcome}"
+    outcome = f"the search found {in_figures(abs(gain))} better" if gain > 0 else "the search found nothing better"
+    return f"{in_words(described)}: validation {job.search.objective} {in_figures(tuned.baseline.values[0])}; {outcome}"
 
 
 def _pareto_in_words(study: optuna.Study, job: TuningJob) -> str:
