@@ -26,6 +26,9 @@ MOST_CATEGORIES = 1000
 MOSTLY = 0.5
 # What pandas says of a column of Python's numbers.
 NUMBER_OBJECTS = ("integer", "floating", "mixed-integer-float", "decimal")
+# Up to there float64 holds each whole number; of so many in a chunk that are larger a rounded one is looked for.
+EXACT_WHOLE = 2**53
+SEEN_WHOLE = 100
 LEAST_IDENTIFIERS = 20
 # As many values that are all different are an identifier's, whatever comes after them.
 SURELY_UNIQUE = 1_000_000
@@ -57,6 +60,7 @@ class Survey:
         self._written_numbers: list[tuple[Any, Any]] = []
         self._date_texts = DateTexts(name, data)
         self._are_days = True
+        self._rounded = ""
         self._odd_dates: list[tuple[Any, Any]] = []
 
     def add(self, column: "pd.Series[Any]") -> None:
@@ -139,6 +143,7 @@ class Survey:
         if len(self._odd_numbers) < EXAMPLES:
             odd = np.flatnonzero(there & ~finite)[: EXAMPLES - len(self._odd_numbers)]
             self._odd_numbers += list(zip(column.index[odd], column.iloc[odd].tolist(), strict=True))
+        self._rounded = self._rounded or _rounded(column, numbers)
         found = numbers[finite]
         self._count_numbers(found, np.ones(len(found), dtype=np.int64))
 
@@ -148,6 +153,7 @@ class Survey:
         numbers = self._read_numbers(values)
         readable = np.isfinite(numbers)
         self._odd_numbers += _examples(column, codes, values, ~readable, EXAMPLES - len(self._odd_numbers))
+        self._rounded = self._rounded or _rounded(values, numbers)
         self._count_numbers(numbers[readable], counts[readable])
         if not readable.all():
             is_written = ~readable
@@ -222,7 +228,7 @@ class Survey:
             # Whole numbers that count the rows are an identifier: 1, 2, 3 in any order, from anywhere.
             if self._is_identifier and self._high - self._low == self._rows - 1:
                 return "identifier", self._identifier()
-            return "numeric", self._ambiguous() + self._may_be_dates()
+            return "numeric", self._ambiguous() + (self._may_be_dates() or self._are_rounded())
         if self._number_texts.are_most(self._readable, present):
             examples = _in_words(self._written_numbers)
             return self._categorical(self._number_texts.finding(examples, self._readable, present))
@@ -287,6 +293,17 @@ class Survey:
                 name,
             )  # fmt: skip
         return []
+
+    def _are_rounded(self) -> list[Finding]:
+        if not self._rounded:
+            return []
+        return finding(
+            "rounded_numbers", self._data,
+            f"column {self._name} must hold whole numbers of at most {EXACT_WHOLE}, found {self._rounded}, of which "
+            f"float64 keeps {int(float(self._rounded))}; set data.roles.{self._name}: categorical or ignored if it is "
+            "an id, or numeric if its last digits say nothing",
+            self._name,
+        )  # fmt: skip
 
     def _may_be_dates(self) -> list[Finding]:
         if not self._whole or (words := numbers_in_words(self._low, self._high, are_days=self._are_days)) is None:
@@ -360,6 +377,14 @@ def tidy(label: str) -> str:
 def _shown(label: str) -> str:
     """A label between quotes; its accents by their codes where they stand beside their letters."""
     return repr(label) if unicodedata.is_normalized("NFC", label) else ascii(label)
+
+
+def _rounded(values: "pd.Series[Any]", numbers: npt.NDArray[np.float64]) -> str:
+    """The first whole number that float64 does not hold; an empty text where there is none."""
+    with np.errstate(invalid="ignore"):
+        texts = (str(value).strip() for value in values[np.abs(numbers) > EXACT_WHOLE][:SEEN_WHOLE])
+    whole = (text for text in texts if re.fullmatch(r"[-+]?[0-9]{1,100}", text))
+    return next((text for text in whole if int(text) != int(float(text))), "")
 
 
 def _kind_of(values: "pd.Series[Any]") -> str:

@@ -19,6 +19,8 @@ SEVERITIES: Mapping[CheckName, Severity] = {
     "identifier_column": "warn",
     "too_many_categories": "warn",
     "mixed_values": "error",
+    "far_value": "error",
+    "rounded_numbers": "warn",
     "numbers_as_text": "error",
     "ambiguous_numbers": "warn",
     "dates_as_text": "error",

@@ -22,6 +22,7 @@ import numpy.typing as npt
 from models.column import Column
 from models.shapes import DataShape, Problem
 from models.table import EPOCH
+from tasks.far_values import FarValues
 from tasks.findings import EXAMPLES, Finding, finding
 from tasks.job import DataConfig
 from tasks.rows import Chunk, Rows, narrowed, stop_at_errors
@@ -59,11 +60,15 @@ def prepare(data: DataConfig, problem: Problem, snapshots: Path, last: Snapshot 
         rows = read_rows(data, problem, home / DOWNLOADS, Path(name))
         changed = _changes(rows, last, data)
         stop_at_errors(changed, data)
+        far = FarValues(rows)
         with _Buckets(rows, problem, data, Path(name)) as buckets:
             for chunk in rows.chunks():
+                far.add(chunk)
                 buckets.add(chunk, _positions(chunk), _splits(chunk, data))
             counts = buckets.counts
             check_splits(counts, rows, data)
+            distant = far.findings(data)
+            stop_at_errors(distant, data)
             folder = Path(name) / "snapshot"
             fingerprint, copies = _write(buckets, rows, data, folder)
         odd = split_findings(counts, copies, rows, data)
@@ -81,7 +86,7 @@ def prepare(data: DataConfig, problem: Problem, snapshots: Path, last: Snapshot 
             else {},
             columns=rows.columns,
             described=rows.described,
-            findings=(*rows.findings, *odd, *changed),
+            findings=(*rows.findings, *distant, *odd, *changed),
             checksums={path.name: checksum(path) for path in sorted(folder.iterdir())},
         )
         if read_snapshot(snapshots, fingerprint) is None:

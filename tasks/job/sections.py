@@ -37,6 +37,8 @@ CheckName = Literal[
     "identifier_column",
     "too_many_categories",
     "mixed_values",
+    "far_value",
+    "rounded_numbers",
     "numbers_as_text",
     "ambiguous_numbers",
     "dates_as_text",

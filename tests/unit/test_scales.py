@@ -16,7 +16,7 @@ from sklearn import datasets
 from torch import Tensor, nn
 
 from models.batches import Split
-from models.evaluate import METRICS, MetricName, predict_outputs
+from models.evaluate import METRICS, MetricName, in_figures, predict_outputs
 from models.families import Unscale
 from models.preprocessing import Standardization, preprocessing_of
 from models.shapes import Problem
@@ -279,3 +279,62 @@ def test_a_number_that_cannot_be_computed_with_is_one_sentence(
     np.savez(tmp_path / "rows.npz", features=np.array(features), target=np.array(target))
     with pytest.raises(DataError, match=says):
         prepare(DataConfig(source=str(tmp_path / "rows.npz")), "regression", tmp_path / "snapshots")
+
+
+@pytest.mark.parametrize(
+    ("value", "written"),
+    [(0.97501, "0.9750"), (0.0, "0.0000"), (-0.0028, "-0.0028"), (4.54e-24, "4.54e-24"), (-4.54158e20, "-4.542e+20")],
+)
+def test_a_metric_is_written_with_its_digits(value: float, written: str) -> None:
+    assert in_figures(value) == written
+
+
+MARKS = ["9.96921e36", "1e20", "3.4028235e38", "-9223372036854775808", "1e100", "-1e30"]
+
+
+@pytest.mark.parametrize("mark", MARKS)
+@pytest.mark.parametrize("kind", ["csv", "npz"])
+def test_a_mark_for_a_missing_value_far_from_all_others_is_named(kind: str, mark: str, tmp_path: Path) -> None:
+    draw = np.random.default_rng(0)
+    values = [*map(str, draw.normal(size=298).round(6)), mark, mark]
+    path = tmp_path / f"rows.{kind}"
+    pd.DataFrame({"v": values, "w": draw.normal(size=300), "y": [*"ab"] * 150}).to_csv(
+        tmp_path / "rows.csv", index=False
+    )
+    numbers = np.array(values, dtype=float)
+    np.savez(tmp_path / "rows.npz", features=np.stack([numbers, numbers % 1], axis=1), target=[*"ab"] * 150)
+    says = ("column v" if kind == "csv" else "column 0 of the features") + " must hold numbers that can be told apart"
+    with pytest.raises(DataError, match=f"{says}, found {float(mark):g} where".replace("+", "\\+")):
+        prepare(DataConfig(source=str(path)), "classification", tmp_path / "snapshots")
+    told = DataConfig(source=str(tmp_path / "rows.csv"), missing=["", mark])
+    assert not prepare(told, "classification", tmp_path / "snapshots").findings
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        np.random.default_rng(0).lognormal(0, 3, 300),
+        np.random.default_rng(0).pareto(0.5, 300),
+        np.where(np.arange(300) % 10, 0, 1e12 * np.arange(300)),
+        np.where(np.arange(300) % 10, 1e-30, 1.0),
+    ],
+    ids=["lognormal", "pareto", "mostly zero", "two values"],
+)
+def test_numbers_that_are_unequal_by_nature_are_no_marks(values: np.ndarray[Any, Any], tmp_path: Path) -> None:
+    np.savez(tmp_path / "rows.npz", features=np.stack([values, np.arange(300)], axis=1), target=[*"ab"] * 150)
+    snapshot = prepare(DataConfig(source=str(tmp_path / "rows.npz")), "classification", tmp_path / "snapshots")
+    assert not snapshot.findings
+
+
+@pytest.mark.parametrize(
+    ("first", "step", "is_found"), [(2**53, 2, False), (2**53, 3, True), (10**17, 7, True), (7, 3, False)]
+)
+def test_whole_numbers_that_float64_rounds_are_named(first: int, step: int, is_found: bool, tmp_path: Path) -> None:
+    draw = np.random.default_rng(0)
+    ids = [first + step * int(number) for number in draw.integers(0, 5000, 2000)]
+    for kind in ("csv", "parquet"):
+        path = tmp_path / f"rows.{kind}"
+        frame = pd.DataFrame({"id": ids, "v": draw.normal(size=2000), "y": draw.choice(["a", "b"], 2000)})
+        frame.to_csv(path, index=False) if kind == "csv" else frame.to_parquet(path)
+        snapshot = prepare(DataConfig(source=str(path)), "classification", tmp_path / "snapshots")
+        assert [found.check for found in snapshot.findings] == ["rounded_numbers"] * is_found
