@@ -89,7 +89,7 @@ class Survey:
             self._add_ambiguous(texts)
             self._add_dates(column, codes, texts, counts)
         self._add_texts(texts)
-        self._add_hashes(by_value(texts, "number"), counts)
+        self._add_hashes(texts, counts)
 
     @property
     def role(self) -> Role | Any:
@@ -203,7 +203,7 @@ class Survey:
         if self._hashes is None or len(self._hashes) >= SURELY_UNIQUE:
             return
         is_measured = self._readable == self._rows and not self._whole
-        hashes = pd.util.hash_array(texts.to_numpy(dtype=object))
+        hashes = pd.util.hash_array(by_value(texts, "number").to_numpy(dtype=object))
         known = np.union1d(self._hashes, hashes)
         is_unique = self._missing == 0 and counts.max() == 1 and len(known) == len(self._hashes) + len(hashes)
         self._hashes = known if is_unique and not is_measured else None
