@@ -135,11 +135,11 @@ def text_of(values: pd.Series[Any]) -> pd.Series[Any]:
     them, a number as its shortest decimal (1 and 1.0 are `1`), a truth as `true` or `false`, a moment in UTC as
     `2026-11-23` or `2026-11-23 02:00:00`."""
     if pd.api.types.is_bool_dtype(values):
-        return values.map({True: "true", False: "false"})
+        return values.map({True: "true", False: "false"}).astype("string")
     if values.dtype == object or pd.api.types.is_datetime64_any_dtype(values):
         return values.map(_text_of_object, na_action="ignore").astype("string")
     texts = values.astype("string").str.strip()
-    return texts.map(_shortened, na_action="ignore") if pd.api.types.is_float_dtype(values) else texts
+    return texts.map(_shortened, na_action="ignore").astype("string") if pd.api.types.is_float_dtype(values) else texts
 
 
 def forms_of(texts: Collection[str]) -> tuple[Form, ...]:
@@ -178,9 +178,11 @@ def distinct(values: pd.Series[Any], missing: Sequence[str]) -> tuple[npt.NDArra
 
 def read_numbers(values: pd.Series[Any], column: Column) -> npt.NDArray[np.float64]:
     """Numbers (rows,), NaN where there is none written as the column says; what is a number already is left as it
-    is."""
+    is, and a date is none."""
     if pd.api.types.is_numeric_dtype(values):
         return _floats(values)
+    if pd.api.types.is_datetime64_any_dtype(values):  # which pandas counts in nanoseconds, NaT as well
+        return np.full(len(values), np.nan)
     is_plain = (column.decimal, column.thousands, column.unit) == (".", "", None)
     numbers = _floats(pd.to_numeric(values, errors="coerce")).copy() if is_plain else np.full(len(values), np.nan)
     unread = np.isnan(numbers) & values.notna().to_numpy(dtype=bool)

@@ -172,7 +172,7 @@ class Survey:
         if len(found):
             self._readable += int(often.sum())
             self._low, self._high = min(self._low, found.min()), max(self._high, found.max())
-            with np.errstate(over="ignore"):
+            with np.errstate(over="ignore", invalid="ignore"):
                 self._sum += float(found @ often)
             self._whole = self._whole and bool((found == found.round()).all())
             self._are_days = self._are_days and are_days(found)

@@ -785,6 +785,27 @@ def test_a_parquet_file_s_columns_are_read_whatever_pandas_wrote_beside_them(tmp
     assert first["town"] == "categorical"
 
 
+@pytest.mark.parametrize("kind", ["boolean", "Float64", "float64", "Int64", "string", "datetime64[us]"])
+@pytest.mark.parametrize("role", ["numeric", "boolean", "categorical", "datetime"])
+def test_a_column_without_a_value_is_of_any_role(kind: str, role: str, tmp_path: Path) -> None:
+    frame = pd.DataFrame({"x": X40[:, 0], "empty": pd.Series([None] * 40, dtype=kind), "y": WORDS})
+    frame.to_parquet(tmp_path / "rows.parquet")
+    rows = read(tmp_path / "rows.parquet", roles={"empty": role})
+    assert np.isnan(rows.features[:, 0]).all()
+
+
+def test_a_date_is_no_number(tmp_path: Path) -> None:
+    dates = a_parquet(a=pd.date_range("2026-01-01", periods=40), y=WORDS)(tmp_path)
+    with pytest.raises(DataError, match=r"column a must hold a finite number, found Timestamp"):
+        read(**dates, roles={"a": "numeric"})
+
+
+def test_numbers_whose_sum_is_none_are_one_sentence(tmp_path: Path) -> None:
+    huge = a_parquet(x=[1.7e308, 1.7e308, -1.7e308, -1.7e308, 1e308] * 8, y=WORDS)(tmp_path)
+    with pytest.raises(DataError, match=r"column x must hold a number of at most 1e\+150"):
+        read(**huge)
+
+
 def test_a_source_that_changes_while_it_is_read_is_one_sentence(tmp_path: Path) -> None:
     people().to_csv(tmp_path / "rows.csv", index=False)
     rows = read_rows(DataConfig(source=str(tmp_path / "rows.csv")), "classification", tmp_path, tmp_path)
