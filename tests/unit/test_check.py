@@ -316,7 +316,7 @@ def a_database(draw: random.Random, folder: Path) -> Source:
     with sqlite3.connect(folder / "rows.db") as connection:
         connection.execute("PRAGMA synchronous = OFF")
         connection.execute(f"CREATE TABLE rows (a {draw.choice(['', 'INT', 'TEXT', 'BLOB', 'DATE', 'REAL'])}, b, y)")
-        for _ in range(draw.choice([0, 1, 40, 60])):
+        for _ in range(draw.choice([0, 1, 40, 60, 80, 100])):
             row = [draw.choice([*kind, draw.gauss(0, 1)]) for kind in kinds[:2]] + [draw.choice(kinds[2])]
             connection.execute("INSERT INTO rows VALUES (?, ?, ?)", row)
     connection.close()
