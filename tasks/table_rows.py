@@ -171,7 +171,8 @@ class _Table:
             return encode(frame, self.columns)
         except ValueError as error:
             raise DataError(
-                f"{self._data.source}: {error}; mend it, add the text to data.missing, or set another data.roles"
+                f"{self._data.source}: {error}; correct such cells or leave them empty, name the text in "
+                "data.missing, or set another role in data.roles"
             ) from error
 
     def _check(self, surveys: list[Survey]) -> list[Finding]:

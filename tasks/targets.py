@@ -92,7 +92,7 @@ class Target:
             rows = ", ".join(str(row) for row in self._first_missing)
             findings += finding(
                 "missing_target", data,
-                f"{self._named} must have a value in every row, found none in {self._missing} rows (row {rows}); fill "
+                f"{self._named} must have a value in every row, found {self._missing} without one (row {rows}); fill "
                 "it, set data.missing to the texts that mean none, or set data.checks.missing_target: warn to leave "
                 "such rows out",
             )  # fmt: skip

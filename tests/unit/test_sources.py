@@ -247,7 +247,7 @@ CUBE = an_idx(2, 2, 2, content=bytes(8))
         (some_bytes("rows.csv.gz", ZIPPED[: len(ZIPPED) // 2], header=False), "Truncated compressed stream"),
         (some_bytes("rows.csv.gz", b"a,b\n1,2\n"), "Not a gzipped file"),
         (some_bytes("rows.csv.gz", ZIPPED[:5]), "must be readable whole"),
-        (table(y=["a", None, "b", None] * 10), "must have a value in every row, found none in 20 rows (row 1, 3, 5"),
+        (table(y=["a", None, "b", None] * 10), "must have a value in every row, found 20 without one (row 1, 3, 5"),
         (table(y=[None] * 40), "the target, must have a value, found none"),
         (table(y=["a"] * 40), "labels must have two classes at least, found 1"),
         (table(y=["yes", "Yes ", "no", "no."] * 10), "'Yes' and 'yes'; 'no' and 'no.'; set data.tidy_labels: true"),
@@ -452,7 +452,7 @@ def test_a_row_without_a_target_is_named_or_left_out_whatever_the_source(
 ) -> None:
     data = write(tmp_path)
     source = data.pop("source")
-    with pytest.raises(DataError, match=r"must have a value in every row, found none in 3 rows \(row 3, 5, 39\); fill"):
+    with pytest.raises(DataError, match=r"must have a value in every row, found 3 without one \(row 3, 5, 39\); fill"):
         read(source, **data)
     rows = read(source, checks={"missing_target": "warn"}, **data)
     assert (len(rows.target), len(rows.known.classes), rows.known.count) == (37, 2, 37)
@@ -462,8 +462,8 @@ def test_a_row_without_a_target_is_named_or_left_out_whatever_the_source(
 @pytest.mark.parametrize(
     ("gap", "says"),
     [
-        ("np.nan", "found none in 3 rows (row 3, 5, 39)"),
-        ("None", "found none in 3 rows (row 3, 5, 39)"),
+        ("np.nan", "found 3 without one (row 3, 5, 39)"),
+        ("None", "found 3 without one (row 3, 5, 39)"),
         ("np.inf", "found inf in row 3"),
         ("'a lot'", "found 'a lot' in row 3"),
         ("pd.Timestamp(0)", "must be finite numbers, found Timestamp"),
