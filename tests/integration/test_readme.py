@@ -140,7 +140,7 @@ def test_the_job_on_a_table_is_checked_as_it_is_printed(tmp_path: Path) -> None:
     ):
         assert line in card
     assert "| customer | split by | 0 |" in card
-    assert "| churned | target | 0 | Yes, no, yes. |" in card
+    assert "| churned | target | 0 | Yes, no |" in card
     assert json.loads(stack.nightly("check", "customers", "--json").stdout)["row_counts"]["train"] > 80
     frame.rename(columns={"churned": "left"}).to_csv(jobs / "customers-1.csv", index=False)
     refused = stack.nightly("check", "customers", ok=False)
