@@ -44,7 +44,9 @@ class TrialCheckpoints:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._thread.shutdown(wait=True, cancel_futures=True)
+        for sharing in self._sharing.values():
+            sharing.cancel()  # unless it is under way; what has ended is still deleted
+        self._thread.shutdown(wait=True)
         for number in self._sharing:
             self._copy(number).unlink(missing_ok=True)
 

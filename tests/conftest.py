@@ -253,7 +253,6 @@ def write_jobs(folder: Path) -> None:
     is due day by day."""
     soon = datetime.now(UTC).timestamp() + 240
     minute = datetime.fromtimestamp(soon, UTC)
-    search = "search: {pruner: none, space: {epochs: 2, batch_size: 64, width: [16, 32], depth: 1}}"
     yearly = "0 2 1 1 *"
     for name, trials, cron in (
         ("quick", 5, yearly),
@@ -280,10 +279,11 @@ def write_jobs(folder: Path) -> None:
         minutes = 0.1 if name == "asked-nobody" else 10
         promotion = f"{{mode: ask, ask_minutes: {minutes}}}" if name.startswith("asked") else "{}"
         unchanged = "skip" if name == "unchanging" else "continue"
+        epochs = 20_000 if name == "holding" else 2  # it holds the device until it is cancelled
         (folder / f"{name}.yaml").write_text(
             f"name: {name}\n"
             f"data: {{source: 'sklearn://digits', unchanged: {unchanged}}}\n"
-            f"{search}\n"
+            f"search: {{pruner: none, space: {{epochs: {epochs}, batch_size: 64, width: [16, 32], depth: 1}}}}\n"
             f"budget: {{trials: {trials}, minutes: 10}}\n"
             "confirm: {candidates: 2, seeds: 2}\n"
             f"promotion: {promotion}\n"

@@ -1,10 +1,12 @@
 """Checkpoints that outlive the machine they were written on."""
 
 import os
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
@@ -120,6 +122,28 @@ def test_a_trial_whose_machine_is_gone_goes_on_elsewhere_and_ends_as_it_would_ha
     assert curves(study) == curves(undisturbed)
     assert shared(store) == []
     assert not list((tmp_path / "another machine").rglob("*.safetensors"))
+
+
+def test_a_trial_that_ends_while_its_checkpoint_is_shared_leaves_none(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where it was the last one, and nothing comes after it but the end."""
+    begun, may_end = threading.Event(), threading.Event()
+    upload = store.upload
+
+    def slow(*arguments: Any) -> None:
+        begun.set()
+        may_end.wait(30)
+        upload(*arguments)
+
+    monkeypatch.setattr(store, "upload", slow)
+    with TrialCheckpoints(tmp_path, "study", store) as kept:
+        write(kept, 1)
+        kept.share(0, 2)
+        assert begun.wait(30)
+        kept.drop(0)
+        threading.Timer(0.1, may_end.set).start()
+    assert shared(store) == []
 
 
 def test_a_newer_one_takes_the_place_of_the_one_before(store: Store, tmp_path: Path) -> None:
