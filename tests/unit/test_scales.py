@@ -24,7 +24,7 @@ from tasks.job import DataConfig
 from tasks.prepare import prepare
 from tasks.prepared import Prepared
 from tasks.rows import DataError, hash_rows
-from tasks.serving import export_onnx
+from tasks.serving import export_onnx, run_onnx
 from tests.conftest import CPU, train_on
 
 Bunch = tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]
@@ -225,6 +225,20 @@ def test_served_rows_keep_their_digits_in_onnx_too(tmp_path: Path) -> None:
     session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"))
     (again,) = session.run(None, {"features": rows.numpy()})
     np.testing.assert_allclose(again - 1e6, outputs.numpy() - 1e6, rtol=1e-4, atol=1e-8)
+
+
+@pytest.mark.parametrize(("features_in", "target_in"), [(1.0, 1e-23), (1e-10, 1e-9), (1e-150, 1e100), (1e9, 1e-280)])
+def test_an_onnx_program_keeps_additions_however_small(features_in: float, target_in: float, tmp_path: Path) -> None:
+    rows = torch.randn(50, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    unscale = Unscale()
+    unscale.fit((rows.sum(dim=1) + 1) * target_in)
+    served = nn.Sequential(Standardization.fit((rows + 1) * features_in), nn.Linear(3, 1), unscale).eval()
+    rows = (rows + 1) * features_in
+    export_onnx(served, rows[:2], tmp_path / "model.onnx")
+    with torch.no_grad():
+        torch.testing.assert_close(
+            run_onnx(tmp_path / "model.onnx", rows) / target_in, served(rows) / target_in, rtol=1e-5, atol=1e-5
+        )
 
 
 def test_preprocessing_of_an_earlier_version_reads_tonight_s_rows() -> None:
