@@ -7,6 +7,8 @@ may hold pickles. Preprocessing is part of the program, so whoever serves it can
 import logging
 import math
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import datetime
 from importlib.metadata import version as package_version
@@ -63,8 +65,7 @@ def write_servable(
         program.unlink(missing_ok=True)
         _logger.warning("the version holds no ONNX program: %s", str(error).strip().partition("\n")[0])
         return False
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about type hints, its own and ours, already as it is imported
+    with _without_warnings():  # about type hints, its own and ours, already as it is imported
         import mlflow.pyfunc
 
         mlflow.pyfunc.save_model(
@@ -87,8 +88,7 @@ def export_onnx(served: nn.Module, example: Tensor, path: Path) -> None:
     The exporter does not optimize it: it leaves out an addition of less than 1e-8 as one of 0, and with it the mean of
     a target of 1e-23. ONNX Runtime optimizes what it loads, and keeps such an addition.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with _without_warnings():
         program = torch.onnx.export(
             served.eval(),
             (example,),
@@ -120,8 +120,7 @@ def mlflow_predictions(
 ) -> npt.NDArray[np.float64]:
     """What MLflow's model of a version's folder predicts for such features, a table's as a table: probabilities (rows,
     classes), or a regression's values (rows,)."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about our class's type hints, as where it is saved
+    with _without_warnings():  # about our class's type hints, as where it is saved
         import mlflow.pyfunc
 
         model = mlflow.pyfunc.load_model(str(folder / SERVABLE))
@@ -144,6 +143,14 @@ def signature_of(example: Tensor, classes: tuple[str, ...], columns: tuple[Colum
     if columns:  # of any type: MLflow would refuse whole numbers for a column of numbers, where our reader does not
         inputs = Schema([ColSpec(AnyType(), column.name, required=False) for column in columns])  # type: ignore[no-untyped-call]
     return ModelSignature(inputs=inputs, outputs=Schema(outputs))
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Ignore warnings, and record instead of showing those for which MLflow sets the filters anew."""
+    with warnings.catch_warnings(record=True):
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _frame_of(matrix: Tensor, columns: tuple[Column, ...]) -> pd.DataFrame:
