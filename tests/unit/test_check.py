@@ -511,7 +511,7 @@ def test_the_command_says_one_sentence_and_keeps_stdout_for_its_own(tmp_path: Pa
     printed, sentence = finished.stderr.splitlines()
     assert (finished.returncode, finished.stdout, printed) == (1, "", "reading")
     assert sentence.startswith(
-        f"nightly: {tmp_path}/load.py:rows: the target must have a value in every row, found none"
+        f"nightly: {tmp_path}/load.py:rows: the target must have a value in every row, found 10 without"
     )
 
 
