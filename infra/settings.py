@@ -6,6 +6,7 @@ Settings are the machine's, configuration is the job's. Every process that we st
 
 import os
 import re
+import tempfile
 from collections.abc import Mapping
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -240,9 +241,9 @@ def _check_home(home: Path) -> None:
     try:
         (home / TEMPORARY).mkdir(mode=0o700, parents=True, exist_ok=True)
         for unwritable in (home, *(path for path in home.iterdir() if path.is_dir())):
-            probe = unwritable / ".writable"
-            probe.touch()
-            probe.unlink()
+            # Without a name where the system can, since others list these folders at the same time.
+            with tempfile.TemporaryFile(dir=unwritable):
+                pass
     except OSError as error:
         raise SettingsError(
             f"NIGHTLY_HOME must be a folder that can be written, found {unwritable} ({error.strerror}); "
