@@ -505,7 +505,7 @@ gate_step = _step("gate", "trial {confirmed.challenger.trial.user_attrs[number]}
 notify_step = _step("notify", "{content[event]}", retries=3, retry_delay_seconds=[1, 5, 15])(_post)
 promote_step = _step(
     "promote",
-    "trial {verdict.winner.trial.user_attrs[number]}, {verdict.decision}, {job.promotion.mode}",
+    "trial {verdict.challenger.trial.user_attrs[number]}, {verdict.decision}, {job.promotion.mode}",
     retries=4,
     retry_delay_seconds=[2, 10, 30, 60],
     retry_condition_fn=_store_was_away,

@@ -1,6 +1,6 @@
 """What is tuned: the hyperparameters of training and of each family, with the default domain of each.
 
-A field's default is the textbook's: a class without arguments is the baseline that every night must beat. A job may
+A field's default is the textbook's: a class without arguments is the baseline of every night. A job may
 search, choose from or fix each of them by name. Knows nothing of how they are used.
 """
 

@@ -54,8 +54,8 @@ def question(job: TuningJob, verdict: Verdict) -> str:
     """The comparison as Markdown, as it stands above the form."""
     theirs = verdict.opponent_test or {}
     rows = "\n".join(
-        f"| {name} | {in_figures(value)} | {f'{in_figures(theirs[name])}' if name in theirs else ''} |"
-        for name, value in verdict.winner_test.items()
+        f"| {name} | {in_figures(value)} | {in_figures(theirs[name]) if name in theirs else ''} |"
+        for name, value in verdict.challenger_test.items()
     )
     rails = "\n".join(f"- {rail.name}: {rail.evidence}" for rail in verdict.guard_rails)
     return f"""\
@@ -63,7 +63,7 @@ def question(job: TuningJob, verdict: Verdict) -> str:
 
 {verdict.reason[0].upper()}{verdict.reason[1:]}.
 
-| on the test rows | winner | {verdict.opponent} |
+| on the test rows | winner | {"" if verdict.opponent == "nobody" else verdict.opponent} |
 | --- | --- | --- |
 {rows}
 

@@ -1,7 +1,8 @@
 """confirm: train the best few configurations again with fresh seeds; the best on average becomes the challenger.
 
-The best of many noisy trials is partly lucky; several fresh trainings show what is left without the luck. Only
-validation rows choose; the test rows stay unseen until the gate. Knows nothing of the champion.
+The best of many noisy trials is partly lucky; several fresh trainings show what is left without the luck. Where there
+is no champion yet the textbook's configuration competes too, by the same rule. Only validation rows choose; the test
+rows stay unseen until the gate.
 """
 
 import logging
@@ -62,6 +63,10 @@ class Challenger:
     sharpness: float
     remark: str = ""
 
+    def __post_init__(self) -> None:
+        if not all(map(math.isfinite, self.values)):
+            raise ValueError(f"a challenger needs finite values, found {self.values}")
+
     @property
     def mean(self) -> float:
         return statistics.fmean(self.values)
@@ -79,8 +84,8 @@ class Challenger:
 
 @dataclass(frozen=True, kw_only=True)
 class Confirmed:
-    """The challenger, the baseline trained with as many seeds (None where there is none tonight), and how long all of
-    it took."""
+    """The challenger, the baseline trained with as many seeds (None where none competed), and how long all of it took.
+    The two are one where nothing better than the baseline was found."""
 
     challenger: Challenger
     baseline: Challenger | None
@@ -99,10 +104,10 @@ def confirm(
     mean over seeds on validation rows; with a cost the cheapest of those within `search.cost_tolerance` of it.
 
     What ships is the model of the median seed: the best seed's would be chosen for its luck again, and do worse than
-    its validation value promises. A `baseline` is trained in the same way, to be compared with.
+    its validation value promises. A `baseline` is trained in the same way, and competes.
 
-    Two trials with equal hyperparameters count once; ties go to the earlier trial. A seed that diverges is left out.
-    Raises TuningFailed where every retraining diverged.
+    Two trials with equal hyperparameters count once; ties go to the earlier trial, which the baseline is. A seed that
+    diverges is left out. Raises TuningFailed where every retraining diverged.
     """
     began = time.perf_counter()
     candidates = _top_trials(study, job)
@@ -123,10 +128,9 @@ def confirm(
             found.sharpness,
         )
         on_candidate(found)
-    challengers = [confirmed[trial.number] for trial in candidates if trial.number in confirmed]
-    if not challengers:
+    if not confirmed:
         raise TuningFailed(f"no configuration of {job.name} could be trained a second time: each diverged")
-    challenger = _choose(challengers, job)
+    challenger = choose(list(confirmed.values()), job)
     if challenger.remark:
         _logger.warning("%s: %s", job.family.name, challenger.remark)
     return Confirmed(
@@ -211,15 +215,16 @@ def _median_seed(values: dict[int, float], job: TuningJob) -> int:
     return worst_first[math.ceil(len(worst_first) / 2) - 1]
 
 
-def _choose(challengers: list[Challenger], job: TuningJob) -> Challenger:
-    """The rule of `tasks.study.ranked`, over confirmed means."""
+def choose(candidates: Sequence[Challenger], job: TuningJob) -> Challenger:
+    """The best of them, by the rule of `tasks.study.ranked` over confirmed means; of equal ones the earlier trial's."""
     sign = 1 if job.objective.direction == "maximize" else -1
+    earliest_first = sorted(candidates, key=lambda candidate: number_of(candidate.trial))
 
-    def value(challenger: Challenger) -> float:
-        return sign * challenger.mean
+    def value(candidate: Challenger) -> float:
+        return sign * candidate.mean
 
-    best = max(challengers, key=value)
+    best = max(earliest_first, key=value)
     if job.search.cost == "none":
         return best
-    near = [found for found in challengers if value(best) - value(found) <= job.search.cost_tolerance]
-    return min(near, key=lambda found: found.trial.values[1])
+    near = [candidate for candidate in earliest_first if value(best) - value(candidate) <= job.search.cost_tolerance]
+    return min(near, key=lambda candidate: candidate.trial.values[1])

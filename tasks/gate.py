@@ -1,7 +1,9 @@
 """gate: compare the challenger with the champion on the same held-out test rows, and answer with a verdict.
 
 The test rows took part in no training and no choice of either. A challenger is promoted when it is proven better, not
-when it looks better: a tie keeps the champion. Knows nothing of how either was trained.
+when it looks better: a tie keeps the champion. On a job's first night there is no champion to protect: the best on
+validation rows becomes the first, and the test rows tell how sure it is that it beats the textbook. Knows nothing of
+how either was trained.
 """
 
 import math
@@ -45,20 +47,19 @@ class Verdict:
     """PROMOTE, HOLD (no difference is proven) or REJECT (worse, or a guard rail is broken), with the reason in words
     and the evidence.
 
-    `winner` is what is published where the decision is PROMOTE: the challenger, or on a job's first night the baseline
-    where nothing better than that was found. `opponent` says whom the challenger was compared with. `judged` is the
-    number of the promotion that made that champion, 0 before the first. `winner_outputs` are what the winner gave for
-    the first test rows, 4,096 at most, on the CPU.
+    `opponent` says whom the challenger was compared with: on a job's first night the baseline, which decides nothing,
+    and "nobody" where that is the challenger itself. `judged` is the number of the promotion that made the champion, 0
+    before the first. `intervals` are of `challenger_test`, with 95 % confidence; `outputs` are what the challenger gave
+    for the first test rows, 4,096 at most, on the CPU.
     """
 
     decision: Decision
     reason: str
     judged: int
     challenger: Challenger
-    winner: Challenger
     challenger_test: dict[MetricName, float]
-    winner_intervals: dict[MetricName, tuple[float, float]]
-    winner_outputs: Tensor = field(repr=False, compare=False)
+    intervals: dict[MetricName, tuple[float, float]]
+    outputs: Tensor = field(repr=False, compare=False)
     opponent: Literal["champion", "baseline", "nobody"] = "nobody"
     opponent_test: dict[MetricName, float] | None = None
     comparison: Comparison | None = None
@@ -70,12 +71,6 @@ class Verdict:
             for name, value in metrics.items():
                 if not math.isfinite(value):
                     raise ValueError(f"a verdict needs finite metrics, found {name} {value}")
-
-    @property
-    def winner_test(self) -> dict[MetricName, float]:
-        if self.winner is self.challenger or self.opponent_test is None:
-            return self.challenger_test
-        return self.opponent_test
 
     def evidence(self) -> dict[str, Any]:
         """Everything that the decision rests on, as JSON can hold it."""
@@ -96,10 +91,9 @@ def gate(
 ) -> Verdict:
     """Judge on the snapshot's test rows, each model behind its own preprocessing.
 
-    1. The champion reads rows of another shape, or of columns that tonight's table lacks: HOLD, nothing can be
-    compared. 2. The challenger is compared with the
-    champion, on a job's first night with the baseline (`judge`). 3. On the first night the baseline is promoted where
-    the challenger is not better. 4. What a rollback took back is not promoted again on the same rows: HOLD.
+    1. On a job's first night: PROMOTE, unless a limit that speaks of one model alone is broken. 2. The champion reads
+    rows of another shape, or of columns that tonight's table lacks: HOLD, nothing can be compared. 3. The challenger is
+    compared with the champion (`judge`). 4. What a rollback took back is not promoted again on the same rows: HOLD.
 
     Test rows that the champion may have been trained or chosen on, because rows were split otherwise then, are left
     out. Rows that the split drew as one, such as copies, count as one observation: what was drawn by chance is the
@@ -203,42 +197,49 @@ def in_words(comparison: Comparison, opponent: str) -> str:
 
 
 def _first_night(confirmed: Confirmed, rows: "_TestRows") -> Verdict:
-    """The baseline stands in for the champion, and becomes it where nothing better was found."""
+    """Nothing has to be proven where no champion is at stake: what confirm found best on validation rows is promoted.
+    How it compares with the baseline on the test rows is said, and decides nothing."""
     challenger, baseline = confirmed.challenger, confirmed.baseline
     ours = rows.outputs(challenger)
     limits = rows.limits(challenger, ours)
-    if baseline is None:
-        broken = _broken(limits)
-        return rows.verdict(
-            challenger,
-            decision="REJECT" if broken else "PROMOTE",
-            reason=f"a guard rail is broken ({broken})" if broken else "there was no champion yet, and no baseline",
-            judged=0,
-            guard_rails=limits,
-        )
-    theirs = rows.outputs(baseline)
-    comparison = rows.compare(ours, theirs, judged=0)
-    rails = (*rows.slice_rail(ours, theirs), *limits)
-    decision, outcome = judge(comparison, rails, rows.job.promotion)
-    winner = None
-    if decision == "PROMOTE":
-        outcome = "there was no champion yet, and the challenger is better than the baseline"
-    elif broken := _broken(rows.limits(baseline, theirs)):
-        outcome = f"{outcome}, and the baseline cannot be the first champion ({broken})"
+    found: dict[str, Any] = {}
+    outcome = "there was no champion yet"
+    if baseline is challenger:
+        outcome += f", and nothing that was found is better than the textbook's configuration{_means(challenger)}"
+    elif baseline is None:
+        outcome += ", and no baseline"
     else:
-        decision, winner = "PROMOTE", baseline
-        outcome = f"the baseline is the first champion, because {outcome}"
+        theirs = rows.outputs(baseline)
+        comparison = rows.compare(ours, theirs, judged=0)
+        found = {"opponent": "baseline", "opponent_test": rows.metrics(theirs), "comparison": comparison}
+        outcome += (
+            f", and the challenger is the best{_means(challenger, baseline)}; on the test rows it is "
+            f"{_standing(comparison)}: {in_words(comparison, 'the baseline')}"
+        )
+    broken = _broken(limits)
     return rows.verdict(
         challenger,
-        winner,
-        decision=decision,
-        reason=f"{outcome}: {in_words(comparison, 'the baseline')}",
+        decision="REJECT" if broken else "PROMOTE",
+        reason=f"a guard rail is broken ({broken})" if broken else outcome,
         judged=0,
-        opponent="baseline",
-        opponent_test=rows.metrics(theirs),
-        comparison=comparison,
-        guard_rails=rails,
+        guard_rails=limits,
+        **found,
     )
+
+
+def _means(challenger: Challenger, baseline: Challenger | None = None) -> str:
+    """` on validation rows, where accuracy is 0.9750 against the baseline's 0.9583, means of 5 seeds`."""
+    against = f" against the baseline's {in_figures(baseline.mean)}" if baseline else ""
+    return (
+        f" on validation rows, where {challenger.objective} is {in_figures(challenger.mean)}{against}, "
+        f"{'means' if baseline else 'a mean'} of {len(challenger.values)} seeds"
+    )
+
+
+def _standing(comparison: Comparison) -> str:
+    if comparison.better:
+        return "proven better than the baseline"
+    return "proven worse than the baseline" if comparison.worse else "not proven better than the baseline"
 
 
 @dataclass(frozen=True)
@@ -281,24 +282,16 @@ class _TestRows:
     def metrics(self, outputs: Tensor) -> dict[MetricName, float]:
         return score(outputs, self.target, metrics_of(self.job.objective.problem))
 
-    def verdict(self, challenger: Challenger, winner: Challenger | None = None, **found: Any) -> Verdict:
-        ours = self._all_outputs(challenger)
-        outputs = ours if winner is None else self._all_outputs(winner)
+    def verdict(self, challenger: Challenger, **found: Any) -> Verdict:
+        outputs = self._all_outputs(challenger)
+        judged = outputs[self.chosen]
+        names = metrics_of(self.job.objective.problem)
+        seed = derived_seed(self.job.seed, "interval", 0)
         return Verdict(
             challenger=challenger,
-            challenger_test=self.metrics(ours[self.chosen]),
-            winner=winner or challenger,
-            winner_intervals={
-                name: interval(
-                    outputs[self.chosen],
-                    self.target,
-                    name,
-                    seed=derived_seed(self.job.seed, "interval", 0),
-                    groups=self.groups,
-                )
-                for name in metrics_of(self.job.objective.problem)
-            },
-            winner_outputs=outputs[:MOST_ROWS].cpu(),
+            challenger_test=self.metrics(judged),
+            intervals={name: interval(judged, self.target, name, seed=seed, groups=self.groups) for name in names},
+            outputs=outputs[:MOST_ROWS].cpu(),
             **found,
         )
 

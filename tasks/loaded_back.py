@@ -150,8 +150,8 @@ def load_back(
 
     It is loaded from a copy, verified, because a user's code must not see the store's credentials. Raises StoreError.
     """
-    judged = verdict.winner_outputs
-    device = next(verdict.winner.model.parameters()).device.type
+    judged = verdict.outputs
+    device = next(verdict.challenger.model.parameters()).device.type
     with tempfile.TemporaryDirectory(prefix="nightly-loaded-back-") as name:
         folder = version_folder(Path(name), job, version)
         manifest = pull_version(store, job, version, folder)

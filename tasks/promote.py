@@ -105,16 +105,16 @@ def _log_model(client: MlflowClient, run_id: str, folder: Path, artifact_path: s
 def write_version(
     job: TuningJob, study: optuna.Study, snapshot: Snapshot, verdict: Verdict, folder: Path, now: datetime
 ) -> Manifest:
-    """Write all files of the verdict's winner but the manifest into an empty folder; returns the manifest.
+    """Write all files of the verdict's challenger but the manifest into an empty folder; returns the manifest.
 
     The same night gives the same files, byte for byte.
     """
-    winner = verdict.winner
-    device = next(winner.model.parameters()).device
-    for name, module in ((WEIGHTS, winner.model), (PREPROCESSING, winner.preprocessing)):
+    challenger = verdict.challenger
+    device = next(challenger.model.parameters()).device
+    for name, module in ((WEIGHTS, challenger.model), (PREPROCESSING, challenger.preprocessing)):
         write_tensors(module.state_dict(), folder / name)
     manifest = _manifest(job, study, snapshot, verdict, describe_device(device))
-    served = nn.Sequential(winner.preprocessing, winner.model).cpu()
+    served = nn.Sequential(challenger.preprocessing, challenger.model).cpu()
     write_servable(
         folder, served, torch.from_numpy(snapshot.first("train", EXAMPLE_ROWS)), snapshot.classes, snapshot.columns, now
     )
@@ -127,18 +127,18 @@ def write_version(
 
 
 def _manifest(job: TuningJob, study: optuna.Study, snapshot: Snapshot, verdict: Verdict, device: str) -> Manifest:
-    winner = verdict.winner
+    challenger = verdict.challenger
     return Manifest(
         job=job.name,
         model=job.model,
-        members=len(winner.shipped),
-        hyperparameters=winner.hyperparameters.model_dump(mode="json"),
+        members=len(challenger.shipped),
+        hyperparameters=challenger.hyperparameters.model_dump(mode="json"),
         features=snapshot.shape.features,
         problem=snapshot.shape.problem,
         classes=snapshot.classes,
         columns=tuple(TableColumn(**asdict(column)) for column in snapshot.columns),
-        metrics={"validation": dict(winner.validation), "test": dict(verdict.winner_test)},
-        intervals=dict(verdict.winner_intervals),
+        metrics={"validation": dict(challenger.validation), "test": dict(verdict.challenger_test)},
+        intervals=dict(verdict.intervals),
         gate=verdict.evidence(),
         lineage=Lineage(
             snapshot=snapshot.fingerprint,
@@ -148,10 +148,10 @@ def _manifest(job: TuningJob, study: optuna.Study, snapshot: Snapshot, verdict: 
             data=job.data.model_dump(mode="json", exclude={"source", "validation_fraction", "test_fraction"}),
             objective=job.search.objective,
             study=study.study_name,
-            trial=number_of(winner.trial),
-            seed=winner.shipped[0],
-            seeds=winner.shipped,
-            trained_with=winner.trained_with,
+            trial=number_of(challenger.trial),
+            seed=challenger.shipped[0],
+            seeds=challenger.shipped,
+            trained_with=challenger.trained_with,
             device=device,
             mlflow_run_id=study.user_attrs[MLFLOW_RUN],
             prefect_flow_run_id=study.user_attrs[FLOW_RUN],

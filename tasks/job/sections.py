@@ -233,7 +233,8 @@ class PromotionConfig(Declared):
     It is promoted where it is better with `confidence`, unless it is as surely better by less than `min_improvement`
     (in the objective's unit). Guard rails: no slice may surely fall by more than `max_slice_fall` (a class's recall,
     or the mean absolute error of a quarter of a regression's rows, as a share of the champion's), and the calibration
-    error, the latency of one row and the size have limits where they are given. Mode `ask` waits `ask_minutes` for a
+    error, the latency of one row and the size have limits where they are given. Without a champion the best on
+    validation rows is promoted, and only those three limits can reject it. Mode `ask` waits `ask_minutes` for a
     person's answer.
     """
 

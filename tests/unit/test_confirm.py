@@ -2,20 +2,26 @@
 
 import math
 import statistics
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from optuna.trial import create_trial
 
 import tasks.confirm
 from models.evaluate import metrics_of, predict_outputs, score
 from models.families import Ensemble
 from models.fused import Outcome
-from models.solo import Diverged
-from tasks.confirm import Challenger, confirm
+from models.hyperparameters import MLPHyperparameters
+from models.preprocessing import Standardization
+from models.solo import Diverged, Trained
+from tasks.confirm import Challenger, choose, confirm
 from tasks.job import TuningJob
-from tasks.memory import recall
+from tasks.memory import baseline_hyperparameters, recall
 from tasks.prepared import Prepared
+from tasks.samplers import NUMBER
 from tasks.study import open_study
 from tasks.trainer import LocalTrainer
 from tasks.tune import Tuned, TuningFailed, tune
@@ -79,11 +85,61 @@ def test_an_ensemble_of_a_regression_predicts_the_mean(prepared_regression: Prep
     assert challenger.sharpness > 0
 
 
-def test_the_baseline_is_trained_with_as_many_seeds(prepared: Prepared, tmp_path: Path) -> None:
-    job = make_job(confirm={"candidates": 1, "seeds": 2}, budget={"trials": 6})
-    challenger, baseline = confirmed(job, prepared, tmp_path, baseline=True)
-    assert baseline.trial.user_attrs["role"] == "baseline"
-    assert len(baseline.seeds) == len(challenger.seeds) == 2
+@pytest.mark.parametrize("best", ["the baseline", "a trial"])
+def test_the_baseline_competes_with_as_many_seeds(
+    prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, best: str
+) -> None:
+    """Fresh seeds decide, whatever the search found. What each configuration is worth with them is set here."""
+    job = make_job(confirm={"candidates": 2, "seeds": 2}, budget={"trials": 6}, search={"pruner": "none"})
+    textbook = baseline_hyperparameters(job)
+    train_seeds = tasks.confirm.train_seeds
+
+    def worth(*arguments: Any) -> list[Outcome]:
+        is_best = (arguments[2] == textbook) == (best == "the baseline")
+        trained = [outcome for outcome in train_seeds(*arguments) if isinstance(outcome, Trained)]
+        return [
+            replace(outcome, validation={**outcome.validation, "accuracy": 0.9 if is_best else 0.8})
+            for outcome in trained
+        ]
+
+    monkeypatch.setattr(tasks.confirm, "train_seeds", worth)
+    study, tuned = searched(job, prepared, tmp_path)
+    found = confirm(study, job, prepared, baseline=tuned.baseline)  # type: ignore[arg-type]
+    assert found.baseline is not None
+    assert found.baseline.trial.user_attrs["role"] == "baseline"
+    assert len(found.baseline.seeds) == len(found.challenger.seeds) == 2
+    assert (found.challenger is found.baseline) == (best == "the baseline")
+    assert found.challenger.mean == 0.9
+
+
+def candidate(number: int, *values: float, cost: float = 1.0) -> Challenger:
+    module = torch.nn.Identity()
+    return Challenger(
+        model=module, preprocessing=Standardization(torch.zeros(1), torch.ones(1)),
+        hyperparameters=MLPHyperparameters(), objective="accuracy", seeds=tuple(range(len(values))), values=values,
+        trial=create_trial(values=[max(values), cost], user_attrs={NUMBER: number}), shipped=(0,), validation={},
+        trained_with=tuple(range(len(values))), generalization_gap=0.0, sharpness=0.0,
+    )  # fmt: skip
+
+
+def test_the_best_mean_is_chosen_and_of_equal_ones_the_earlier_trial() -> None:
+    """A tie is the baseline's, which is the first trial; with a cost the cheapest within the tolerance wins."""
+    job, least = make_job(), make_job(search={"objective": "log_loss"})
+    lucky, steady, baseline = candidate(7, 0.7, 0.99), candidate(4, 0.9, 0.9), candidate(0, 0.9, 0.9)
+    assert choose([lucky], job) is lucky
+    assert choose([lucky, steady], job) is steady
+    assert choose([lucky, steady, baseline], job) is choose([baseline, steady, lucky], job) is baseline
+    assert choose([lucky, steady, baseline], least) is lucky
+    cheap = make_job(search={"cost": "parameters", "cost_tolerance": 0.1})
+    assert (
+        choose([candidate(3, 0.9, cost=9.0), candidate(5, 0.85, cost=2.0), candidate(6, 0.7, cost=1.0)], cheap).mean
+        == 0.85
+    )
+
+
+def test_a_challenger_refuses_nan() -> None:
+    with pytest.raises(ValueError, match="a challenger needs finite values, found"):
+        candidate(1, 0.9, math.nan)
 
 
 def test_a_seed_that_diverges_is_left_out(prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

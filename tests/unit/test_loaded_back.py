@@ -360,7 +360,7 @@ def test_a_version_that_gives_other_outputs_is_rejected_and_not_in_the_log(
     night = night_of(LATE, confirm={"candidates": 1, "seeds": 2, "ship": ship})
     assert night.verdict.decision == "PROMOTE"
     rehearse(night.job, night.prepared.snapshot, LocalTrainer(night.job, night.prepared), night.fresh)
-    assert night.verdict.reason.startswith("the baseline is the first champion")
+    assert night.verdict.reason.startswith("there was no champion yet")
     append_promotion(night.store, "small", version="0" * 16, judged=0, run="earlier", reason="", now=NOW)
     for _ in range(2 if ship == "median" else 1):  # once more, as after a kill: now the version is there already
         verdict, promotion = night.promote()
@@ -386,7 +386,7 @@ def test_a_version_that_gives_what_was_judged_is_promoted_once(night_of: Callabl
         assert re.fullmatch(r"382 test rows get the judged outputs, within [\de.-]+", rail.evidence)
     champion = load_champion("small", night.store.url)
     features = night.prepared.snapshot.features("test", CPU)
-    torch.testing.assert_close(champion.outputs(features), night.verdict.winner_outputs, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(champion.outputs(features), night.verdict.outputs, rtol=1e-5, atol=1e-5)
     assert len(history(night.store, "small")) == 1
 
 

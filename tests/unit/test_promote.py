@@ -68,7 +68,11 @@ def write(job: TuningJob, prepared: Prepared, folder: Path) -> Manifest:
 @pytest.fixture(scope="module")
 def version(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> tuple[Manifest, Path]:
     folder = tmp_path_factory.mktemp("version") / "version"
-    job = make_job(confirm={"candidates": 1, "seeds": 2, "ship": "ensemble"}, description="Digits <b>& more</b>.")
+    job = make_job(
+        confirm={"candidates": 1, "seeds": 2, "ship": "ensemble"},
+        promotion={"max_megabytes": 100},
+        description="Digits <b>& more</b>.",
+    )
     return write(job, prepared, folder), folder
 
 
@@ -266,7 +270,7 @@ def test_the_card_tells_what_a_stranger_needs(version: tuple[Manifest, Path]) ->
         "sklearn://digits",
         f"| accuracy | {manifest.metrics['test']['accuracy']:.4f} | {manifest.intervals['accuracy'][0]:.4f} to ",
         "an ensemble of 2 models",
-        "worst slice",
+        "| size | 0.",
         "| learning_rate |",
         'load_champion("small")',
     ):
@@ -310,7 +314,7 @@ def test_tied_weights_are_published_once_and_come_back_tied(prepared: Prepared, 
     store = open_store((tmp_path / "store").as_uri())
     published = read_version(store, job.name, publish_version(store, manifest, tmp_path / "first"), CPU)
     features = prepared.snapshot.features("test", CPU)
-    winner = nn.Sequential(verdict.winner.preprocessing, verdict.winner.model)
+    winner = nn.Sequential(verdict.challenger.preprocessing, verdict.challenger.model)
     assert torch.equal(published.outputs(features), predict_outputs(winner, features))
     model = published.model.members[0] if ship == "ensemble" else published.model  # type: ignore[index]
     weights = model.state_dict()  # type: ignore[union-attr]
