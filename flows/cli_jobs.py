@@ -127,11 +127,12 @@ def init(
 def ls(as_json: AsJson = False) -> None:
     """List the jobs: schedule, champion, how the last night ended, and when the next begins."""
     settings = enter()
+    from infra.prefect_api import read_nights
     from infra.store import open_store
     from tasks.promotions import latest_promotion
 
     store = open_store(settings.store_url)
-    nights = _nights()
+    nights = read_nights(settings, FLOW)
     with readable_jobs(settings) as jobs:
         rows = []
         for job in jobs:
@@ -244,29 +245,6 @@ def _job_text(name: str, source: str, target: str | None, model: str, *, regress
     )
 
 
-def _nights() -> dict[str, dict[str, str | None]]:
-    """Of each job that Prefect knows its last and its next night; nothing where Prefect does not answer."""
-    import httpx
-    from prefect.client.orchestration import get_client
-    from prefect.client.schemas.filters import FlowFilter
-
-    named = FlowFilter.model_validate({"name": {"any_": [FLOW]}})
-    nights: dict[str, dict[str, str | None]] = {}
-    try:
-        with get_client(sync_client=True) as client:
-            for deployment in client.read_deployments(flow_filter=named):
-                last, due = _last_night(client, deployment.name), _next_night(client, deployment.name)
-                is_paused = deployment.paused or not any(schedule.active for schedule in deployment.schedules)
-                nights[deployment.name] = {
-                    "last night": last.state_name if last else None,
-                    "began": f"{last.start_time:%Y-%m-%d %H:%M}" if last and last.start_time else None,
-                    "next night": "paused" if is_paused else due,
-                }
-    except httpx.TransportError:
-        return {}
-    return nights
-
-
 def _last_night(client: "SyncPrefectClient", job: str) -> "FlowRun | None":
     from prefect.client.schemas.filters import DeploymentFilter, FlowFilter, FlowRunFilter
     from prefect.client.schemas.sorting import FlowRunSort
@@ -279,20 +257,6 @@ def _last_night(client: "SyncPrefectClient", job: str) -> "FlowRun | None":
         limit=1,
     )
     return begun[0] if begun else None
-
-
-def _next_night(client: "SyncPrefectClient", job: str) -> str | None:
-    from prefect.client.schemas.filters import DeploymentFilter, FlowFilter, FlowRunFilter
-    from prefect.client.schemas.sorting import FlowRunSort
-
-    due = client.read_flow_runs(
-        flow_filter=FlowFilter.model_validate({"name": {"any_": [FLOW]}}),
-        deployment_filter=DeploymentFilter.model_validate({"name": {"any_": [job]}}),
-        flow_run_filter=FlowRunFilter.model_validate({"state": {"type": {"any_": ["SCHEDULED"]}}}),
-        sort=FlowRunSort.EXPECTED_START_TIME_ASC,
-        limit=1,
-    )
-    return f"{due[0].expected_start_time:%Y-%m-%d %H:%M}" if due and due[0].expected_start_time else None
 
 
 def _log_lines(client: "SyncPrefectClient", night: "FlowRun") -> Iterator[dict[str, Any]]:

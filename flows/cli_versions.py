@@ -28,23 +28,24 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")
 
 def champion(job: JobArgument, as_json: AsJson = False) -> None:
     """Print a job's champion, every checksum verified."""
-    enter()
-    from tasks.champion import load_champion
-    from tasks.study import in_words
+    from models.hyperparameters import in_words
+    from tasks.versions import champion_entry, verify_version
 
-    found = load_champion(job)
-    lineage = found.manifest.lineage
+    store = _store()
+    promotion = champion_entry(store, job)
+    manifest = verify_version(store, job, promotion.version)
+    lineage = manifest.lineage
     _show(
         {
-            "version": found.promotion.version,
-            "promotion": found.promotion.model_dump(mode="json"),
-            "manifest": found.manifest.model_dump(mode="json"),
+            "version": promotion.version,
+            "promotion": promotion.model_dump(mode="json"),
+            "manifest": manifest.model_dump(mode="json"),
         },
         [
-            ("version", f"{found.promotion.version}, {found.promotion.kind} {found.promotion.number}"),
-            ("promoted", f"{found.promotion.promoted_at:%Y-%m-%d %H:%M} UTC: {found.promotion.reason}"),
-            ("model", f"{found.manifest.model}: {in_words(found.manifest.hyperparameters)}"),
-            *((split, in_words(metrics)) for split, metrics in found.manifest.metrics.items()),
+            ("version", f"{promotion.version}, {promotion.kind} {promotion.number}"),
+            ("promoted", f"{promotion.promoted_at:%Y-%m-%d %H:%M} UTC: {promotion.reason}"),
+            ("model", f"{manifest.model}: {in_words(manifest.hyperparameters)}"),
+            *((split, in_words(metrics)) for split, metrics in manifest.metrics.items()),
             ("from", f"study {lineage.study}, trial {lineage.trial}, snapshot {lineage.snapshot}"),
         ],
         as_json,
@@ -53,12 +54,12 @@ def champion(job: JobArgument, as_json: AsJson = False) -> None:
 
 def history(job: JobArgument, as_json: AsJson = False) -> None:
     """Print who was champion when, why, and what changed from one to the next."""
+    from models.hyperparameters import in_words
     from tasks.promotions import history as read_history
-    from tasks.study import in_words
-    from tasks.versions import choose_version, read_manifest
+    from tasks.versions import champion_entry, read_manifest
 
     store = _store()
-    choose_version(store, job, None)
+    champion_entry(store, job)
     entries = read_history(store, job)
     manifests = {version: read_manifest(store, job, version) for version in {entry.version for entry in entries}}
     rows: list[dict[str, Any]] = []

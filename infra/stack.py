@@ -15,13 +15,13 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from pathlib import Path
 
 import httpx
 import psutil
 from filelock import FileLock, Timeout
 
+from infra.prefect_api import is_polling
 from infra.records import LOOPBACK, left_behind, read_record, recorded_process, why_not_free, write_record
 from infra.services import Service, StackError, servers, worker
 from infra.settings import Settings
@@ -37,6 +37,7 @@ _ERROR = re.compile(r"[\w.]*(Error|Exception)\b")
 class Running:
     """A service whose process lives."""
 
+    settings: Settings
     service: Service
     process: psutil.Process
 
@@ -48,7 +49,7 @@ class Running:
     def healthy(self) -> bool:
         """Whether a server answers; whether a worker has told Prefect, since it started, that it waits for runs."""
         if self.service.polls is not None:
-            return _polls(self, *self.service.polls)
+            return is_polling(self.settings, *self.service.polls, running_for=datetime.now(UTC) - self.since)
         return not self.service.health_url or _answers(self.service.health_url)
 
 
@@ -124,7 +125,7 @@ def stop(settings: Settings, service: Service) -> bool:
 def find(settings: Settings, service: Service) -> Running | None:
     """The service's process, if the one that its record names still lives."""
     process = recorded_process(_record(settings, service))
-    return None if process is None else Running(service=service, process=process)
+    return None if process is None else Running(settings=settings, service=service, process=process)
 
 
 def is_prefect_ours(settings: Settings) -> bool:
@@ -165,7 +166,7 @@ def _spawn(settings: Settings, service: Service) -> Running:
         _record(settings, service), process, settings=_read_settings(settings, service), port=service.port,
         log_begins=log_begins,
     )  # fmt: skip
-    return Running(service=service, process=process)
+    return Running(settings=settings, service=service, process=process)
 
 
 def _read_settings(settings: Settings, service: Service) -> dict[str, str]:
@@ -231,29 +232,6 @@ def _kill(processes: list[psutil.Process]) -> None:
 
 def _record(settings: Settings, service: Service) -> Path:
     return settings.home / "run" / f"{service.name}.json"
-
-
-def _polls(worker: Running, pool: str, name: str) -> bool:
-    """Whether Prefect has heard of a worker since its process started, which it does once all that it needs is there.
-    By the server's clock, which may be another than this machine's."""
-    from prefect.client.orchestration import get_client  # a second to import, which only this needs
-    from prefect.exceptions import PrefectException
-
-    running_for = datetime.now(UTC) - worker.since
-    try:
-        with get_client(sync_client=True) as client:
-            answer = client.request(
-                "POST", "/work_pools/{work_pool_name}/workers/filter", path_params={"work_pool_name": pool}, json={}
-            )
-    except (httpx.HTTPError, PrefectException):
-        return False
-    began = parsedate_to_datetime(answer.headers["date"]) - running_for
-    return any(
-        known["name"] == name
-        and known["status"] == "ONLINE"
-        and datetime.fromisoformat(known["last_heartbeat_time"]) > began
-        for known in answer.json()
-    )
 
 
 def _answers(url: str) -> bool:

@@ -17,7 +17,8 @@ import numpy.typing as npt
 from scipy.special import bdtrc, stdtrit
 from torch import Tensor
 
-from models.evaluate import METRICS, MetricName, predictions_of
+from models.evaluate import predictions_of
+from models.metrics import METRICS, MetricName
 
 RESAMPLES = 2000
 FLIPS = 100_000

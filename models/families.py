@@ -1,38 +1,34 @@
-"""The model families that a job can name, and how each becomes a torch module.
+"""The model families that a job can name, and by what each is tuned.
 
-MLP and CNN come with us; any other is a class of the user's own, named by file path. Each takes hyperparameters and
-the data's shape and returns a module from features to outputs. Knows nothing of training.
+MLP and CNN come with us (networks.py); any other is a class of the user's own, named by file path. Each takes
+hyperparameters and the data's shape and returns a module from features to outputs. Imports torch and Optuna only where
+one is built or a user's is loaded, which keeps what only reads a job quick. Knows nothing of training.
 """
 
 import copy
 import hashlib
 import importlib.util
-import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol
 
-import optuna
-import torch
 from pydantic import JsonValue
-from torch import Tensor, nn
 
-from models.evaluate import parameter_count
-from models.hyperparameters import (
-    ActivationName,
-    CNNHyperparameters,
-    Hyperparameters,
-    InitialisationName,
-    MLPHyperparameters,
-    OwnHyperparameters,
-)
-from models.own_module import ModelError, OwnModule
+from models.hyperparameters import CNNHyperparameters, Hyperparameters, MLPHyperparameters, OwnHyperparameters
 from models.rules import Refused, unknown_name
 from models.shapes import DataShape
 from models.space import Domain, Range, Searchable, Value, contains, draw, parse_domain
+
+if TYPE_CHECKING:
+    import optuna
+    from torch import nn
+
+
+class ModelError(ValueError):
+    """A model cannot be found, loaded, built or trained; the message names it and the remedy."""
 
 
 class OwnModel(Protocol):
@@ -44,7 +40,7 @@ class OwnModel(Protocol):
     """
 
     @staticmethod
-    def suggest(trial: optuna.Trial) -> Mapping[str, JsonValue]: ...
+    def suggest(trial: "optuna.Trial") -> Mapping[str, JsonValue]: ...
 
     def __init__(self, hyperparameters: Mapping[str, JsonValue], shape: DataShape) -> None: ...
 
@@ -59,7 +55,7 @@ class Family:
 
     name: str
     hyperparameters: type[Hyperparameters]
-    build: Callable[[Any, DataShape], nn.Module]
+    build: "Callable[[Any, DataShape], nn.Module]"
     suggest: Callable[[Any], Mapping[str, JsonValue]] | None = None
     own_names: tuple[str, ...] = ()
     code: str | None = None
@@ -106,7 +102,7 @@ class Family:
         ours = self.hyperparameters.searched(_without(space, self.own_names))
         return ours + [name for name in self.own_names if isinstance(space.get(name, ()), Range | tuple)]
 
-    def draw(self, trial: optuna.Trial, space: Mapping[str, Domain]) -> Hyperparameters:
+    def draw(self, trial: "optuna.Trial", space: Mapping[str, Domain]) -> Hyperparameters:
         """Draw a trial's hyperparameters. Raises ValueError where what was drawn is not valid, and whatever a user's
         `suggest` raises."""
         drawn: dict[str, Any] = dict(self.hyperparameters.draw(trial, _without(space, self.own_names)))
@@ -119,99 +115,21 @@ class Family:
         return self.hyperparameters.nearest(wished, _without(space, self.own_names))
 
 
-class MLP(nn.Sequential):
-    """Features of any shape (batch, ...), flattened, to outputs (batch, outputs)."""
+def _build_mlp(hyperparameters: MLPHyperparameters, shape: DataShape) -> "nn.Module":
+    from models.networks import MLP
 
-    def __init__(self, hyperparameters: MLPHyperparameters, shape: DataShape) -> None:
-        layers: list[nn.Module] = [nn.Flatten()]
-        inputs, width = math.prod(shape.features), float(hyperparameters.width)
-        for _ in range(hyperparameters.depth):
-            units = max(1, round(width))
-            layers += [nn.Linear(inputs, units), _ACTIVATIONS[hyperparameters.activation]()]
-            layers.append(nn.Dropout(hyperparameters.dropout))
-            inputs, width = units, width * hyperparameters.taper
-        super().__init__(*layers, nn.Linear(inputs, shape.outputs))
-        _initialise(self, hyperparameters.initialisation)
+    return MLP(hyperparameters, shape)
 
 
-class CNN(nn.Module):
-    """Images (batch, channels, height, width) to outputs (batch, outputs).
+def _build_cnn(hyperparameters: CNNHyperparameters, shape: DataShape) -> "nn.Module":
+    from models.networks import CNN
 
-    A block halves height and width while they are above 1. What is left is averaged, so the head's size does not
-    depend on the image's.
-    """
-
-    def __init__(self, hyperparameters: CNNHyperparameters, shape: DataShape) -> None:
-        super().__init__()
-        if len(shape.features) != 3:
-            raise ModelError(
-                f"model cnn needs images of shape (channels, height, width), found rows of shape {shape.features}; "
-                "choose model mlp or another data source"
-            )
-        inputs, height, width = shape.features
-        blocks: list[nn.Module] = []
-        for block in range(hyperparameters.depth):
-            outputs = hyperparameters.channels * 2**block
-            blocks.append(nn.Conv2d(inputs, outputs, kernel_size=3, padding=1, bias=not hyperparameters.batch_norm))
-            if hyperparameters.batch_norm:
-                blocks.append(nn.BatchNorm2d(outputs))
-            blocks.append(_ACTIVATIONS[hyperparameters.activation]())
-            if min(height, width) > 1:
-                blocks.append(nn.MaxPool2d(2))
-                height, width = height // 2, width // 2
-            inputs = outputs
-        self.blocks = nn.Sequential(*blocks)
-        self.head = nn.Sequential(nn.Dropout(hyperparameters.dropout), nn.Linear(inputs, shape.outputs))
-        _initialise(self, hyperparameters.initialisation)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.head(self.blocks(images).mean(dim=(2, 3)))  # type: ignore[no-any-return]
-
-
-class Unscale(nn.Module):
-    """A regression's output (batch, 1) in standard deviations of the training target to its own unit (batch,), in
-    float64: 1e-23 squared is 0 in float32, and 1e6 ± 0.01 is 1e6."""
-
-    mean: Tensor
-    scale: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("mean", torch.zeros((), dtype=torch.float64))
-        self.register_buffer("scale", torch.ones((), dtype=torch.float64))
-
-    def fit(self, target: Tensor) -> None:
-        """Fit on the training rows' target (rows,), float64; where they do not vary the scale is 1."""
-        distances = target - target.mean()
-        unit = distances.abs().max()
-        self.mean.copy_(target.mean())
-        if unit > 0:  # in which the squares of small distances are not 0, nor those of large ones infinite
-            self.scale.copy_((distances / unit).square().mean().sqrt() * unit)
-
-    def forward(self, outputs: Tensor) -> Tensor:
-        return outputs.squeeze(-1).double() * self.scale + self.mean
-
-
-class Ensemble(nn.Module):
-    """Several models as one: their mean probabilities as logits, or for a regression their mean value.
-
-    Deep ensembles, Lakshminarayanan et al., arXiv 1612.01474.
-    """
-
-    def __init__(self, members: Sequence[nn.Module]) -> None:
-        super().__init__()
-        self.members = nn.ModuleList(members)
-
-    def forward(self, features: Tensor) -> Tensor:
-        outputs = torch.stack([member(features) for member in self.members])
-        if outputs.ndim == 2:
-            return outputs.mean(dim=0)
-        return outputs.log_softmax(dim=-1).logsumexp(dim=0) - math.log(len(self.members))
+    return CNN(hyperparameters, shape)
 
 
 FAMILIES = {
-    "mlp": Family(name="mlp", hyperparameters=MLPHyperparameters, build=MLP),
-    "cnn": Family(name="cnn", hyperparameters=CNNHyperparameters, build=CNN),
+    "mlp": Family(name="mlp", hyperparameters=MLPHyperparameters, build=_build_mlp),
+    "cnn": Family(name="cnn", hyperparameters=CNNHyperparameters, build=_build_cnn),
 }
 
 
@@ -232,32 +150,13 @@ def family_named(name: str) -> Family:
     return _own_family(path, class_name, hashlib.sha256(code).hexdigest())
 
 
-def build_model(family: Family, hyperparameters: Hyperparameters, shape: DataShape, members: int = 1) -> nn.Module:
-    """The module that is trained, judged and published: to logits (batch, classes), or for a regression to values
-    (batch,) in the target's own unit, once its `Unscale` is fitted or loaded. Several members make an `Ensemble`."""
-    if members > 1:
-        return Ensemble([build_model(family, hyperparameters, shape) for _ in range(members)])
-    model = family.build(hyperparameters, shape)
-    return nn.Sequential(model, Unscale()) if shape.problem == "regression" else model
-
-
-def least_parameters(family: Family, space: Mapping[str, Domain], shape: DataShape) -> int:
-    """How many parameters the smallest model of a space has, of a family of ours."""
-    sizes = {
-        name: _least(space[name]) for name in ("depth", "width", "taper", "channels", "batch_norm") if name in space
-    }
-    with torch.device("meta"):
-        model = family.build(family.hyperparameters.from_values(sizes), shape)
-    return parameter_count(model)
-
-
-def _least(domain: Domain) -> Value:
-    return domain.low if isinstance(domain, Range) else min(domain) if isinstance(domain, tuple) else domain
-
-
 @lru_cache(maxsize=32)
 def _own_family(path: str, class_name: str, code: str) -> Family:
     """Loaded once for each content of the file; in sys.modules, where dataclasses and pickling look for it."""
+    from torch import nn
+
+    from models.own_module import OwnModule
+
     module_name = f"nightly_own_{code[:16]}"
     spec = importlib.util.spec_from_file_location(module_name, path)
     assert spec is not None
@@ -274,7 +173,7 @@ def _own_family(path: str, class_name: str, code: str) -> Family:
         raise ModelError(f"{path} holds no nn.Module named {class_name}; correct the name or add the class")
     suggest = getattr(own, "suggest", None)
 
-    def build(hyperparameters: OwnHyperparameters, shape: DataShape) -> nn.Module:
+    def build(hyperparameters: OwnHyperparameters, shape: DataShape) -> "nn.Module":
         # A copy, because a constructor may take out of it what it has read.
         return OwnModule(name, own(copy.deepcopy(hyperparameters.own), shape), shape)
 
@@ -290,6 +189,8 @@ def _own_family(path: str, class_name: str, code: str) -> Family:
 
 def _names_drawn(name: str, suggest: Callable[[Any], Mapping[str, JsonValue]]) -> tuple[str, ...]:
     """The names that a user's `suggest` draws, found by trying: some may be drawn on some paths only."""
+    import optuna
+
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     names: dict[str, None] = {}
     for _ in range(20):
@@ -311,7 +212,7 @@ def _names_drawn(name: str, suggest: Callable[[Any], Mapping[str, JsonValue]]) -
 class _Overriding:
     """The trial as a user's `suggest` sees it: a name that the job's space overrides is drawn from there."""
 
-    trial: optuna.Trial
+    trial: "optuna.Trial"
     space: Mapping[str, Domain] = field(default_factory=dict)
 
     def suggest_float(self, name: str, low: float, high: float, **options: Any) -> Value:
@@ -337,32 +238,6 @@ class _Overriding:
             if not contains(tuple(choices), value):
                 raise ModelError(f"search.space.{name} must be among {tuple(choices)}, found {value!r}")
         return draw(self.trial, name, domain, whole=False)
-
-
-_ACTIVATIONS: dict[ActivationName, Callable[[], nn.Module]] = {
-    "relu": nn.ReLU,
-    "leaky_relu": nn.LeakyReLU,
-    "elu": nn.ELU,
-    "gelu": nn.GELU,
-    "silu": nn.SiLU,
-    "tanh": nn.Tanh,
-}
-
-
-def _initialise(model: nn.Module, name: InitialisationName) -> None:
-    """Weights by the rule of that name, biases zero; `pytorch` leaves what the layers came with.
-
-    kaiming: He et al., arXiv 1502.01852; xavier: Glorot and Bengio, AISTATS 2010; orthogonal: Saxe et al., arXiv
-    1312.6120.
-    """
-    if name == "pytorch":
-        return
-    rule = {"kaiming": nn.init.kaiming_normal_, "xavier": nn.init.xavier_normal_, "orthogonal": nn.init.orthogonal_}
-    for layer in model.modules():
-        if isinstance(layer, nn.Linear | nn.Conv2d):
-            cast(Callable[[Tensor], Tensor], rule[name])(layer.weight)
-            if layer.bias is not None:
-                nn.init.zeros_(layer.bias)
 
 
 def _without(content: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:

@@ -21,7 +21,8 @@ from torch.func import functional_call, vmap
 from models.batches import batch_sizes, in_batches, step_count
 from models.checkpoints import Checkpoint, random_states
 from models.dropout import SeededDropout, dropout_keys
-from models.evaluate import metrics_of, predict_outputs, score
+from models.evaluate import predict_outputs, score
+from models.metrics import metrics_of
 from models.optimizers import learning_rate_at
 from models.own_module import in_a_line, own_module_of
 from models.replay import Replay

@@ -159,3 +159,10 @@ class OwnHyperparameters(Hyperparameters):
     def built_from(self) -> str:
         """All that the user's constructor gets, beside the shape of the rows."""
         return json.dumps(self.own, sort_keys=True)
+
+
+def in_words(values: Mapping[str, object]) -> str:
+    """`learning_rate 0.00298, batch_size 32`: names and values for a table, numbers to four digits."""
+    return ", ".join(
+        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in values.items()
+    )

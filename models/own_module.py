@@ -11,15 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from models.families import ModelError
 from models.shapes import DataShape
 
 # Rows that a module is tried with, and fewest rows of which outputs between 0 and 1 are no chance.
 TRIED_ROWS = 8
 TELLING_ROWS = 20
-
-
-class ModelError(ValueError):
-    """A model cannot be found, loaded, built or trained; the message names it and the remedy."""
 
 
 class OwnModule(nn.Module):

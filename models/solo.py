@@ -24,9 +24,11 @@ from models.checkpoints import (
     set_random_states,
 )
 from models.dropout import SeededDropout, dropout_keys, seed_dropout
-from models.evaluate import METRICS, MetricName, metrics_of, predict_outputs, score
-from models.families import Family, Unscale, build_model
+from models.evaluate import predict_outputs, score
+from models.families import Family
 from models.hyperparameters import Hyperparameters
+from models.metrics import METRICS, MetricName, metrics_of
+from models.networks import Unscale, build_model
 from models.optimizers import build_optimizer, l1_norm, learning_rate_at, trained_parameters
 from models.shapes import DataShape
 

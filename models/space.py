@@ -7,13 +7,15 @@ A job overrides domains by name, in the same vocabulary. Knows nothing of which 
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Self, cast
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self, cast
 
 import numpy as np
-import optuna
 from pydantic import Field, ValidationError, model_validator
 
 from models.rules import Declared, Mistake, Refused, mistakes_of
+
+if TYPE_CHECKING:
+    import optuna
 
 MOST_POINTS = 1000
 
@@ -121,7 +123,7 @@ class Searchable(Declared):
         return names
 
     @classmethod
-    def draw(cls, trial: optuna.Trial, space: Space) -> dict[str, Value]:
+    def draw(cls, trial: "optuna.Trial", space: Space) -> dict[str, Value]:
         """Draw what matters; a fixed value takes no part in the search and is not a parameter of the trial."""
         drawn: dict[str, Value] = {}
         for name, domain in space.items():
@@ -227,7 +229,7 @@ def parse_domain(name: str, domain: Any) -> Domain:
     return values if isinstance(domain, list | tuple) else values[0]
 
 
-def draw(trial: optuna.Trial, name: str, domain: Domain, *, whole: bool) -> Value:
+def draw(trial: "optuna.Trial", name: str, domain: Domain, *, whole: bool) -> Value:
     """Draw one value from its domain."""
     if isinstance(domain, Range):
         if whole:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from models.dropout import SeededDropout, dropout_mask
-from models.families import MLP, Unscale
+from models.networks import MLP, Unscale
 
 Tensors = Mapping[str, Tensor]
 _aten = torch.ops.aten

@@ -12,7 +12,7 @@ from prefect.flow_runs import pause_flow_run
 from prefect.input import RunInput
 from pydantic import Field
 
-from models.evaluate import in_figures
+from models.metrics import in_figures
 from tasks.gate import Verdict
 from tasks.job import TuningJob
 

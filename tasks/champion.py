@@ -16,8 +16,8 @@ from infra.store import Store, StoreError, open_store
 from models.batches import DiskRows
 from models.column import Column
 from models.evaluate import predict_outputs
-from models.families import build_model, family_named
-from models.own_module import ModelError
+from models.families import ModelError, family_named
+from models.networks import build_model
 from models.preprocessing import Preprocessing, preprocessing_of
 from models.weights import read_tensors
 from tasks.promotions import Promotion, latest_promotion, taken_back
@@ -25,6 +25,7 @@ from tasks.versions import (
     PREPROCESSING,
     WEIGHTS,
     Manifest,
+    champion_entry,
     check_names,
     damaged,
     read_file,
@@ -82,17 +83,16 @@ def load_champion(job: str, store_url: str | None = None) -> Champion:
     Raises StoreError: the job never promoted, the store cannot be read, or the version is damaged (DamagedVersion).
     """
     store = open_store(store_url or Settings.read().store_url)
-    champion = read_champion(store, job, torch.device("cpu"))
-    if champion is None:
-        raise StoreError(f"job {job!r} has no champion in {store.url}; run a night of it first")
-    return champion
+    return _read(store, job, champion_entry(store, job), torch.device("cpu"))
 
 
 def read_champion(store: Store, job: str, device: torch.device) -> Champion | None:
     """The champion, verified and on the device; None before the first promotion. Raises StoreError."""
     promotion = latest_promotion(store, job)
-    if promotion is None:
-        return None
+    return None if promotion is None else _read(store, job, promotion, device)
+
+
+def _read(store: Store, job: str, promotion: Promotion, device: torch.device) -> Champion:
     found = read_version(store, job, promotion.version, device)
     return Champion(
         promotion=promotion,

@@ -18,10 +18,12 @@ from optuna.trial import FrozenTrial, TrialState
 from torch import nn
 
 from models.batches import Split
-from models.evaluate import METRICS, MetricName, in_figures, metrics_of, predict_outputs, score, sharpness
-from models.families import Ensemble, Family
+from models.evaluate import predict_outputs, score, sharpness
+from models.families import Family
 from models.fused import Outcome
 from models.hyperparameters import Hyperparameters
+from models.metrics import METRICS, MetricName, in_figures, metrics_of
+from models.networks import Ensemble
 from models.own_module import own_module_of, probabilities_in_words
 from models.preprocessing import Preprocessing
 from models.solo import Diverged, Trained, Training, mean_loss

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from models.batches import DiskRows
 from models.comparison import Comparison, calibration_error, compare, interval, slice_gains
-from models.evaluate import MetricName, in_figures, latency_ms, metrics_of, predict_outputs, score
+from models.evaluate import latency_ms, predict_outputs, score
+from models.metrics import MetricName, in_figures, metrics_of
 from models.table import recode
 from tasks.champion import Champion
 from tasks.confirm import Challenger, Confirmed

@@ -5,7 +5,7 @@ After Mitchell et al., Model Cards for Model Reporting (arXiv 1810.03993). Reads
 
 from collections.abc import Mapping
 
-from models.evaluate import in_figures
+from models.metrics import in_figures
 from tasks.snapshots import Snapshot
 from tasks.versions import Manifest
 

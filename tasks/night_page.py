@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from optuna.trial import FrozenTrial, TrialState
 
 from models.diagnosis import Diagnosis
-from models.evaluate import in_figures
+from models.metrics import in_figures
 from models.space import Range
 from tasks.confirm import Confirmed
 from tasks.drift import Change

@@ -8,8 +8,8 @@ import torch
 
 from infra.device import memory_bytes
 from models.batches import DiskRows, Split
-from models.evaluate import MetricName
 from models.families import Family
+from models.metrics import MetricName
 from models.preprocessing import Preprocessing, Standardization, TablePreprocessing
 from models.shapes import DataShape
 from models.solo import Setting

@@ -23,9 +23,10 @@ from prefect.client.schemas.actions import ArtifactUpdate
 
 from infra.deploy import artifact_key
 from infra.device import device_use
-from models.evaluate import in_figures
+from models.hyperparameters import in_words
+from models.metrics import in_figures
 from tasks.job import TuningJob
-from tasks.study import finished_trials, in_words, number_of, ranked, tonights_trials
+from tasks.study import finished_trials, number_of, ranked, tonights_trials
 from tasks.tracking import DIAGNOSIS
 
 BAR_SECONDS = 1

@@ -22,7 +22,9 @@ from torch import nn
 
 from infra.deploy import artifact_key
 from infra.settings import Settings
-from models.evaluate import in_figures, predict_outputs, predictions_of
+from models.evaluate import predict_outputs, predictions_of
+from models.hyperparameters import in_words
+from models.metrics import in_figures
 from tasks import plots
 from tasks.confirm import Challenger, Confirmed
 from tasks.drift import Change, drift_table
@@ -44,7 +46,6 @@ from tasks.study import (
     ROLE,
     SEARCH_DIGEST,
     earlier_studies,
-    in_words,
     number_of,
     ranked,
     tonights_trials,

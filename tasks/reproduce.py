@@ -11,9 +11,9 @@ from torch import nn
 
 from infra.device import describe_device
 from infra.store import Store, StoreError
-from models.evaluate import METRICS, evaluate
-from models.families import family_named
-from models.own_module import ModelError
+from models.evaluate import evaluate
+from models.families import ModelError, family_named
+from models.metrics import METRICS
 from tasks.champion import read_version
 from tasks.confirm import assemble, train_seeds
 from tasks.job import DataConfig

@@ -6,7 +6,7 @@ of training.
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from datetime import datetime
 from itertools import count
 from pathlib import Path
@@ -244,13 +244,6 @@ def is_interrupted(trial: FrozenTrial) -> bool:
 def derived_seed(job_seed: int, purpose: str, number: int) -> int:
     """A seed of its own for each purpose and number, all from the job's (numpy's SeedSequence)."""
     return int(np.random.SeedSequence([job_seed, *purpose.encode(), number]).generate_state(1)[0])
-
-
-def in_words(values: Mapping[str, object]) -> str:
-    """`learning_rate 0.00298, batch_size 32`: names and values for a table, numbers to four digits."""
-    return ", ".join(
-        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in values.items()
-    )
 
 
 def _with_pruner(study: optuna.Study, job: TuningJob) -> optuna.Study:

@@ -13,10 +13,11 @@ from torch import nn
 
 from infra.errors import stopped_by
 from models.diagnosis import Diagnosis, diagnose
-from models.evaluate import MetricName, latency_ms, parameter_count, predict_outputs
-from models.families import build_model
+from models.evaluate import latency_ms, parameter_count, predict_outputs
 from models.fused import OnEpoch, Stopped
 from models.hyperparameters import Hyperparameters
+from models.metrics import MetricName
+from models.networks import build_model
 from models.solo import Diverged, Epoch, Trained, Training
 from models.training import fusion_for, train_all
 from models.weights import NotKept, write_tensors

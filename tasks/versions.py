@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 from infra.store import AlreadyExists, NotFound, Store, StoreError, UploadProgress
 from models.column import DateOrder
 from models.shapes import DataShape, Problem
-from tasks.promotions import history, latest_promotion
+from tasks.promotions import Promotion, history, latest_promotion
 
 MANIFEST = "manifest.json"
 WEIGHTS = "model.safetensors"
@@ -150,12 +150,18 @@ def read_manifest(store: Store, job: str, version: str) -> Manifest:
         raise damaged(store, job, version, f"{MANIFEST} is not of format {FORMAT}") from error
 
 
-def choose_version(store: Store, job: str, version: str | None) -> str:
-    """The version of that name, else the champion's. Raises StoreError: the job never promoted, or no version of it
-    is named so."""
+def champion_entry(store: Store, job: str) -> Promotion:
+    """Return the promotion that made the champion. Raises StoreError where the job never promoted."""
     latest = latest_promotion(store, job)
     if latest is None:
         raise StoreError(f"job {job!r} has no champion in {store.url}; run a night of it first")
+    return latest
+
+
+def choose_version(store: Store, job: str, version: str | None) -> str:
+    """The version of that name, else the champion's. Raises StoreError: the job never promoted, or no version of it
+    is named so."""
+    latest = champion_entry(store, job)
     if version is None:
         return latest.version
     known = list(dict.fromkeys(entry.version for entry in history(store, job)))

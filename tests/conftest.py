@@ -20,8 +20,8 @@ import optuna
 import pytest
 import torch
 
-from models.evaluate import MetricName
 from models.families import family_named
+from models.metrics import MetricName
 from models.shapes import DataShape
 from models.solo import Epoch, Resumable, Trained, Training, train
 from tasks.job import DataConfig, TuningJob, parse_job

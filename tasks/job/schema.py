@@ -10,8 +10,8 @@ from typing import Self
 
 from pydantic import Field, field_validator, model_validator
 
-from models.evaluate import METRICS, Metric
 from models.families import Family, family_named
+from models.metrics import METRICS, Metric
 from models.rules import Declared, Refused
 from models.space import Domain, Range
 from tasks.job.sections import (

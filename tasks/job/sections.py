@@ -9,6 +9,9 @@ import unicodedata
 from collections.abc import Mapping
 from contextlib import suppress
 from datetime import UTC, date, datetime
+from functools import cache
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 from zoneinfo import available_timezones
@@ -17,7 +20,7 @@ from pydantic import AfterValidator, AwareDatetime, Field, field_validator, mode
 from pydantic_core import PydanticKnownError
 
 from models.column import MISSING, DateOrder, Role
-from models.evaluate import MetricName
+from models.metrics import MetricName
 from models.rules import Declared, nearest
 from tasks.job.kinds import kind_of
 
@@ -284,16 +287,11 @@ class ScheduleConfig(Declared):
         rule = "must be five cron fields such as '0 2 * * *'"
         if len(cron.split()) != 5:  # Prefect's parser also takes six, with seconds, and @daily
             raise ValueError(f"{rule}; write minute, hour, day, month and weekday")
-        # A second to import, which what only trains is spared. Prefect's own copy is what will fire the schedule.
-        from prefect._vendor.croniter import croniter  # type: ignore[attr-defined]
-        from prefect.schedules import Cron
-
+        croniter = _prefects_croniter()
+        if not croniter.is_valid(cron) or {"r", "h"} & set(cron.casefold().split()):  # which Prefect does not draw
+            raise ValueError(f"{rule}; see crontab(5), and write * for any")
         try:
-            Cron(cron)
-        except ValueError as error:
-            raise ValueError(f"{rule}; see crontab(5), and write * for any") from error
-        try:
-            croniter(cron, datetime.now(UTC)).get_next()  # type: ignore[no-untyped-call]
+            croniter(cron, datetime.now(UTC)).get_next()
         except ValueError as error:
             raise ValueError("must come at some time, but no month has such a day; write another day") from error
         return cron
@@ -305,3 +303,19 @@ class ScheduleConfig(Declared):
             near = nearest(timezone, sorted(known)) or "UTC"
             raise ValueError(f"must be an IANA time zone such as Europe/Berlin; write {near}")
         return timezone
+
+
+@cache
+def _prefects_croniter() -> Any:
+    """Prefect's own copy of croniter, which is what will fire the schedule. Read from its file, because Prefect takes a
+    second of a core to import."""
+    prefect = find_spec("prefect")
+    assert prefect is not None
+    assert prefect.origin is not None
+    file = Path(prefect.origin).parent / "_vendor/croniter/croniter.py"
+    spec = spec_from_file_location("prefects_croniter", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.croniter

@@ -18,7 +18,8 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC, SVR
 from torch import nn
 
-from models.evaluate import METRICS, evaluate
+from models.evaluate import evaluate
+from models.metrics import METRICS
 from models.solo import Training, train
 from tasks.confirm import confirm
 from tasks.job import TuningJob, parse_job

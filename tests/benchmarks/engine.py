@@ -18,8 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from infra.device import choose_device
 from models.batches import Split
-from models.families import build_model
 from models.hyperparameters import MLPHyperparameters
+from models.networks import build_model
 from models.solo import Training, new_model
 from models.training import train_all
 from tasks.job import TuningJob, parse_job

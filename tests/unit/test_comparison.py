@@ -21,7 +21,8 @@ from models.comparison import (
     rows_needed,
     slice_gains,
 )
-from models.evaluate import METRICS, MetricName, predictions_of
+from models.evaluate import predictions_of
+from models.metrics import METRICS, MetricName
 
 ALPHA = 0.05
 

@@ -11,10 +11,11 @@ import torch
 from optuna.trial import create_trial
 
 import tasks.confirm
-from models.evaluate import metrics_of, predict_outputs, score
-from models.families import Ensemble
+from models.evaluate import predict_outputs, score
 from models.fused import Outcome
 from models.hyperparameters import MLPHyperparameters
+from models.metrics import metrics_of
+from models.networks import Ensemble
 from models.preprocessing import Standardization
 from models.solo import Diverged, Trained
 from tasks.confirm import Challenger, choose, confirm

@@ -8,7 +8,8 @@ import sklearn.metrics
 import torch
 from torch import Tensor, nn
 
-from models.evaluate import METRICS, MetricName, evaluate, latency_ms, metrics_of, parameter_count, score, sharpness
+from models.evaluate import evaluate, latency_ms, parameter_count, score, sharpness
+from models.metrics import METRICS, MetricName, metrics_of
 from models.solo import mean_loss
 from tasks.prepared import Prepared
 from tests.conftest import train_on

@@ -8,16 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from models.families import (
-    CNN,
-    FAMILIES,
-    MLP,
-    Family,
-    build_model,
-    family_named,
-)
+from models.families import FAMILIES, Family, ModelError, family_named
 from models.hyperparameters import CNNHyperparameters, MLPHyperparameters, OwnHyperparameters
-from models.own_module import ModelError
+from models.networks import CNN, MLP, build_model
 from models.shapes import DataShape
 
 NET = """

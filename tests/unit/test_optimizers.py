@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn, optim
 
-from models.families import MLP
 from models.hyperparameters import Hyperparameters, MLPHyperparameters
+from models.networks import MLP
 from models.optimizers import build_optimizer, l1_norm, learning_rate_at
 from models.shapes import DataShape
 from tasks.prepared import Prepared

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from models.evaluate import latency_ms, parameter_count, predict_outputs, sharpness
-from models.families import build_model, family_named
-from models.own_module import ModelError, own_module_of, probabilities_in_words
+from models.families import ModelError, family_named
+from models.networks import build_model
+from models.own_module import own_module_of, probabilities_in_words
 from models.shapes import DataShape
 from models.solo import Trained, Training, mean_loss, train
 from models.training import train_all

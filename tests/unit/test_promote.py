@@ -20,7 +20,8 @@ from torch import nn
 from infra.settings import Settings
 from infra.store import open_store
 from models.evaluate import predict_outputs
-from models.families import FAMILIES, build_model
+from models.families import FAMILIES
+from models.networks import build_model
 from models.preprocessing import Standardization
 from models.shapes import DataShape
 from models.table import encode

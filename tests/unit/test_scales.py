@@ -16,8 +16,9 @@ from sklearn import datasets
 from torch import Tensor, nn
 
 from models.batches import Split
-from models.evaluate import METRICS, MetricName, in_figures, predict_outputs
-from models.families import Unscale
+from models.evaluate import predict_outputs
+from models.metrics import METRICS, MetricName, in_figures
+from models.networks import Unscale
 from models.preprocessing import Standardization, preprocessing_of
 from models.shapes import Problem
 from tasks.job import DataConfig

@@ -114,3 +114,32 @@ def test_importing_our_modules_does_nothing(tmp_path: Path) -> None:
     )
     assert (finished.stdout, finished.stderr) == ("", "")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_commands_that_only_look_load_no_package_that_takes_long_to_import(tmp_path: Path) -> None:
+    script = """
+import sys
+from typer import Exit
+from flows.cli import app
+from infra.errors import ExpectedError
+ended = []
+for command in ("--help", "ls --json", "status --json", "champion digits-mlp", "history digits-mlp"):
+    try:
+        ended.append(app(command.split(), standalone_mode=False))
+    except (Exit, ExpectedError) as error:
+        ended.append(error)
+heavy = {"boto3", "matplotlib", "mlflow", "onnx", "optuna", "pandas", "plotly", "prefect", "scipy", "sklearn", "torch"}
+print("loaded", sorted(heavy & sys.modules.keys()), len(ended))
+"""
+    finished = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "NIGHTLY_PREFECT_PORT": str(free_port())},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    assert finished.stdout.splitlines()[-1] == "loaded [] 5"
+    for said in ('"job": "digits-mlp"', '"service": "worker"'):
+        assert said in finished.stdout

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from models.checkpoints import Checkpoint
-from models.families import Unscale
+from models.networks import Unscale
 from models.solo import Diverged, Epoch, Resumable, Trained, gains_from_mixed_precision, mean_loss
 from tasks.prepared import Prepared
 from tests.conftest import CPU, train_on

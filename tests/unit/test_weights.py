@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models.families import Ensemble
+from models.networks import Ensemble
 from models.weights import read_tensors, write_tensors
 
 
