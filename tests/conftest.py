@@ -4,14 +4,12 @@ Everything listens on loopback, on a port that was free a moment before, and is 
 A service that this machine lacks skips its tests with the reason; with NIGHTLY_REQUIRE_ALL=1 they fail instead.
 """
 
-import fcntl
-import json
+import gc
 import os
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -22,7 +20,6 @@ import httpx
 import optuna
 import pytest
 import torch
-from filelock import FileLock
 
 from models.families import family_named
 from models.metrics import MetricName
@@ -32,7 +29,6 @@ from tasks.job import DataConfig, TuningJob, parse_job
 from tasks.prepare import prepare
 from tasks.prepared import Prepared
 from tasks.snapshots import Snapshot
-from tests.distribution import pytest_collection_modifyitems, pytest_xdist_make_scheduler  # noqa: F401 pytest's hooks
 from tests.servers import (
     PostgresServer,
     S3Server,
@@ -49,6 +45,19 @@ CPU = torch.device("cpu")
 DEVICES = [CPU, *([torch.device("cuda", 0)] if torch.cuda.is_available() else [])]
 
 collect_ignore = [] if torch.cuda.is_available() else ["unit/test_gpu.py"]
+pytest_plugins = ["pytester"]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Collect without looking for garbage: what is imported stays, and looking through it takes 2.5 of 11 s of a core
+    now, and its share of each test later."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def require(reason: str) -> NoReturn:
@@ -243,63 +252,19 @@ def make_stack(home: Path) -> Stack:
 
 @pytest.fixture(scope="session")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    """A running local stack that all processes of a session of tests share. Its servers and its worker are left alone,
-    and tests keep apart by the names of their jobs; a job that is new is made known by `apply`."""
-    folder = tmp_path_factory.getbasetemp()
-    with shared_stack(folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) as stack:
-        yield stack
-
-
-@pytest.fixture(scope="session")
-def breakable_stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    """A running local stack whose servers and worker a test may kill, stop and start with other settings. Whoever uses
-    it runs in one process, one test after the other, and leaves it up."""
-    with running_stack(tmp_path_factory.mktemp("breakable-stack")) as stack:
-        yield stack
-
-
-@contextmanager
-def running_stack(folder: Path) -> Iterator[Stack]:
-    stack = start_stack(folder, one_is_due=False)
+    """A running local stack, shared by the tests of a session; they keep apart by the names of their jobs."""
+    stack = make_stack(tmp_path_factory.mktemp("stack"))
+    write_jobs(Path(stack.environment["NIGHTLY_JOBS"]))
+    stack.nightly("up")
     try:
         yield stack
     finally:
         stack.nightly("down")
 
 
-@contextmanager
-def shared_stack(folder: Path) -> Iterator[Stack]:
-    """The stack of several processes, which the first one starts and the last one stops; `folder` is common to them.
-    Each holds a lock on one file, which the kernel frees when its holder dies."""
-    with (folder / "stack.users").open("w") as users, FileLock(folder / "stack.lock") as starting:
-        fcntl.flock(users, fcntl.LOCK_SH)
-        running = folder / "stack.json"
-        if not running.exists():
-            started = start_stack(Path(tempfile.mkdtemp(prefix="stack-", dir=folder)), one_is_due=True)
-            running.write_text(json.dumps(started.environment))
-        environment = json.loads(running.read_text())
-        stack = Stack(home=Path(environment["NIGHTLY_HOME"]), environment=environment)
-        starting.release()
-        try:
-            yield stack
-        finally:
-            starting.acquire()
-            with suppress(BlockingIOError):
-                fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                running.unlink()
-                stack.nightly("down")
-
-
-def start_stack(folder: Path, *, one_is_due: bool) -> Stack:
-    stack = make_stack(folder)
-    write_jobs(Path(stack.environment["NIGHTLY_JOBS"]), one_is_due=one_is_due)
-    stack.nightly("up")
-    return stack
-
-
-def write_jobs(folder: Path, *, one_is_due: bool) -> None:
-    """Jobs of tiny trials: some done in seconds, some long enough to be interrupted, one that is due day by day, and
-    one that is due soon where `one_is_due`."""
+def write_jobs(folder: Path) -> None:
+    """Jobs of tiny trials: some done in seconds, some long enough to be interrupted, one that is due soon, and one that
+    is due day by day."""
     soon = datetime.now(UTC).timestamp() + 240
     minute = datetime.fromtimestamp(soon, UTC)
     yearly = "0 2 1 1 *"
@@ -323,7 +288,7 @@ def write_jobs(folder: Path, *, one_is_due: bool) -> None:
         ("asked-yes", 2, yearly),
         ("asked-no", 2, yearly),
         ("asked-nobody", 2, yearly),
-        ("scheduled", 2, f"{minute.minute} {minute.hour} * * *" if one_is_due else yearly),
+        ("scheduled", 2, f"{minute.minute} {minute.hour} * * *"),
     ):
         minutes = 0.1 if name == "asked-nobody" else 10
         promotion = f"{{mode: ask, ask_minutes: {minutes}}}" if name.startswith("asked") else "{}"

@@ -36,7 +36,7 @@ from tasks.data_card import data_card
 from tasks.job import CheckName, DataConfig
 from tasks.prepare import prepare
 
-CASES = 260
+CASES = 100  # of each kind of source: what spoils one case in thirty is missed once in thirty times
 TOKENS = [
     *(
         b",",
@@ -497,6 +497,7 @@ def test_whatever_a_source_holds_it_is_read_or_one_sentence_says_why_not(
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.process
 def test_the_command_says_one_sentence_and_keeps_stdout_for_its_own(tmp_path: Path) -> None:
     (tmp_path / "load.py").write_text(
         "import numpy as np\n\n\ndef rows():\n    print('reading')\n"

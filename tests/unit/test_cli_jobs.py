@@ -74,6 +74,7 @@ def test_init_refuses_in_one_sentence_and_leaves_what_was_there(
     assert [(path.name, path.read_text()) for path in jobs.iterdir()] == [("there.yaml", "mine")]
 
 
+@pytest.mark.process
 def test_without_servers_jobs_are_listed_and_the_doctor_says_what_to_do(tmp_path: Path) -> None:
     alone = make_stack(tmp_path)
     (Path(alone.environment["NIGHTLY_JOBS"]) / "bad.yaml").write_text("name: bad\nbudget: {trials: 0}\n")

@@ -1,15 +1,16 @@
 """Who gets the device, and when."""
 
+import os
 import subprocess
 import sys
 import threading
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from filelock import FileLock
 
 from infra import device
 from infra.device import NotNeeded, describe_device, hold_device, wait_for_memory
@@ -51,7 +52,10 @@ def test_parts_of_a_cpu_are_devices_of_their_own(tmp_path: Path, monkeypatch: py
     assert "cpu part 1 of 2" in describe_device(CPU)
 
 
-def test_a_gpu_is_shared_by_the_users_of_a_host_one_after_the_other(tmp_path: Path) -> None:
+@pytest.mark.process
+def test_a_gpu_is_shared_by_the_users_of_a_host_one_after_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """By a fake of the GPU's identity; the locks, and the two users, are real. Whoever was there first made the files
     that the other one needs."""
     if reason := other_user_cannot_be():
@@ -63,16 +67,26 @@ def test_a_gpu_is_shared_by_the_users_of_a_host_one_after_the_other(tmp_path: Pa
         "with device.hold_device(torch.device('cuda', 0), Path(), is_needed=needed): print('free')\n"
     )
     locks = tmp_path / "locks"
-    ours = [sys.executable, "-c", script, str(locks)]
-    theirs = as_other_user(*ours, environment={"PYTHONPATH": str(Path.cwd())})
+    theirs = as_other_user(sys.executable, "-c", script, str(locks), environment={"PYTHONPATH": str(Path.cwd())})
 
-    def ask(command: list[str]) -> str:
-        finished = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, umask=0o077)
+    def they_ask() -> str:
+        finished = subprocess.run(theirs, capture_output=True, text=True, timeout=120, check=False, umask=0o077)
         return finished.stdout + finished.stderr
 
-    assert [ask(ours), ask(theirs), ask(ours)] == ["free\n"] * 3
-    with FileLock(locks / "device-cuda-fake.lock"):
-        assert ask(theirs) == "held\n"
+    def we_hold() -> AbstractContextManager[None]:
+        return hold_device(torch.device("cuda", 0), Path(), is_needed=partial(pytest.fail, "it is held"))
+
+    monkeypatch.setattr(device, "DEVICES_OF_THE_HOST", locks)
+    monkeypatch.setattr(device, "_identity", lambda _: "cuda-fake")
+    umask = os.umask(0o077)
+    try:
+        with we_hold():
+            pass
+        assert they_ask() == "free\n"
+        with we_hold():
+            assert they_ask() == "held\n"
+    finally:
+        os.umask(umask)
 
 
 @pytest.mark.parametrize(("gigabytes", "looks", "warns"), [([9, 5, 1, 1], 3, False), ([9] * 10, 10, True)])

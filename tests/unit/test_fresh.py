@@ -18,6 +18,8 @@ from tests.unit.test_families import write_net
 from tests.unit.test_loaded_back import net
 from tests.unit.test_trainer import wait_until_dead
 
+pytestmark = pytest.mark.process
+
 FAULTS = {
     "os.abort()": r"the process that loaded it ended by itself \(signal 6\)",
     "os._exit(3)": r"the process that loaded it ended by itself \(exit code 3\)",
@@ -35,6 +37,10 @@ def elsewhere(fault: str) -> str:
 def test_a_model_that_ends_or_hangs_the_process_that_loads_it_costs_itself_only(
     prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """And has no credentials there."""
+    names = ("AWS_SECRET_ACCESS_KEY", "NIGHTLY_WEBHOOK", "PGPASSWORD")
+    for name in names:
+        monkeypatch.setenv(name, "secret")
     with FreshProcess() as fresh:
         for number, (fault, says) in enumerate(FAULTS.items()):
             (folder := tmp_path / str(number)).mkdir()
@@ -43,18 +49,8 @@ def test_a_model_that_ends_or_hangs_the_process_that_loads_it_costs_itself_only(
             with pytest.raises(WouldNotShip, match=says):
                 rehearse(job, prepared.snapshot, LocalTrainer(job, prepared), fresh)
         monkeypatch.setattr(tasks.fresh, "ANSWER_SECONDS", 60.0)
-        rehearse(make_job(), prepared.snapshot, LocalTrainer(make_job(), prepared), fresh)
-
-
-def test_a_model_is_loaded_without_credentials(
-    prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    names = ("AWS_SECRET_ACCESS_KEY", "NIGHTLY_WEBHOOK", "PGPASSWORD")
-    for name in names:
-        monkeypatch.setenv(name, "secret")
-    model = write_net(tmp_path, elsewhere(f"assert not {set(names)} & set(os.environ)"))
-    job = make_job(model=model, search={"space": {"epochs": 1}})
-    with FreshProcess() as fresh:
+        model = write_net(tmp_path, elsewhere(f"assert not {set(names)} & set(os.environ)"))
+        job = make_job(model=model, search={"space": {"epochs": 1}})
         rehearse(job, prepared.snapshot, LocalTrainer(job, prepared), fresh)
 
 

@@ -217,7 +217,7 @@ def test_a_text_does_not_depend_on_the_other_values_of_its_column() -> None:
 
 
 @given(st.lists(st.one_of(st.integers(-(10**25), 10**25), st.decimals(-(10**9), 10**9, places=4)), min_size=1))
-@settings(derandomize=True, max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_the_name_of_a_number_is_that_of_its_value(numbers: list[Any]) -> None:
     exact = [decimal.Decimal(number) for number in numbers]
     ways = (
@@ -392,7 +392,7 @@ def same(snapshot: Snapshot, wanted: Snapshot) -> None:
 
 
 @given(seed=st.integers(0, 2**32 - 1), chunk=st.sampled_from([500, 1500, 10**6]))
-@settings(derandomize=True, max_examples=5, deadline=None, phases=[Phase.generate])
+@settings(max_examples=5, phases=[Phase.generate])
 def test_a_table_is_the_same_in_all_the_ways_that_it_can_be_written(
     tmp_path_factory: pytest.TempPathFactory, seed: int, chunk: int
 ) -> None:
@@ -414,6 +414,7 @@ def test_a_table_is_the_same_in_all_the_ways_that_it_can_be_written(
         )
 
 
+@pytest.mark.process
 def test_a_postgresql_table_is_the_same_as_a_file(
     postgres: PostgresServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,6 +11,8 @@ import kubernetes_validate
 import pytest
 import yaml
 
+pytestmark = pytest.mark.process
+
 INFRA = Path(__file__).parents[2] / "infra"
 
 

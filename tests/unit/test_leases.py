@@ -146,7 +146,7 @@ def test_a_worker_gives_signs_of_life_and_is_told_to_stop_or_to_cut_off(
 ) -> None:
     monkeypatch.setattr(leases, "BEAT_SECONDS", 0.05)
 
-    def until(condition: Callable[[], bool], tries: int = 200) -> bool:
+    def until(condition: Callable[[], bool], tries: int = 1200) -> bool:
         for _ in range(tries):
             if condition():
                 return True
@@ -243,6 +243,7 @@ def work_with_a_short_lease(studies: Path, name: str, job: TuningJob, snapshot: 
         work(study, job, trainer, folder, lease, lambda: one_claims(studies, job.name, name), lambda _: None)
 
 
+@pytest.mark.process
 def test_a_worker_that_stood_still_for_two_leases_counts_for_nothing_and_begins_anew(
     prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -203,6 +203,7 @@ def fresh() -> Iterator[FreshProcess]:
         yield process
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("what", UNSHIPPABLE)
 def test_one_step_of_training_shows_that_a_model_would_not_ship(
     prepared: Prepared, fresh: FreshProcess, tmp_path: Path, what: str
@@ -223,6 +224,7 @@ UNSAVED = {
 }
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("found", UNSAVED)
 def test_what_cannot_be_saved_is_named_before_the_search(
     prepared: Prepared, fresh: FreshProcess, tmp_path: Path, found: str
@@ -232,6 +234,7 @@ def test_what_cannot_be_saved_is_named_before_the_search(
         rehearse(job, prepared.snapshot, LocalTrainer(job, prepared), fresh)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("what", ["mlp", "cnn", *SHIPPABLE])
 def test_a_model_that_is_the_same_once_it_is_loaded_passes(
     prepared: Prepared, fresh: FreshProcess, tmp_path: Path, what: str
@@ -282,6 +285,7 @@ def test_a_model_that_was_edited_in_the_night_is_named() -> None:
         compare(LOGITS, replace(loaded(LOGITS + 1), code_changed=True), "cpu")
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("fault", ["raise LookupError('no')", "return rows * float('nan')"])
 def test_what_cannot_be_trained_is_left_to_the_trials(
     prepared: Prepared, fresh: FreshProcess, tmp_path: Path, fault: str
@@ -353,6 +357,7 @@ def night_of(
     return of
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("ship", ["median", "ensemble"])
 def test_a_version_that_gives_other_outputs_is_rejected_and_not_in_the_log(
     night_of: Callable[..., Night], ship: str
@@ -375,6 +380,7 @@ def test_a_version_that_gives_other_outputs_is_rejected_and_not_in_the_log(
         assert [entry.run for entry in history(night.store, "small")] == ["earlier"]
 
 
+@pytest.mark.process
 def test_a_version_that_gives_what_was_judged_is_promoted_once(night_of: Callable[..., Night]) -> None:
     night = night_of("cnn", confirm={"candidates": 1, "seeds": 2, "ship": "ensemble"})
     for _ in range(2):
@@ -390,6 +396,7 @@ def test_a_version_that_gives_what_was_judged_is_promoted_once(night_of: Callabl
     assert len(history(night.store, "small")) == 1
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("of", ["a regression", "a table"])
 def test_a_regression_and_a_table_are_compared_as_onnx_and_in_mlflow_too(
     night_of: Callable[..., Night], prepared_regression: Prepared, tmp_path: Path, of: str
@@ -405,6 +412,7 @@ def test_a_regression_and_a_table_are_compared_as_onnx_and_in_mlflow_too(
     assert promotion is not None, verdict.reason
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("what", OTHER_AS_ONNX)
 def test_an_onnx_program_that_gives_something_else_is_not_shipped(night_of: Callable[..., Night], what: str) -> None:
     night = night_of(OTHER_AS_ONNX[what])

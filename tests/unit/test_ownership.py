@@ -1,6 +1,8 @@
 """What others have on an MLflow server is refused where it bears a name of ours, and stays as it is."""
 
+import shutil
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
 
@@ -25,8 +27,9 @@ Maker = Callable[[MlflowClient, str], None]
 
 
 @pytest.fixture(scope="module")
-def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowClient]:
+def client(tmp_path_factory: pytest.TempPathFactory, empty_mlflow: Path) -> Iterator[MlflowClient]:
     folder = tmp_path_factory.mktemp("mlflow")
+    shutil.copy(empty_mlflow, folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)  # artifacts go to where a client is made
         yield MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")

@@ -56,7 +56,7 @@ def test_duplicates_are_never_on_two_sides(row: list[float]) -> None:
     assert np.array_equal(hash_rows(zeros)[0], first)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(seed=st.integers(0, 2**32 - 1), more=st.integers(1, 200))
 def test_the_order_of_rows_changes_nothing_and_more_rows_move_none(seed: int, more: int) -> None:
     draw = np.random.default_rng(seed)
@@ -304,13 +304,16 @@ def test_splits_that_chance_makes_are_no_finding(rows: int, tmp_path: Path) -> N
     assert odd == 0
 
 
+@pytest.mark.process
 def test_rows_many_times_the_memory_become_a_snapshot_and_are_trained_on(tmp_path: Path) -> None:
     """A process that may have 240 MB beside its libraries, and rows of 280 MB."""
     draw = np.random.default_rng(0)
-    schema = pa.schema([*((f"x{place}", pa.float32()) for place in range(50)), ("y", pa.string())])
-    with pyarrow.parquet.ParquetWriter(tmp_path / "rows.parquet", schema) as writer:
+    schema = pa.schema([*((f"x{place}", pa.float32()) for place in range(100)), ("y", pa.string())])
+    with pyarrow.parquet.ParquetWriter(
+        tmp_path / "rows.parquet", schema, use_dictionary=False, compression="none"
+    ) as writer:
         for _ in range(140):
-            columns = list(draw.normal(size=(50, 10_000)).astype(np.float32))
+            columns = list(draw.standard_normal((100, 5000), dtype=np.float32))
             labels = np.where(columns[0] + columns[1] > 0, "high", "low")
             writer.write_table(pa.table([*columns, labels], schema=schema))
     script = Path(__file__).parent / "little_memory.py"
@@ -321,11 +324,11 @@ def test_rows_many_times_the_memory_become_a_snapshot_and_are_trained_on(tmp_pat
             **os.environ, "PYTHONPATH": str(script.parents[2]), "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1",
             "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536",
         },
-        capture_output=True, text=True, timeout=300, check=False,
+        capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert finished.returncode == 0, finished.stdout + finished.stderr[-3000:]
     found = json.loads(finished.stdout.splitlines()[-1])
-    assert found["rows"] == 1_400_000
+    assert found["rows"] == 700_000
     assert found["accuracy"] > 0.95
 
 

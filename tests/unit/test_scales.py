@@ -228,7 +228,7 @@ def test_served_rows_keep_their_digits_in_onnx_too(tmp_path: Path) -> None:
     np.testing.assert_allclose(again - 1e6, outputs.numpy() - 1e6, rtol=1e-4, atol=1e-8)
 
 
-@pytest.mark.parametrize(("features_in", "target_in"), [(1.0, 1e-23), (1e-10, 1e-9), (1e-150, 1e100), (1e9, 1e-280)])
+@pytest.mark.parametrize(("features_in", "target_in"), [(1e-150, 1e100), (1e9, 1e-280)])
 def test_an_onnx_program_keeps_additions_however_small(features_in: float, target_in: float, tmp_path: Path) -> None:
     rows = torch.randn(50, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     unscale = Unscale()

@@ -27,9 +27,20 @@ def test_a_year_has_a_night_a_day_though_the_clock_is_changed_twice_and_once_put
     schedule = CronSchedule(cron=job.schedule.cron, timezone=job.schedule.timezone)
     hours = [BEGIN.astimezone(UTC) - timedelta(hours=1) + timedelta(hours=number) for number in range(366 * 24)]
     put_back = [hour - timedelta(hours=2) for hour in hours[5000:5010]]
-    # By its due time a run is known: Prefect makes no second one for it.
-    runs: set[datetime] = set()
+    # The scheduler looks every half a day, and every hour in the days around each move of a clock.
+    odd = [hours.index(datetime(2027, *day, tzinfo=UTC)) for day in ((3, 28), (10, 31))] + [5000]
+    looks = [
+        number for number in range(len(hours)) if number % 12 == 0 or any(abs(number - moved) < 60 for moved in odd)
+    ]
+
+    async def laid_ahead() -> set[datetime]:
+        """By its due time a run is known: Prefect makes no second one for it."""
+        known: set[datetime] = set()
+        before, after = ([hours[number] for number in looks if (number < 5010) is early] for early in (True, False))
+        for now in (*before, *put_back, *after):
+            known.update(await schedule.get_dates(n=3, start=now))
+        return known
+
     with ThreadPoolExecutor(1) as thread:  # in this one a browser's event loop may run
-        for now in (*hours[:5010], *put_back, *hours[5010:]):
-            runs.update(thread.submit(asyncio.run, schedule.get_dates(n=3, start=now)).result())
+        runs = thread.submit(asyncio.run, laid_ahead()).result()
     assert days_of(runs) == [BEGIN.date() + timedelta(days=number) for number in range(365)]

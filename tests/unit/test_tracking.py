@@ -1,5 +1,6 @@
 """Where trials are written: into the server's own database where it lies here, and into no other's."""
 
+import shutil
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -13,10 +14,14 @@ from tasks.samplers import NUMBER
 from tasks.study import JOB, OBJECTIVE
 from tasks.tracking import CURVE, TrialTracker, nested_runs, track_missing_trials
 
+Begun = tuple[MlflowClient, str, optuna.Study]
 
-def begun(folder: Path) -> tuple[MlflowClient, str, optuna.Study]:
+
+@pytest.fixture
+def begun(tmp_path: Path, empty_mlflow: Path) -> Begun:
     """A server, a night's run there, and the night's study."""
-    server = MlflowClient(f"sqlite:///{folder / 'server.db'}")
+    shutil.copy(empty_mlflow, tmp_path / "server.db")
+    server = MlflowClient(f"sqlite:///{tmp_path / 'server.db'}")
     night = server.create_run(server.create_experiment("job")).info.run_id
     study = optuna.create_study()
     study.set_user_attr(JOB, "job")
@@ -25,9 +30,12 @@ def begun(folder: Path) -> tuple[MlflowClient, str, optuna.Study]:
 
 
 @pytest.mark.parametrize("holds_the_night", [True, False])
-def test_a_database_is_written_to_if_it_holds_the_night(tmp_path: Path, holds_the_night: bool) -> None:
-    server, night, study = begun(tmp_path)
+def test_a_database_is_written_to_if_it_holds_the_night(
+    begun: Begun, empty_mlflow: Path, tmp_path: Path, holds_the_night: bool
+) -> None:
+    server, night, study = begun
     files = [tmp_path / "server.db", tmp_path / "other.db"]
+    shutil.copy(empty_mlflow, files[1])
     other = MlflowClient(f"sqlite:///{files[1]}")
     other.create_experiment("job")
     trial = study.ask({"learning_rate": optuna.distributions.FloatDistribution(0.1, 1)})
@@ -44,8 +52,8 @@ def test_a_database_is_written_to_if_it_holds_the_night(tmp_path: Path, holds_th
     assert other.search_runs(["1"]) == []
 
 
-def test_while_it_is_paused_no_trial_is_begun_to_be_written(tmp_path: Path) -> None:
-    server, night, study = begun(tmp_path)
+def test_while_it_is_paused_no_trial_is_begun_to_be_written(begun: Begun, tmp_path: Path) -> None:
+    server, night, study = begun
     with TrialTracker(server, night, tmp_path / "none.db") as tracker, tracker.paused(nullcontext()):
         for number in range(2):
             trial = study.ask()
@@ -57,8 +65,8 @@ def test_while_it_is_paused_no_trial_is_begun_to_be_written(tmp_path: Path) -> N
     assert len(list(nested_runs(server, night))) == 2
 
 
-def test_mlflow_is_not_asked_for_what_has_been_written(tmp_path: Path) -> None:
-    server, night, study = begun(tmp_path)
+def test_mlflow_is_not_asked_for_what_has_been_written(begun: Begun, tmp_path: Path) -> None:
+    server, night, study = begun
     for number, state in ((0, TrialState.FAIL), (0, TrialState.COMPLETE), (1, TrialState.COMPLETE)):
         trial = study.ask()
         trial.set_user_attr(NUMBER, number)
@@ -69,8 +77,8 @@ def test_mlflow_is_not_asked_for_what_has_been_written(tmp_path: Path) -> None:
     assert track_missing_trials(server, night, study) == 0
 
 
-def test_where_there_is_no_database_none_is_made(tmp_path: Path) -> None:
-    server, night, _ = begun(tmp_path)
+def test_where_there_is_no_database_none_is_made(begun: Begun, tmp_path: Path) -> None:
+    server, night, _ = begun
     with TrialTracker(server, night, tmp_path / "none.db"):
         pass
     assert not (tmp_path / "none.db").exists()
