@@ -108,7 +108,7 @@ def compare(
     if metric == "accuracy":
         right = [(prediction.argmax(axis=1) == wanted).astype(np.float64) for prediction in predictions]
         net = np.bincount(ids, weights=right[0] - right[1]).astype(np.float64)
-        better, worse = (flipped(sign * net, seed) <= 1 - confidence for sign in (1, -1))
+        better, worse = (p_value <= 1 - confidence for p_value in flipped(net, seed))
         won, lost = int((net > 0).sum()), int((net < 0).sum())
         name = "exact McNemar test" if len(_sizes(net)[0]) < 2 else "sign-flip test"
         method = f"{name} ({won} {unit} won, {lost} lost), bounds by paired bootstrap"
@@ -157,9 +157,9 @@ def mcnemar(won: int, lost: int) -> float:
     return float(bdtrc(won - 1, won + lost, 0.5))
 
 
-def flipped(net: _Array, seed: int) -> float:
+def flipped(net: _Array, seed: int) -> tuple[float, float]:
     """The probability that rows won less rows lost are as many as in `net` (groups,) where a coin says of each group
-    which model has won it: the one-sided p-value of "ours is no better".
+    which model has won it: the one-sided p-values of "ours is no better" and of "ours is no worse".
 
     Where all groups that count are of one size it is exact, and for single rows McNemar's; else it is that of random
     flips, which counts what was found as one of them, so that it keeps its level (Phipson and Smyth, Permutation
@@ -167,12 +167,14 @@ def flipped(net: _Array, seed: int) -> float:
     """
     sizes, counts = _sizes(net)
     if len(sizes) < 2:
-        return mcnemar(int((net > 0).sum()), int((net < 0).sum()))
+        won, lost = int((net > 0).sum()), int((net < 0).sum())
+        return mcnemar(won, lost), mcnemar(lost, won)
     random = np.random.default_rng(seed)
     sums = sum(
         size * (2.0 * random.binomial(count, 0.5, FLIPS) - count) for size, count in zip(sizes, counts, strict=True)
     )
-    return float((1 + np.sum(sums >= net.sum())) / (1 + FLIPS))
+    better, worse = (float((1 + np.sum(sums >= sign * net.sum())) / (1 + FLIPS)) for sign in (1, -1))
+    return better, worse
 
 
 def _sizes(net: _Array) -> tuple[_Array, npt.NDArray[np.int64]]:

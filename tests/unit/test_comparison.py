@@ -43,7 +43,7 @@ def outputs_for(metric: MetricName, rows: int, seed: int) -> tuple[Tensor, Tenso
 
 @pytest.mark.parametrize("metric", get_args(MetricName))
 @given(seed=st.integers(0, 10_000), rows=st.integers(2, 40))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_a_weighted_metric_is_the_metric_of_the_repeated_rows(metric: MetricName, seed: int, rows: int) -> None:
     outputs, _, target = outputs_for(metric, rows, seed)
     drawn = np.random.default_rng(seed).integers(rows, size=rows)
@@ -137,21 +137,20 @@ COPIES = {"alike": [50] * 40, "of many sizes": [300, *(1 + number * 13 % 37 for 
 @pytest.mark.parametrize("metric", ["accuracy", "log_loss", "f1_macro"])
 def test_copies_of_rows_prove_no_more_than_the_rows(metric: MetricName, sizes: str) -> None:
     """Of two models that are equally good, as above, with the same rows many times; taken for rows of their own they
-    made a challenger better on a third of all nights."""
-    nights, random = 200, np.random.default_rng(0)
+    made a challenger better on a third of all nights, of which sixty nights show eight or fewer once in a thousand."""
+    nights, random = 60, np.random.default_rng(0)
     counts = torch.tensor(COPIES[sizes])
     groups = torch.arange(40).repeat_interleave(counts)
     better = {"groups": 0, "rows": 0}
     for night in range(nights):
         ours, theirs, target = (part[groups] for part in simulated(random, 40, gain=0, disagree=0.3))
-        known = {"groups": groups, "rows": None} if night < 60 else {"groups": groups}
-        for name, of_rows in known.items():
+        for name, of_rows in (("groups", groups), ("rows", None)):
             found = compare(
                 ours, theirs, target, metric, confidence=1 - ALPHA, seed=night, groups=of_rows, resamples=200
             )
             better[name] += found.better
     assert better["groups"] / nights <= ALPHA + 3 * math.sqrt(ALPHA * (1 - ALPHA) / nights)
-    assert better["rows"] / 60 > 0.25
+    assert better["rows"] / nights > 0.25
 
 
 @pytest.mark.parametrize("metric", get_args(MetricName))
@@ -185,15 +184,15 @@ def test_a_few_groups_prove_nothing_however_many_rows_they_have() -> None:
 
 def test_a_coin_for_groups_of_many_sizes_is_as_exact_as_its_throws() -> None:
     """Groups of 3, 2, 2 and 1 rows, all won but the last: of 16 throws two reach it."""
-    assert flipped(np.array([3.0, 2.0, 2.0, -1.0]), seed=0) == pytest.approx(2 / 16, abs=0.005)
-    assert flipped(np.array([5.0, 5.0, -5.0, 0.0]), seed=0) == mcnemar(2, 1)
-    assert flipped(np.array([1000.0, 1.0, 1.0, 1.0, -1.0]), seed=0) > 0.1
-    assert flipped(np.array([0.0, 0.0]), seed=0) == 1
+    assert flipped(np.array([3.0, 2.0, 2.0, -1.0]), seed=0) == pytest.approx((2 / 16, 15 / 16), abs=0.005)
+    assert flipped(np.array([5.0, 5.0, -5.0, 0.0]), seed=0) == (mcnemar(2, 1), mcnemar(1, 2))
+    assert flipped(np.array([1000.0, 1.0, 1.0, 1.0, -1.0]), seed=0)[0] > 0.1
+    assert flipped(np.array([0.0, 0.0]), seed=0) == (1, 1)
 
 
 @pytest.mark.parametrize("gain", [0.02, 0.05])
 def test_a_real_gain_is_proven_four_times_in_five_with_the_rows_that_it_needs(gain: float) -> None:
-    nights, disagree, random = 300, 0.1, np.random.default_rng(1)
+    nights, disagree, random = 150, 0.1, np.random.default_rng(1)
     rows = rows_needed(gain, math.sqrt(disagree - gain**2), 1 - ALPHA)
     # The exact test is a little more careful than the normal approximation of the power, as exact tests are.
     rows = math.ceil(1.15 * rows)
