@@ -19,12 +19,13 @@ check: .venv/test.stamp
 	OMP_NUM_THREADS=1 $(BIN)/pytest tests/unit -m 'not process and not slow' -n 2 --quiet
 
 # Three processes: whole nights, which mostly wait, beside everything else. One thread each, or torch's threads fight.
+# Which tests stay together in one of them, tests/distribution.py says.
 test: .venv/test.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 --dist loadfile --durations 20
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder --durations 20
 
 # Every measurement, or one suite of it: make bench ONLY=search.
 bench: .venv/bench.stamp

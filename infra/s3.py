@@ -35,10 +35,9 @@ class S3Store:
         self.bucket = bucket
         self.prefix = f"{prefix}/" if prefix else ""
         self.url = f"s3://{bucket}/{prefix}".rstrip("/")
-        self._client = self._connect(attempts=4)
         # botocore repeats a PUT whose answer was lost; on a conditional PUT the repeat meets our own object and
         # reports 412, a race lost that was won. So: one attempt, and what happened is read back.
-        self._client_once = self._connect(attempts=1)
+        self._client, self._client_once = self._connect(attempts=(4, 1))
 
     def create(self, key: str, content: bytes) -> None:
         try:
@@ -180,20 +179,25 @@ class S3Store:
         """What the settings ask for each object: encryption, tags, a lock."""
         return self._options.for_object(datetime.now(UTC))
 
-    def _connect(self, attempts: int) -> Any:
+    def _connect(self, attempts: tuple[int, int]) -> tuple[Any, Any]:
+        """A client for each number of attempts. They share what boto3 reads of files, which takes it 0.1 s."""
         try:
             # A session of our own: boto3's shared one keeps the credentials that it found first.
-            client = boto3.Session().client(
-                "s3",
-                config=Config(
-                    retries={"mode": "standard", "total_max_attempts": attempts},
-                    connect_timeout=5,
-                    read_timeout=60,
-                    # Servers other than Amazon's often serve buckets by path only.
-                    s3={"addressing_style": "path"} if _has_own_endpoint() else {},
-                    # boto3's default checksum trailers are refused over HTTPS by Ceph (411 MissingContentLength).
-                    request_checksum_calculation="when_required",
-                ),
+            session = boto3.Session()
+            client, other = (
+                session.client(
+                    "s3",
+                    config=Config(
+                        retries={"mode": "standard", "total_max_attempts": most},
+                        connect_timeout=5,
+                        read_timeout=60,
+                        # Servers other than Amazon's often serve buckets by path only.
+                        s3={"addressing_style": "path"} if _has_own_endpoint() else {},
+                        # boto3's default checksum trailers are refused over HTTPS by Ceph (411 MissingContentLength).
+                        request_checksum_calculation="when_required",
+                    ),
+                )
+                for most in attempts
             )
         except (BotoCoreError, ValueError) as error:
             raise StoreError(f"{self._role} {self.url} cannot be opened: {error}") from error
@@ -203,7 +207,7 @@ class S3Store:
                 f"the endpoint of {self._role} must be https:// unless it is on this machine, found "
                 f"{client.meta.endpoint_url}; put TLS before it"
             )
-        return client
+        return client, other
 
     def _translated(self, error: Exception) -> StoreError:
         return self._refused(error) if _error_code(error) in REFUSALS else self._unavailable(error)

@@ -4,10 +4,13 @@ Everything listens on loopback, on a port that was free a moment before, and is 
 A service that this machine lacks skips its tests with the reason; with NIGHTLY_REQUIRE_ALL=1 they fail instead.
 """
 
+import fcntl
 import gc
+import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
@@ -20,6 +23,7 @@ import httpx
 import optuna
 import pytest
 import torch
+from filelock import FileLock
 
 from models.families import family_named
 from models.metrics import MetricName
@@ -29,6 +33,7 @@ from tasks.job import DataConfig, TuningJob, parse_job
 from tasks.prepare import prepare
 from tasks.prepared import Prepared
 from tasks.snapshots import Snapshot
+from tests.distribution import pytest_collection_modifyitems, pytest_xdist_make_scheduler  # noqa: F401 pytest's hooks
 from tests.servers import (
     PostgresServer,
     S3Server,
@@ -252,19 +257,63 @@ def make_stack(home: Path) -> Stack:
 
 @pytest.fixture(scope="session")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    """A running local stack, shared by the tests of a session; they keep apart by the names of their jobs."""
-    stack = make_stack(tmp_path_factory.mktemp("stack"))
-    write_jobs(Path(stack.environment["NIGHTLY_JOBS"]))
-    stack.nightly("up")
+    """A running local stack that all processes of a session of tests share. Its servers and its worker are left alone,
+    and tests keep apart by the names of their jobs; a job that is new is made known by `apply`."""
+    folder = tmp_path_factory.getbasetemp()
+    with shared_stack(folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) as stack:
+        yield stack
+
+
+@pytest.fixture(scope="session")
+def breakable_stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """A running local stack whose servers and worker a test may kill, stop and start with other settings. Whoever uses
+    it runs in one process, one test after the other, and leaves it up."""
+    with running_stack(tmp_path_factory.mktemp("breakable-stack")) as stack:
+        yield stack
+
+
+@contextmanager
+def running_stack(folder: Path) -> Iterator[Stack]:
+    stack = start_stack(folder, one_is_due=False)
     try:
         yield stack
     finally:
         stack.nightly("down")
 
 
-def write_jobs(folder: Path) -> None:
-    """Jobs of tiny trials: some done in seconds, some long enough to be interrupted, one that is due soon, and one that
-    is due day by day."""
+@contextmanager
+def shared_stack(folder: Path) -> Iterator[Stack]:
+    """The stack of several processes, which the first one starts and the last one stops; `folder` is common to them.
+    Each holds a lock on one file, which the kernel frees when its holder dies."""
+    with (folder / "stack.users").open("w") as users, FileLock(folder / "stack.lock") as starting:
+        fcntl.flock(users, fcntl.LOCK_SH)
+        running = folder / "stack.json"
+        if not running.exists():
+            started = start_stack(Path(tempfile.mkdtemp(prefix="stack-", dir=folder)), one_is_due=True)
+            running.write_text(json.dumps(started.environment))
+        environment = json.loads(running.read_text())
+        stack = Stack(home=Path(environment["NIGHTLY_HOME"]), environment=environment)
+        starting.release()
+        try:
+            yield stack
+        finally:
+            starting.acquire()
+            with suppress(BlockingIOError):
+                fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                running.unlink()
+                stack.nightly("down")
+
+
+def start_stack(folder: Path, *, one_is_due: bool) -> Stack:
+    stack = make_stack(folder)
+    write_jobs(Path(stack.environment["NIGHTLY_JOBS"]), one_is_due=one_is_due)
+    stack.nightly("up")
+    return stack
+
+
+def write_jobs(folder: Path, *, one_is_due: bool) -> None:
+    """Jobs of tiny trials: some done in seconds, some long enough to be interrupted, one that is due day by day, and
+    one that is due soon where `one_is_due`."""
     soon = datetime.now(UTC).timestamp() + 240
     minute = datetime.fromtimestamp(soon, UTC)
     yearly = "0 2 1 1 *"
@@ -288,7 +337,7 @@ def write_jobs(folder: Path) -> None:
         ("asked-yes", 2, yearly),
         ("asked-no", 2, yearly),
         ("asked-nobody", 2, yearly),
-        ("scheduled", 2, f"{minute.minute} {minute.hour} * * *"),
+        ("scheduled", 2, f"{minute.minute} {minute.hour} * * *" if one_is_due else yearly),
     ):
         minutes = 0.1 if name == "asked-nobody" else 10
         promotion = f"{{mode: ask, ask_minutes: {minutes}}}" if name.startswith("asked") else "{}"

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import subprocess
-import sys
 import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,6 +21,7 @@ from tasks.tracking import INTERRUPTIONS, OPTUNA_NUMBER, TRIAL_NUMBER, nested_ru
 from tasks.versions import publish_version, pull_version
 from tests.conftest import Stack
 from tests.servers import wait_for
+from tests.warm import run_warm
 
 
 def study_of(stack: Stack, job: str) -> optuna.Study:
@@ -48,6 +48,16 @@ def runs_of(stack: Stack, study: optuna.Study) -> tuple[Any, list[Any]]:
 
 def champion_alias(stack: Stack, job: str) -> Any:
     return MlflowClient(stack.mlflow_url).get_model_version_by_alias(job, "champion")
+
+
+def files_with(home: Path, text: str) -> list[Path]:
+    """The files that hold the text, below a home in which other tests make and delete some meanwhile."""
+    files = []
+    for path in home.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):
+            if path.is_file() and text.encode() in path.read_bytes():
+                files.append(path)
+    return files
 
 
 def promote_a_copy(store: Store, job: str) -> str:
@@ -80,21 +90,13 @@ def run_directly(stack: Stack, job: str, **environment: str) -> tuple[str, str]:
 
 def run_script(stack: Stack, script: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """A program against the stack's servers."""
-    return subprocess.run(
-        [sys.executable, "-c", script],
-        env={
-            **stack.environment,
-            "PREFECT_API_URL": stack.prefect_api,
-            "PREFECT_HOME": str(stack.home / "prefect"),
-            "MLFLOW_TRACKING_URI": stack.mlflow_url,
-            "DO_NOT_TRACK": "true",
-            **environment,
-        },
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    servers = {
+        "PREFECT_API_URL": stack.prefect_api,
+        "PREFECT_HOME": str(stack.home / "prefect"),
+        "MLFLOW_TRACKING_URI": stack.mlflow_url,
+        "DO_NOT_TRACK": "true",
+    }
+    return run_warm(script, {**stack.environment, **servers, **environment})
 
 
 def night_under_way(stack: Stack, job: str, *, trials: int) -> optuna.Study:

@@ -1,5 +1,5 @@
 #!/bin/bash
-# A real S3 server for the tests: Ceph's RADOS gateway with one monitor and one OSD on a file, on loopback only.
+# A real S3 server for the tests: Ceph's RADOS gateway with one monitor and one OSD, on loopback only.
 # usage: rgw.sh FOLDER PORT ACCESS_KEY SECRET_KEY    runs in the foreground; FOLDER/ready appears when it can be used
 # Debian packages: ceph-mon ceph-osd radosgw ceph-common
 set -e
@@ -10,6 +10,8 @@ cluster=$(cat /proc/sys/kernel/random/uuid)
 
 # ms_mon_client_mode: without it radosgw waits for ever when authentication is off.
 # mon_data_avail_crit: the monitor would stop itself on a disk that is nearly full.
+# paxos_*: the monitor would collect changes of the cluster for a second before it makes them, two dozen times.
+# osd_objectstore: no test kills the OSD, so that it may keep its objects in memory.
 cat > "$CEPH_CONF" <<CONF
 [global]
 fsid=$cluster
@@ -23,6 +25,8 @@ auth_client_required=none
 ms_mon_client_mode=crc
 mon_data_avail_warn=2
 mon_data_avail_crit=1
+paxos_propose_interval=0.01
+paxos_min_wait=0.01
 mon_allow_pool_size_one=true
 mon_max_pg_per_osd=1000
 mon_data=$folder/mon
@@ -32,9 +36,8 @@ osd_pool_default_pg_num=4
 osd_pool_default_pg_autoscale_mode=off
 osd_crush_chooseleaf_type=0
 osd_data=$folder/osd
-osd_objectstore=bluestore
+osd_objectstore=memstore
 osd_memory_target=939524096
-bluestore_block_size=8589934592
 run_dir=$folder/run
 pid_file=$folder/run/\$name.pid
 admin_socket=$folder/run/\$name.asok

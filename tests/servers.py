@@ -14,7 +14,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import boto3
 import httpx
@@ -71,14 +73,19 @@ class S3Server:
         wait_for(lambda: _listens(port), 60, "the second gateway")
         return process
 
-    def make_bucket(self, name: str) -> None:
-        boto3.Session().client(
+    @cached_property
+    def client(self) -> Any:
+        """boto3's client with the rights of the buckets' owner."""
+        return boto3.Session().client(
             "s3",
             endpoint_url=self.endpoint,
             aws_access_key_id=ACCESS_KEY,
             aws_secret_access_key=SECRET_KEY,
             region_name="us-east-1",
-        ).create_bucket(Bucket=name)
+        )
+
+    def make_bucket(self, name: str) -> None:
+        self.client.create_bucket(Bucket=name)
 
 
 @contextmanager

@@ -89,8 +89,9 @@ def test_a_second_user_behind_a_proxy_in_an_odd_home_gets_a_night(
             other_user("down", **environment)
 
 
-def test_a_worker_that_dies_as_it_starts_is_not_up(stack: Stack) -> None:
+def test_a_worker_that_dies_as_it_starts_is_not_up(breakable_stack: Stack) -> None:
     """`up` says the last line that it wrote, and the next one starts it."""
+    stack = breakable_stack
     (worker,) = [part for part in json.loads(stack.nightly("status", "--json").stdout) if part["service"] == "worker"]
     os.kill(worker["pid"], signal.SIGTERM)
     wait_for(lambda: not Path(f"/proc/{worker['pid']}/cmdline").exists(), 60, "the worker to end")

@@ -27,7 +27,16 @@ from tasks.study import finished_trials
 from tasks.tracking import CURVE, TRIAL_NUMBER
 from tests.conftest import CPU, Stack, make_job
 from tests.faulty_proxy import Fault, Request, faulty_proxy
-from tests.nights import champion_alias, first_run, latest_run, promote_a_copy, run_directly, runs_of, study_of
+from tests.nights import (
+    champion_alias,
+    files_with,
+    first_run,
+    latest_run,
+    promote_a_copy,
+    run_directly,
+    runs_of,
+    study_of,
+)
 from tests.servers import SECRET_KEY, PostgresServer, S3Server, wait_for
 
 STEPS = ["reconcile", "prepare", "tune", "confirm", "gate", "promote", "report"]
@@ -268,8 +277,7 @@ def test_a_night_promotes_to_s3(
     assert champion.promotion.number == 1
     assert len(history(open_store(url), "quick-s3")) == 1
     assert champion_alias(stack, "quick-s3").tags["store_version"] == champion.manifest.version
-    holders = [path for path in stack.home.rglob("*") if path.is_file() and SECRET_KEY.encode() in path.read_bytes()]
-    assert holders == [], "a database, log or study holds the store's secret"
+    assert files_with(stack.home, SECRET_KEY) == [], "a database, log or study holds the store's secret"
 
 
 def test_a_refused_parameter_starts_nothing(stack: Stack) -> None:
@@ -301,7 +309,7 @@ def test_a_schedule_is_paused_stays_so_and_goes_on(stack: Stack) -> None:
 
     before = schedule()
     assert "is paused" in stack.nightly("pause", "quick").stdout
-    stack.nightly("up")
+    stack.nightly("apply")
     after = schedule()
     assert after == {**before, "active": False, "updated": after["updated"]}
     stack.nightly("resume", "quick")
@@ -426,8 +434,7 @@ def test_a_webhook_hears_of_promotions_and_failures(
     assert "/runs/flow-run/" in promoted["night"]
     assert (failed["event"], failed["job"]) == ("failed", "no-such-job")
     assert failed["reason"].startswith("no job is named 'no-such-job'")
-    files = [path for path in stack.home.rglob("*") if path.is_file()]
-    assert [path for path in files if b"a-token-of-the-webhook" in path.read_bytes()] == []
+    assert files_with(stack.home, "a-token-of-the-webhook") == []
 
 
 def test_a_night_whose_database_starts_late_says_so_at_once_and_goes_on(

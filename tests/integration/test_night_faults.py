@@ -26,6 +26,11 @@ from tests.nights import (
 from tests.servers import S3Server, free_port, wait_for
 
 
+@pytest.fixture
+def stack(breakable_stack: Stack) -> Stack:
+    return breakable_stack
+
+
 @pytest.mark.parametrize("reason", ["unreachable", "damaged"])
 def test_a_store_that_cannot_be_used_is_found_before_the_first_trial(stack: Stack, reason: str, tmp_path: Path) -> None:
     if reason == "unreachable":

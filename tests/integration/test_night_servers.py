@@ -1,5 +1,7 @@
 """Nights that are robbed of their servers, or of their worker."""
 
+import pytest
+
 from tasks.champion import load_champion
 from tasks.study import finished_trials
 from tasks.tracking import TRIAL_NUMBER
@@ -14,6 +16,11 @@ from tests.nights import (
     service_of,
 )
 from tests.servers import wait_for
+
+
+@pytest.fixture
+def stack(breakable_stack: Stack) -> Stack:
+    return breakable_stack
 
 
 def test_a_night_goes_on_without_mlflow_and_the_next_one_makes_up_for_it(stack: Stack) -> None:

@@ -40,7 +40,7 @@ def test_the_job_of_ones_own_runs_and_its_champion_loads(stack: Stack, monkeypat
     jobs = Path(stack.environment["NIGHTLY_JOBS"])
     (jobs / "spirals.yaml").write_text(block("yaml", "name: spirals"))
     (jobs / "spirals.py").write_text(block("python", "import numpy"))
-    stack.nightly("up")
+    stack.nightly("apply")
     shown = stack.nightly("run", "spirals").stdout
     assert "# spirals: version" in shown
     monkeypatch.setenv("NIGHTLY_HOME", str(stack.home))

@@ -19,6 +19,11 @@ from tests.servers import answers, background, free_port, wait_for
 
 
 @pytest.fixture
+def stack(breakable_stack: Stack) -> Stack:
+    return breakable_stack
+
+
+@pytest.fixture
 def idle(tmp_path: Path) -> Stack:
     """A stack that was never started."""
     return make_stack(tmp_path)

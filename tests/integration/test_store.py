@@ -1,19 +1,21 @@
 """One contract for every artifact store: a key is created once, and of two racing writers exactly one wins."""
 
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import boto3
 import pytest
 
 from infra.store import AlreadyExists, NotFound, Store, StoreError, StoreUnavailable, check_store, open_store
+from tests.integration.conftest import use
 from tests.servers import ACCESS_KEY, SECRET_KEY, S3Server, free_port
+
+WRITERS, ROUNDS = 8, 3
 
 
 @pytest.fixture
 def rgw_environment(rgw: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
-    for name, value in rgw.environment.items():
-        monkeypatch.setenv(name, value)
+    use(monkeypatch, rgw.environment)
     return rgw
 
 
@@ -39,18 +41,25 @@ def test_keys_are_listed_by_prefix(store: Store) -> None:
     assert len(list(store.created(""))) == 4
 
 
-def test_of_racing_writers_exactly_one_wins(store: Store) -> None:
+def test_of_writers_at_the_same_moment_exactly_one_wins(store: Store) -> None:
+    """A store that looked for the key and then wrote it without a condition was seen by 200 of 200 rounds, on each kind
+    of store. A round that sees it with a probability of 0.985 is the least that this allows for at 95 %, so three
+    rounds miss it less often than once in 200,000 times.
+    """
+    start = threading.Barrier(WRITERS)
+
     def create(key: str, writer: int) -> bool:
+        start.wait(60)
         try:
             store.create(key, b"%d" % writer)
         except AlreadyExists:
             return False
         return True
 
-    with ThreadPoolExecutor(8) as threads:
-        for round_ in range(10):
+    with ThreadPoolExecutor(WRITERS) as threads:
+        for round_ in range(ROUNDS):
             key = f"race/{round_}"
-            wins = list(threads.map(lambda writer, key=key: create(key, writer), range(8)))
+            wins = list(threads.map(create, [key] * WRITERS, range(WRITERS)))
             assert sum(wins) == 1
             assert store.read(key) == b"%d" % wins.index(True)
 
@@ -64,9 +73,7 @@ def test_the_check_passes_again_and_again_and_leaves_one_key(store: Store) -> No
 def test_a_store_that_ignores_the_condition_is_refused(rgw_environment: S3Server) -> None:
     """Ceph's gateway ignores If-None-Match in a bucket with versioning."""
     rgw_environment.make_bucket("versioned")
-    boto3.Session().client("s3").put_bucket_versioning(
-        Bucket="versioned", VersioningConfiguration={"Status": "Enabled"}
-    )
+    rgw_environment.client.put_bucket_versioning(Bucket="versioned", VersioningConfiguration={"Status": "Enabled"})
     store = open_store("s3://versioned/prefix")
     for _ in range(2):
         with pytest.raises(StoreError, match="must refuse to create a key twice"):
@@ -96,8 +103,7 @@ def test_a_missing_bucket_is_one_sentence(rgw_environment: S3Server) -> None:
 
 
 def test_a_server_that_is_away_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in S3Server(f"http://127.0.0.1:{free_port()}").environment.items():
-        monkeypatch.setenv(name, value)
+    use(monkeypatch, S3Server(f"http://127.0.0.1:{free_port()}").environment)
     with pytest.raises(StoreUnavailable, match=r"s3://away cannot be reached"):
         check_store(open_store("s3://away"))
 

@@ -6,6 +6,8 @@ import signal
 from collections import Counter
 from pathlib import Path
 
+import pytest
+
 from tasks.leases import workers_of
 from tasks.study import WORKER, finished_trials
 from tests.conftest import Stack
@@ -32,6 +34,11 @@ class Net(nn.Module):
             time.sleep(0.02)
         return self.layers(rows)
 """
+
+
+@pytest.fixture
+def stack(breakable_stack: Stack) -> Stack:
+    return breakable_stack
 
 
 def write_slow_job(jobs: Path, name: str, *, trials: int, workers: int, epochs: int) -> None:
