@@ -23,6 +23,7 @@ from tasks.prepared import Prepared
 from tasks.study import open_study
 from tasks.trainer import LocalTrainer
 from tasks.tune import tune
+from tests.commands import nightly
 from tests.conftest import CPU, Stack, make_stack, require
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
@@ -131,7 +132,7 @@ def test_the_job_on_a_table_is_checked_as_it_is_printed(tmp_path: Path) -> None:
     )
     frame.loc[3, "spent"] = np.nan
     frame.to_csv(jobs / "customers-1.csv", index=False)
-    card = stack.nightly("check", "customers").stdout
+    card = nightly(stack, "check", "customers").stdout
     for line in (
         "| zip_code | categorical | 0 | 10115, 50667 |",
         "| remarks | ignored | 0 |",
@@ -141,9 +142,9 @@ def test_the_job_on_a_table_is_checked_as_it_is_printed(tmp_path: Path) -> None:
         assert line in card
     assert "| customer | split by | 0 |" in card
     assert "| churned | target | 0 | Yes, no |" in card
-    assert json.loads(stack.nightly("check", "customers", "--json").stdout)["row_counts"]["train"] > 80
+    assert json.loads(nightly(stack, "check", "customers", "--json").stdout)["row_counts"]["train"] > 80
     frame.rename(columns={"churned": "left"}).to_csv(jobs / "customers-1.csv", index=False)
-    refused = stack.nightly("check", "customers", ok=False)
+    refused = nightly(stack, "check", "customers", ok=False)
     assert refused.returncode == 1
     assert "data.target must name a column" in refused.stderr
     assert "Traceback" not in refused.stderr

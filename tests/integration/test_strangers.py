@@ -21,6 +21,7 @@ from infra.settings import MARK, Settings
 from infra.stack import is_prefect_ours
 from infra.store import open_store
 from tasks.promotions import Promotion, latest_promotion
+from tests.commands import nightly
 from tests.conftest import Stack, make_stack
 from tests.nights import promote_a_copy, run_directly
 from tests.servers import answers, background, wait_for
@@ -46,7 +47,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
             f"name: {name}\n"
             "data: {source: 'sklearn://iris'}\n"
             "search: {pruner: none, space: {epochs: 2, batch_size: 64, width: 16, depth: 1}}\n"
-            "budget: {trials: 2, workers: 2}\n"
+            "budget: {trials: 2}\n"
             "confirm: {candidates: 1, seeds: 2}\n" + tracking
         )
     prefect = [sys.executable, "-m", "prefect", "server", "start", "--port", environment["NIGHTLY_PREFECT_PORT"]]
@@ -58,6 +59,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     quiet = {
         "PREFECT_HOME": str(folder / "prefect"),
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
         "DO_NOT_TRACK": "1",
         # The server itself ends a run that has been CANCELLING for five minutes, which a slow machine takes for this.
         "PREFECT_SERVER_SERVICES_CANCELLATION_CLEANUP_CANCELLING_TIMEOUT_SECONDS": "36000",
@@ -187,7 +189,7 @@ def test_a_house_full_of_theirs_is_the_same_after_all_that_we_do(
     assert f"the deployment nightly_tuning/{CLASHING} of the Prefect server" in up.stderr
     assert "worker is up" in up.stdout
     for command in ("run", "pause"):
-        assert "so it is somebody else's; rename the job" in stack.nightly(command, CLASHING, ok=False).stderr
+        assert "so it is somebody else's; rename the job" in nightly(stack, command, CLASHING, ok=False).stderr
     assert "✓ promote" in stack.nightly("run", JOB).stdout
     promote_a_copy(open_store((stack.home / "store").as_uri()), JOB)
     stack.nightly("rollback", JOB, "--reason", "it disappoints")
@@ -197,11 +199,11 @@ def test_a_house_full_of_theirs_is_the_same_after_all_that_we_do(
         return str(mlflow.get_model_version_by_alias(f"{JOB} champion", "champion").tags["store_version"])
 
     wait_for(lambda: alias() == champion, 120, "the alias to follow")
-    stack.nightly("pause", JOB)
+    nightly(stack, "pause", JOB)
     settled = stack.nightly("reconcile", ok=False)
     assert (settled.returncode, settled.stdout.count("\n")) == (1, 3), settled.stdout  # all jobs but the clashing one
     assert f"name another one by tracking.experiment in the job {CLASHING}" in settled.stderr
-    stack.nightly("gc")
+    nightly(stack, "gc")
     kind, message = run_directly(stack, CLASHING)
     assert (kind, "name another one by tracking.experiment in the job clashing" in message) == ("FAILED", True)
     assert not (stack.home / "studies" / CLASHING).exists()
