@@ -1,56 +1,48 @@
 """A night over several machines: its workers, its network and its servers fail under it."""
 
-import json
 import subprocess
 import sys
-import threading
-import time
-from pathlib import Path
-
-import pytest
-
-from tests.conftest import make_stack, require
-from tests.hosts import Host, hosts, hosts_cannot_be_made
-from tests.integration.test_workers import write_slow_job
-from tests.servers import PostgresServer, S3Server, free_port, postgres_programs, postgres_server, wait_for
-
-TRIALS = 60
-LOOK = """
-import json, os, sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+import httpx
+import optuna
+import pytest
 from mlflow import MlflowClient
+from optuna.trial import TrialState
+
 from infra.store import open_store
 from tasks.leases import mishaps_of, workers_of
 from tasks.promotions import history
-from tasks.study import finished_trials, is_interrupted, last_study
+from tasks.study import WORKER, finished_trials, is_interrupted, last_study
 from tasks.tracking import INTERRUPTIONS, TRIAL_NUMBER, nested_runs
-study = last_study("cluster", os.environ["NIGHTLY_OPTUNA_URL"])
-client = MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
-parent = client.get_run(study.user_attrs["mlflow_run_id"])
-runs = list(nested_runs(client, parent.info.run_id))
-print(json.dumps({
-    "states": Counter(trial.state.name for trial in study.trials),
-    "finished": [trial.user_attrs["number"] for trial in finished_trials(study)],
-    "interrupted": [trial.user_attrs.get("number") for trial in study.trials if is_interrupted(trial)],
-    "tracked": [int(run.data.tags[TRIAL_NUMBER]) for run in runs],
-    "resumed": [
-        int(run.data.tags[TRIAL_NUMBER]) for run in runs for _ in range(int(run.data.tags.get(INTERRUPTIONS, 0)))
-    ],
-    "run_states": Counter(run.info.status for run in [parent, *runs]),
-    "living": workers_of(study.user_attrs),
-    "mishaps": mishaps_of(study.user_attrs),
-    "promotions": len(history(open_store(os.environ["NIGHTLY_STORE"]), "cluster")),
-}))
-"""
+from tests.conftest import make_stack, require
+from tests.held import write_held_job
+from tests.hosts import Host, hosts, hosts_cannot_be_made
+from tests.servers import (
+    PostgresServer,
+    S3Server,
+    answers,
+    free_port,
+    postgres_programs,
+    postgres_server,
+    wait_for,
+)
+
+JOB, TRIALS = "cluster", 12
+NIGHTLY = str(Path(sys.executable).parent / "nightly")
 
 
 class Cluster:
-    """Servers on the first host, and the environment by which all others reach them."""
+    """Servers on the first host, the environment by which the others reach them, and ports by which this test does."""
 
     def __init__(self, here: Host, postgres: PostgresServer, folder: Path) -> None:
         self.here, self.postgres, self._folder = here, postgres, folder
-        self.ports = {name: free_port() for name in ("prefect", "mlflow", "s3")}
+        self.ports = {name: free_port() for name in ("prefect", "mlflow", "s3")} | {"optuna": postgres.port}
+        self.from_outside = {name: here.lead_to(port) for name, port in self.ports.items()}
+        self.s3 = S3Server(f"http://127.0.0.1:{self.from_outside['s3']}")
         self.environment = {
             **make_stack(folder / "stack").environment,
             "PREFECT_API_URL": f"http://{here.address}:{self.ports['prefect']}/api",
@@ -62,29 +54,29 @@ class Cluster:
             "NIGHTLY_STORE": "s3://cluster/store",
             "OMP_NUM_THREADS": "1",
         }
-        jobs = Path(self.environment["NIGHTLY_JOBS"])
-        write_slow_job(jobs, "cluster", trials=TRIALS, workers=4, epochs=30)
+        self.gate = write_held_job(Path(self.environment["NIGHTLY_JOBS"]), JOB, trials=TRIALS, workers=4)
 
     def start(self) -> None:
         for name in ("prefect", "mlflow", "optuna"):
             self.postgres.ask("postgres", f"CREATE DATABASE {name}")
         self.postgres.ask("prefect", "CREATE EXTENSION pg_trgm")
-        self.here.start(sys.executable, "-m", "ministack", BIND_HOST=self.here.address,
-                        GATEWAY_PORT=str(self.ports["s3"]), SERVICES="s3")  # fmt: skip
+        allowed = f"{self.here.address}:{self.ports['mlflow']},127.0.0.1:{self.from_outside['mlflow']}"
+        self.start_prefect()
         self.here.start(
             sys.executable, "-m", "mlflow", "server", "--host", self.here.address, "--port", str(self.ports["mlflow"]),
-            "--workers", "1", "--allowed-hosts", f"{self.here.address}:{self.ports['mlflow']}",
+            "--workers", "1", "--allowed-hosts", allowed,
             "--backend-store-uri", f"postgresql+psycopg://{self.postgres.place}/mlflow",
             "--artifacts-destination", (self._folder / "artifacts").as_uri(),
-            PGPASSWORD=self.postgres.password,
+            PGPASSWORD=self.postgres.password, MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false",
         )  # fmt: skip
-        self.start_prefect()
+        self.here.start(sys.executable, "-m", "ministack", BIND_HOST=self.here.address,
+                        GATEWAY_PORT=str(self.ports["s3"]), SERVICES="s3")  # fmt: skip
         self.tunnel(self.here)
-        for name, path in (("prefect", "api/health"), ("mlflow", "health")):
-            self.wait_for_page(f"http://{self.here.address}:{self.ports[name]}/{path}")
-        bucket = "import boto3; boto3.client('s3').create_bucket(Bucket='cluster')"
-        self.here.run(sys.executable, "-c", bucket, **self.environment)
-        self.nightly("apply")
+        self.wait_for_page("s3", "")
+        self.s3.make_bucket("cluster")
+        self.wait_for_page("prefect", "api/health")
+        self.here.run(NIGHTLY, "apply", **self.environment)
+        self.wait_for_page("mlflow", "health")
 
     def start_prefect(self) -> None:
         self.prefect = self.here.start(
@@ -95,10 +87,9 @@ class Cluster:
             PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE="prefect.server.concurrency.lease_storage.filesystem",
         )  # fmt: skip
 
-    def restart_prefect(self) -> None:
+    def kill_prefect(self) -> None:
         self.prefect.kill()  # with it goes its process tree
         self.prefect.wait()
-        self.start_prefect()
 
     def tunnel(self, host: Host) -> None:
         port = self.ports["s3"]
@@ -107,89 +98,123 @@ class Cluster:
     def start_worker(self, host: Host) -> None:
         self.tunnel(host)
         environment = {**self.environment, "NIGHTLY_HOME": str(self._folder / host.namespace)}
-        nightly = str(Path(sys.executable).parent / "nightly")
-        host.start(nightly, "workers", "start", "--devices", "cpu:1", "--foreground", **environment)
+        host.start(NIGHTLY, "workers", "start", "--devices", "cpu:1", "--foreground", **environment)
 
-    def nightly(self, *arguments: str) -> str:
-        return self.here.run(str(Path(sys.executable).parent / "nightly"), *arguments, **self.environment)
+    def wait_for_page(self, server: str, path: str) -> None:
+        wait_for(lambda: answers(f"http://127.0.0.1:{self.from_outside[server]}/{path}"), 300, server)
 
-    def wait_for_page(self, url: str) -> None:
-        ask = f"import urllib.request; urllib.request.urlopen({url!r}, timeout=5)"
-
-        def answers() -> bool:
-            try:
-                self.here.run(sys.executable, "-c", ask)
-            except AssertionError:
-                return False
-            return True
-
-        wait_for(answers, 300, url)
-
-    def finished(self) -> int:
-        return int(self.postgres.ask("optuna", "SELECT count(*) FROM trials WHERE state = 'COMPLETE'")[0])
-
-    def workers(self) -> dict[str, bool]:
-        """The hosts that train, and whether the night itself is there."""
-        try:
-            rows = self.postgres.ask("optuna", "SELECT value_json FROM study_user_attributes WHERE key LIKE 'worker %'")
-        except subprocess.CalledProcessError:  # the first night makes the tables
-            return {}
-        records = [json.loads(row) for row in rows]
-        return {record["host"]: record["night"] for record in records if record["beats"] >= 0}
-
-    def run_states(self) -> list[str]:
-        rows = self.postgres.ask("prefect", "SELECT state_type FROM flow_run WHERE auto_scheduled = false")
-        return sorted(rows)
-
-    def night_state(self) -> str:
-        rows = self.postgres.ask(
-            "prefect", "SELECT state_type FROM flow_run WHERE auto_scheduled = false AND name LIKE 'cluster%'"
+    def study(self) -> optuna.Study | None:
+        try:  # the first night makes the tables
+            is_there = self.postgres.ask("optuna", "SELECT study_name FROM studies")
+        except subprocess.CalledProcessError:
+            return None
+        return (
+            last_study(JOB, f"postgresql://nightly@127.0.0.1:{self.from_outside['optuna']}/optuna")
+            if is_there
+            else None
         )
-        return rows[0] if rows else ""
+
+    def flow_runs(self) -> list[dict[str, Any]]:
+        """Those that somebody asked for; the schedule's lie ahead."""
+        url = f"http://127.0.0.1:{self.from_outside['prefect']}/api/flow_runs/filter"
+        runs = httpx.post(url, json={}, timeout=60).raise_for_status().json()
+        return [run for run in runs if not run["auto_scheduled"]]
+
+    def state_of_the_night(self) -> str:
+        return next(str(run["state_type"]) for run in self.flow_runs() if "study" not in run["parameters"])
 
 
-@pytest.mark.timeout(1800)
-def test_a_night_outlives_its_workers_its_network_and_its_servers(tmp_path: Path) -> None:
+def training(study: optuna.Study) -> set[str]:
+    """The hosts that have a trial."""
+    living = workers_of(study.user_attrs)
+    workers = (trial.user_attrs.get(WORKER) for trial in study.get_trials(states=(TrialState.RUNNING,)))
+    return {str(living[worker]["host"]) for worker in workers if worker in living}
+
+
+def is_lost(study: optuna.Study, host: Host) -> bool:
+    return any(host.namespace in sentence for sentence in mishaps_of(study.user_attrs))
+
+
+@pytest.fixture
+def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Cluster, list[Host]]]:
+    """Servers on a host of their own, and three hosts where nothing runs yet."""
     if reason := hosts_cannot_be_made():
         require(reason)
     if postgres_programs() is None:
         require("PostgreSQL's server is not installed (Debian: postgresql)")
-    with hosts(5, tmp_path) as (first, *others), postgres_server(first.address, first.command()) as postgres:
+    with hosts(4, tmp_path) as (first, *others), postgres_server(first.address, first.command()) as postgres:
         cluster = Cluster(first, postgres, tmp_path)
+        monkeypatch.setenv("PGPASSWORD", postgres.password)
+        for name, value in cluster.s3.environment.items():
+            monkeypatch.setenv(name, value)
         cluster.start()
-        for host in others[:3]:
-            cluster.start_worker(host)
-        cluster.nightly("run", "cluster", "--no-follow")
-        wait_for(lambda: len(cluster.workers()) == 3 and cluster.finished() >= 3, 400, "three hosts to train")
-        helpers = [host for host in others[:3] if not cluster.workers()[host.namespace]]
-        assert len(helpers) == 2
-        lost, cut_off = helpers
+        yield cluster, others
 
-        lost.lose_power()
-        cut_off.cut_network(cut=True)
-        back = threading.Timer(40, lambda: cut_off.cut_network(cut=False))
-        back.start()
-        late = others[3]
-        cluster.start_worker(late)
-        wait_for(lambda: late.namespace in cluster.workers(), 400, "the fourth host to train")
-        cluster.postgres.stop()
-        time.sleep(5)
-        cluster.postgres.start()
-        cluster.restart_prefect()
-        back.join()
-        wait_for(lambda: cluster.night_state() not in ("RUNNING", "PENDING"), 900, "the night to end")
-        assert cluster.night_state() == "COMPLETED", (tmp_path / f"{first.namespace}.log").read_text()[-4000:]
 
-        wait_for(lambda: "RUNNING" not in cluster.run_states(), 400, "no worker's run to be left RUNNING")
-        found = json.loads(first.run(sys.executable, "-c", LOOK, **cluster.environment))
-        assert sorted(found["finished"]) == list(range(TRIALS))
-        assert set(found["states"]) <= {"COMPLETE", "FAIL"}
-        assert found["states"]["FAIL"] == len(found["interrupted"]) > 0
-        assert sorted(found["tracked"]) == list(range(TRIALS))
-        assert found["run_states"] == {"FINISHED": TRIALS + 1}
-        assert sorted(found["resumed"]) == sorted(number for number in found["interrupted"] if number is not None)
-        assert found["living"] == {}
-        assert any(lost.namespace in sentence for sentence in found["mishaps"])
-        assert found["promotions"] == 1
-        assert "cluster" in cluster.nightly("champion", "cluster")
-        assert set(cluster.run_states()) <= {"COMPLETED", "CRASHED", "CANCELLED", "FAILED"}
+@pytest.mark.timeout(1800)
+def test_a_night_outlives_its_workers_its_network_and_its_servers(cluster: tuple[Cluster, list[Host]]) -> None:
+    """Each trial waits until it is let end, so that every fault meets trials that are under way."""
+    servers, (first, lost, cut_off) = cluster
+    servers.start_worker(first)
+    servers.here.run(NIGHTLY, "run", JOB, "--no-follow", **servers.environment)
+    wait_for(servers.study, 300, "the night to begin")
+    study = servers.study()
+    assert study is not None
+    for late in (lost, cut_off):
+        servers.start_worker(late)
+    everyone = {host.namespace for host in (first, lost, cut_off)}
+    wait_for(lambda: training(study) == everyone, 300, "three hosts to train")
+
+    # A trial ends while the studies cannot be written, and Prefect is gone as well.
+    servers.postgres.stop()
+    servers.kill_prefect()
+    servers.gate.let_one_end(first.namespace)
+    wait_for(lambda: "the studies cannot be used" in first.log.read_text(), 300, "the outage to be seen")
+    wait_for(lambda: servers.gate.has_let(first.namespace), 300, "a trial to end")
+    servers.postgres.start()
+    servers.start_prefect()
+    wait_for(lambda: finished_trials(study), 300, "the trial's end to be written")
+
+    lost.lose_power()
+    cut_off.cut_network(cut=True)
+    wait_for(lambda: is_lost(study, lost) and is_lost(study, cut_off), 300, "both hosts to be given up")
+    servers.gate.let_one_end(cut_off.namespace)
+    wait_for(lambda: servers.gate.has_let(cut_off.namespace), 300, "the trial of the host that was cut off to end")
+    cut_off.cut_network(cut=False)
+    wait_for(lambda: cut_off.namespace in training(study), 300, "the host to train again, as another worker")
+
+    servers.wait_for_page("prefect", "api/health")
+    servers.gate.open()
+    wait_for(lambda: servers.state_of_the_night() not in ("RUNNING", "PENDING"), 600, "the night to end")
+    assert servers.state_of_the_night() == "COMPLETED", first.log.read_text()[-4000:]
+    wait_for(
+        lambda: not {"RUNNING", "PENDING", "SCHEDULED"} & {run["state_type"] for run in servers.flow_runs()},
+        300,
+        "no worker's run to be left open",
+    )
+    assert_the_ledgers_agree(servers, study)
+    states = Counter(run["state_type"] for run in servers.flow_runs())
+    assert states["CANCELLED"] > 0  # a fourth worker was asked for
+    assert states.keys() <= {"COMPLETED", "CRASHED", "CANCELLED"}
+    assert len(history(open_store("s3://cluster/store"), JOB)) == 1
+    assert JOB in servers.here.run(NIGHTLY, "champion", JOB, **servers.environment)
+
+
+def assert_the_ledgers_agree(servers: Cluster, study: optuna.Study) -> None:
+    """Each trial was finished once, and tracked once, with each of its interruptions."""
+    numbers = list(range(TRIALS))
+    assert sorted(trial.user_attrs["number"] for trial in finished_trials(study)) == numbers
+    states = Counter(trial.state for trial in study.trials)
+    assert states.keys() == {TrialState.COMPLETE, TrialState.FAIL}
+    interrupted = [trial.user_attrs.get("number") for trial in study.trials if is_interrupted(trial)]
+    assert len(interrupted) == states[TrialState.FAIL]
+    client = MlflowClient(f"http://127.0.0.1:{servers.from_outside['mlflow']}")
+    parent = client.get_run(study.user_attrs["mlflow_run_id"])
+    runs = list(nested_runs(client, parent.info.run_id))
+    assert sorted(int(run.data.tags[TRIAL_NUMBER]) for run in runs) == numbers
+    assert {run.info.status for run in (parent, *runs)} == {"FINISHED"}
+    told = {int(run.data.tags[TRIAL_NUMBER]): int(run.data.tags.get(INTERRUPTIONS, 0)) for run in runs}
+    assert Counter(number for number in interrupted if number is not None) == Counter(
+        {number: times for number, times in told.items() if times}
+    )
+    assert workers_of(study.user_attrs) == {}
