@@ -17,6 +17,7 @@ from tests.conftest import require
 WIDTH, HEIGHT = 1280, 800
 COLOURS = 128  # enough for a page, and a fifth of the bytes
 PATIENCE_MS = 20_000
+REST_MS, MOST_LOOKS = 300, 20
 
 
 @pytest.fixture(scope="session")
@@ -50,12 +51,18 @@ def page(browser: Browser) -> Iterator[Page]:
 
 @pytest.fixture(scope="session")
 def picture(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Page, str], None]:
-    """Keep what a page shows as a small PNG of that name."""
+    """Keep what a page shows, once it has come to rest, as a small PNG of that name."""
     place = os.environ.get("NIGHTLY_PICTURES")
     folder = Path(place) if place else tmp_path_factory.mktemp("pictures")
 
     def take(page: Page, name: str) -> None:
-        shown = Image.open(io.BytesIO(page.screenshot()))
+        seen = page.screenshot()
+        for _ in range(MOST_LOOKS):  # of what never rests the last one does
+            page.wait_for_timeout(REST_MS)
+            before, seen = seen, page.screenshot()
+            if seen == before:
+                break
+        shown = Image.open(io.BytesIO(seen))
         shown.convert("RGB").quantize(COLOURS).save(folder / f"{name}.png", optimize=True)
 
     return take

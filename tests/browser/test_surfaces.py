@@ -57,7 +57,6 @@ def test_prefect_shows_the_night_and_leads_to_its_trials_in_mlflow(
     expect(page.get_by_text("Trials, plots and models")).to_be_visible()
     page.get_by_text("Logs", exact=True).click()
     expect(page.get_by_text("this night in MLflow: http", exact=False).first).to_be_visible()
-    page.wait_for_timeout(2000)  # until the timeline has come to rest
     picture(page, "prefect-night")
     (best,) = stack.prefect("artifacts/filter", artifacts=_of(night, f"nightly-tuner-trials-{JOB}"))
     page.goto(f"{_prefect(stack)}/artifacts/artifact/{best['id']}")
