@@ -12,12 +12,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from flows import cli_jobs, cli_versions, cli_workers
 from flows.cli_versions import JobArgument, point_champion
-from flows.console import errors, readable_jobs, say, say_hints
+from flows.console import console, errors, readable_jobs, say, say_hints
 from flows.deployments import deployment_of, path_of
 from infra.errors import NotOurs
 from infra.services import servers, worker
@@ -35,7 +34,21 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-console = Console(highlight=False, soft_wrap=True)
+
+NEXT = """\
+**What to type next**
+
+- **{nightly} champion {job}**: the champion and what it is worth, every checksum verified
+- **{nightly} history {job}**: who was champion when, and why
+- **{nightly} logs {job}**: what this night logged
+- **{nightly} init**: a job for your own data
+- **{nightly} down**: stop the stack, which stays up for these pages and for the schedule
+
+and in Python
+
+    from tasks.champion import load_champion
+    load_champion("{job}").predict(rows)
+"""
 
 
 @app.command()
@@ -155,17 +168,17 @@ def run(
     }  # fmt: skip
     tuning_job = load_job(job, settings.jobs, **given)
     say_hints(tuning_job)
-    from flows.follow import follow_night, pages, submit_night
+    from flows.follow import follow_night, submit_night
 
     overrides = {name: value for name, value in given.items() if value not in (None, "nightly")}
     night = submit_night(settings, path_of(job), {"job": job, **overrides})
     console.print(f"night of {job}: {settings.night_page(night.id)}")
     if follow:
         follow_night(settings, night, job, console)
-        console.print(
-            f"{pages(settings, night, tuning_job.experiment)}\n"
-            f"The stack stays up for these pages and for the schedule; stop it with: {sys.argv[0]} down"
-        )
+        from flows.markdown import show
+
+        console.print()
+        show(NEXT.format(nightly=sys.argv[0], job=job), console)
 
 
 @app.command()
@@ -176,8 +189,7 @@ def check(
     settings = enter()
     from dataclasses import asdict
 
-    from rich.markdown import Markdown
-
+    from flows.markdown import show
     from tasks.data_card import data_card
     from tasks.job import check_shape, load_job
     from tasks.prepare import prepare
@@ -193,8 +205,7 @@ def check(
     if as_json:
         console.print_json(json.dumps(asdict(snapshot), default=str))
     else:
-        card = data_card(snapshot, brief=True)
-        console.print(Markdown(card) if console.is_terminal else card, markup=False)
+        show(data_card(snapshot, brief=True), console)
 
 
 app.add_typer(cli_workers.app, name="workers")

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from flows.cli_versions import AsJson, JobArgument
-from flows.console import readable_jobs
+from flows.console import console, readable_jobs
 from flows.deployments import FLOW, path_of
 from infra.errors import ExpectedError
 from infra.settings import enter
@@ -26,8 +25,6 @@ if TYPE_CHECKING:
 LOG_PAGE = 200
 TABLE_SUFFIXES = (".csv", ".csv.gz", ".tsv", ".tsv.gz", ".parquet", ".data", ".txt")
 MARKS = {"ok": "✓", "warn": "!", "fail": "✗"}
-
-console = Console(highlight=False, soft_wrap=True)
 
 JOB = """\
 # A job of Nightly Tuner. A name and a source are enough; what else there is to say, README.md says.
@@ -121,7 +118,7 @@ def init(
         raise NotWritten(f"nothing was written: {error} (a name must match {NAME_PATTERN})") from error
     console.print(f"wrote {', '.join(str(path) for path in files)}")
     where = "" if settings.jobs == folder else f"export NIGHTLY_JOBS={folder}\n"
-    console.print(f"Next:\n{where}nightly check {name}\nnightly up\nnightly run {name}", markup=False)
+    console.print(f"Next:\n{where}nightly check {name}\nnightly up\nnightly run {name}")
 
 
 def ls(as_json: AsJson = False) -> None:
@@ -174,7 +171,7 @@ def logs(job: JobArgument, as_json: AsJson = False) -> None:
             if as_json:
                 console.print_json(json.dumps(line), indent=None)
             else:
-                console.print(f"{line['at']} {line['level']:<8}{line['message']}", markup=False)
+                console.print(f"{line['at']} {line['level']:<8}{line['message']}")
 
 
 def doctor(as_json: AsJson = False) -> None:
@@ -188,7 +185,7 @@ def doctor(as_json: AsJson = False) -> None:
             found.append(check)
             if not as_json:
                 remedy = f"; {check.remedy}" if check.remedy else ""
-                console.print(f"{MARKS[check.state]} {check.name:<10} {check.found}{remedy}", markup=False)
+                console.print(f"{MARKS[check.state]} {check.name:<10} {check.found}{remedy}")
     if as_json:
         console.print_json(json.dumps([vars(check) for check in found]))
     if any(check.state == "fail" for check in found):

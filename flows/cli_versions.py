@@ -16,11 +16,9 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
 
-from flows.console import readable_jobs, say
+from flows.console import console, readable_jobs, say
 from infra.errors import NotOurs
 from infra.settings import OUR_LOGGERS, Settings, enter
-
-console = Console(highlight=False, soft_wrap=True)
 
 JobArgument = Annotated[str, typer.Argument(help="Name of a job, as its YAML file is called.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]

@@ -7,10 +7,9 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from flows.console import readable_jobs
+from flows.console import console, readable_jobs
 from infra.services import device_workers, worker
 from infra.settings import Settings, enter
 from infra.stack import is_prefect_ours, one_at_a_time, recorded_device_workers, start, stop
@@ -19,8 +18,6 @@ if TYPE_CHECKING:
     from tasks.job import TuningJob
 
 app = typer.Typer(no_args_is_help=True, help="Workers of this machine's devices, one each.")
-console = Console(soft_wrap=True, highlight=False)
-
 PoolOption = Annotated[str | None, typer.Option(help="Work pool to take runs from; else NIGHTLY_WORK_POOL's.")]
 DevicesOption = Annotated[
     str,

@@ -1,5 +1,5 @@
-"""What commands share on the terminal: where errors go, and the jobs that can be worked on though another's file is
-wrong."""
+"""What commands share on the terminal: where words and errors go, and the jobs that can be worked on though another's
+file is wrong."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,13 +13,15 @@ from infra.settings import Settings
 if TYPE_CHECKING:
     from tasks.job import TuningJob
 
-errors = Console(stderr=True, highlight=False, soft_wrap=True)
+# What stands in data, such as a class named [/b] or :x:, is printed as it is.
+console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
+errors = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
 
 
 def say(error: object) -> None:
     """Print each sentence of an error on a line of standard error."""
     for sentence in str(error).splitlines():
-        errors.print(f"nightly: {sentence}", markup=False)
+        errors.print(f"nightly: {sentence}")
 
 
 def say_hints(job: "TuningJob") -> None:

@@ -17,8 +17,8 @@ from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound
 from rich import progress
 from rich.console import Console
-from rich.markdown import Markdown
 
+from flows.markdown import show
 from infra.deploy import artifact_key
 from infra.errors import ExpectedError
 from infra.ours import our_deployment
@@ -76,18 +76,9 @@ def follow_night(settings: Settings, night: FlowRun, job: str, console: Console)
         console.print(f"the night goes on: {settings.night_page(night.id)} (cancel it there)")
         raise
     if report is not None:
-        console.print(Markdown(str(report.data)) if console.is_terminal else str(report.data))
-
-
-def pages(settings: Settings, night: FlowRun, experiment: str) -> str:
-    """The two pages to open: the night in Prefect, and the job's nights and trials in MLflow."""
-    by_name = f"{settings.mlflow_url}/api/2.0/mlflow/experiments/get-by-name"
-    try:
-        found = httpx.get(by_name, params={"experiment_name": experiment}).raise_for_status()
-        mlflow_page = settings.mlflow_page(found.json()["experiment"]["experiment_id"])
-    except httpx.HTTPError:  # MLflow went away in the night, which is no reason to fail now
-        mlflow_page = settings.mlflow_url
-    return f"Prefect {settings.night_page(night.id)}\nMLflow  {mlflow_page}"
+        summary, _, _ = str(report.data).partition("\n## ")  # what follows is for whoever opens the report
+        console.print()
+        show(summary, console)
 
 
 def _watch(client: SyncPrefectClient, night_id: UUID, job: str, console: Console) -> FlowRun:
@@ -102,7 +93,7 @@ def _watch(client: SyncPrefectClient, night_id: UUID, job: str, console: Console
             for step in steps:
                 if step.id not in shown and step.state is not None and step.state.is_final():
                     shown.add(step.id)
-                    console.print(_ended(step), markup=False)
+                    console.print(_ended(step))
             assert night.state is not None
             if night.state.is_final():
                 return night
@@ -123,9 +114,9 @@ class _Live:
     def __init__(self, console: Console) -> None:
         self._live = progress.Progress(
             progress.SpinnerColumn(),
-            progress.TextColumn("{task.description}", markup=False),
+            progress.TextColumn("{task.description}"),
             progress.BarColumn(bar_width=24),
-            progress.TextColumn("{task.fields[news]}", markup=False),
+            progress.TextColumn("{task.fields[news]}"),
             progress.TimeElapsedColumn(),
             console=console,
             transient=True,
@@ -163,7 +154,7 @@ class _Lines:
         news = step if found is None else f"{step}: {found.description}"
         if news != self._said and time.monotonic() - self._said_at >= PLAIN_PROGRESS_SECONDS:
             self._said, self._said_at = news, time.monotonic()
-            self._console.print(news, markup=False)
+            self._console.print(news)
 
 
 def _steps(client: SyncPrefectClient, night_id: UUID) -> list[TaskRun]:

@@ -3,7 +3,7 @@
 Reads a snapshot and decides nothing.
 """
 
-from tasks.findings import in_brief, printable
+from tasks.findings import escaped, in_brief
 from tasks.snapshots import Snapshot
 
 MOST_CLASSES = 20
@@ -14,7 +14,7 @@ def data_card(snapshot: Snapshot, *, brief: bool = False) -> str:
     one line for many of a kind where it is to be brief."""
     counts = ", ".join(f"{rows} {split}" for split, rows in snapshot.row_counts.items())
     lines = [
-        f"# {snapshot.source}",
+        f"# {escaped(snapshot.source)}",
         "",
         "| | |",
         "| --- | --- |",
@@ -27,11 +27,13 @@ def data_card(snapshot: Snapshot, *, brief: bool = False) -> str:
         lines += _classes(snapshot)
     if snapshot.described:
         lines += ["", "| column | used as | missing | values |", "| --- | --- | --- | --- |"]
-        lines += [f"| {_cell(it.name)} | {it.role} | {it.missing} | {_cell(it.values)} |" for it in snapshot.described]
+        lines += [
+            f"| {escaped(it.name)} | {it.role} | {it.missing} | {escaped(it.values)} |" for it in snapshot.described
+        ]
     if snapshot.findings:
         lines += ["", "| check | warning |", "| --- | --- |"]
         findings = in_brief(snapshot.findings) if brief else snapshot.findings
-        lines += [f"| {found.check} | {_cell(found.sentence)} |" for found in findings]
+        lines += [f"| {found.check} | {escaped(found.sentence)} |" for found in findings]
     return "\n".join(lines) + "\n"
 
 
@@ -53,11 +55,6 @@ def _classes(snapshot: Snapshot) -> list[str]:
     lines = ["", f"| class | {' | '.join(splits)} |", "| --- |" + " --- |" * len(splits)]
     for place, name in enumerate(snapshot.classes[:MOST_CLASSES]):
         cells = [f"{rows[place]} ({rows[place] / sum(rows):.1%})" for rows in splits.values()]
-        lines.append(f"| {_cell(name)} | {' | '.join(cells)} |")
+        lines.append(f"| {escaped(name)} | {' | '.join(cells)} |")
     more = len(snapshot.classes) - MOST_CLASSES
     return [*lines, *([f"| and {more} more |" + " |" * len(splits)] if more > 0 else [])]
-
-
-def _cell(text: str) -> str:
-    """As a table's cell shows it: what stands in data must not break the page, or the terminal."""
-    return printable(text).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")

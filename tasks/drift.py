@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from models.table import recode
+from tasks.findings import escaped
 from tasks.prepare import names_and_roles
 from tasks.snapshots import Snapshot
 
@@ -104,8 +105,8 @@ def drift(before: Snapshot, now: Snapshot) -> str | None:
 def drift_table(moved: tuple[Change, ...]) -> str:
     """The changes in Markdown."""
     lines = [
-        f"| {change.column}{' **moved**' if change.is_large else ''} | {change.stability_index:.3f} | "
-        f"{change.missing_before:.1%} | {change.missing_now:.1%} | {', '.join(change.new_categories[:5])} |"
+        f"| {escaped(change.column)}{' **moved**' if change.is_large else ''} | {change.stability_index:.3f} | "
+        f"{change.missing_before:.1%} | {change.missing_now:.1%} | {escaped(', '.join(change.new_categories[:5]))} |"
         for change in moved
     ]
     head = [

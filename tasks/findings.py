@@ -2,6 +2,7 @@
 snapshot, so it knows nothing of tables.
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,6 +13,8 @@ from tasks.job import CheckName, DataConfig, Severity
 EXAMPLES = 5
 # As many findings of one kind are one line where lines are read as they come.
 MANY = 3
+# What Markdown would take for its own; an underscore only at the end of a word.
+_MARKDOWN = re.compile(r"[\\`*\[\]<>|&~]|(?<!\w)_|_(?!\w)")
 SEVERITIES: Mapping[CheckName, Severity] = {
     "header_row": "error",
     "empty_column": "warn",
@@ -84,6 +87,11 @@ def in_brief(findings: Iterable[Finding]) -> list[Finding]:
         names = ", ".join(columns[:EXAMPLES]) + (", ..." if len(columns) > EXAMPLES else "")
         brief.append(replace(first, sentence=f"{first.sentence}; the same of {len(columns)} more columns ({names})"))
     return brief
+
+
+def escaped(text: str) -> str:
+    """One line of a Markdown document that shows what stands in data as it is, in a table's cell too."""
+    return _MARKDOWN.sub(r"\\\g<0>", printable(text))
 
 
 def printable(text: str) -> str:

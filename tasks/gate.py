@@ -204,18 +204,21 @@ def _first_night(confirmed: Confirmed, rows: "_TestRows") -> Verdict:
     ours = rows.outputs(challenger)
     limits = rows.limits(challenger, ours)
     found: dict[str, Any] = {}
-    outcome = "there was no champion yet"
-    if baseline is challenger:
-        outcome += f", and nothing that was found is better than the textbook's configuration{_means(challenger)}"
-    elif baseline is None:
-        outcome += ", and no baseline"
+    if baseline is None:
+        outcome = "there was no champion yet, and no baseline"
+    elif baseline is challenger:
+        outcome = (
+            "there was no champion yet; nothing that was tried is better on validation rows than the textbook's "
+            f"configuration ({challenger.objective} {in_figures(challenger.mean)}, {_seeds(challenger)})"
+        )
     else:
         theirs = rows.outputs(baseline)
         comparison = rows.compare(ours, theirs, judged=0)
         found = {"opponent": "baseline", "opponent_test": rows.metrics(theirs), "comparison": comparison}
-        outcome += (
-            f", and the challenger is the best{_means(challenger, baseline)}; on the test rows it is "
-            f"{_standing(comparison)}: {in_words(comparison, 'the baseline')}"
+        outcome = (
+            f"there was no champion yet; the best on validation rows ({challenger.objective} "
+            f"{in_figures(challenger.mean)} against the textbook's {in_figures(baseline.mean)}, {_seeds(challenger)}) "
+            f"is {_standing(comparison)} than the textbook on the test rows: {in_words(comparison, 'the textbook')}"
         )
     broken = _broken(limits)
     return rows.verdict(
@@ -228,19 +231,12 @@ def _first_night(confirmed: Confirmed, rows: "_TestRows") -> Verdict:
     )
 
 
-def _means(challenger: Challenger, baseline: Challenger | None = None) -> str:
-    """` on validation rows, where accuracy is 0.9750 against the baseline's 0.9583, means of 5 seeds`."""
-    against = f" against the baseline's {in_figures(baseline.mean)}" if baseline else ""
-    return (
-        f" on validation rows, where {challenger.objective} is {in_figures(challenger.mean)}{against}, "
-        f"{'means' if baseline else 'a mean'} of {len(challenger.values)} seeds"
-    )
+def _seeds(challenger: Challenger) -> str:
+    return f"means of {len(challenger.values)} seeds" if len(challenger.values) > 1 else "of a single seed"
 
 
 def _standing(comparison: Comparison) -> str:
-    if comparison.better:
-        return "proven better than the baseline"
-    return "proven worse than the baseline" if comparison.worse else "not proven better than the baseline"
+    return "proven better" if comparison.better else "proven worse" if comparison.worse else "not proven better"
 
 
 @dataclass(frozen=True)

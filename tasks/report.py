@@ -3,7 +3,7 @@
 Reads what the steps returned and decides nothing.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from tasks import plots
 from tasks.confirm import Challenger, Confirmed
 from tasks.drift import Change, drift_table
 from tasks.explore import explore
+from tasks.findings import escaped
 from tasks.gate import Verdict
 from tasks.job import TuningJob
 from tasks.night_page import Cost, costs_of, night_page
@@ -50,6 +51,7 @@ from tasks.study import (
     ranked,
     tonights_trials,
 )
+from tasks.summary import summary
 from tasks.tracking import DEVICE, DIAGNOSIS, mlflow_may_be_away
 from tasks.tune import Tuned
 from tasks.work import trained_seconds
@@ -90,14 +92,14 @@ def report(
     studies = list(reversed(list(earlier_studies(job.name, settings.studies))))[-MOST_NIGHTS:]
     run_id, experiment_id = study.user_attrs[MLFLOW_RUN], study.user_attrs[MLFLOW_EXPERIMENT]
     links = {
-        "This night in Prefect": settings.night_page(study.user_attrs[FLOW_RUN]),
-        "in MLflow": settings.mlflow_page(experiment_id, run_id),
-        "all nights and trials": settings.mlflow_page(experiment_id),
-        "the night on one page": settings.mlflow_page(experiment_id, run_id, PAGE),
+        "The night in Prefect": settings.night_page(study.user_attrs[FLOW_RUN]),
+        "The trials in MLflow": settings.mlflow_page(experiment_id, run_id),
+        "The report with plots": settings.mlflow_page(experiment_id, run_id, PAGE),
     }
     before = studies[-2] if len(studies) > 1 else None
     changed = "" if before is None else _changed(job, study, before, snapshot, settings.home / "snapshots")
-    text = summarize(job, study, snapshot, moved, tuned, verdict, promotion, changed, links)
+    text = summary(job, study, tuned, confirmed, verdict, promotion, links)
+    text += details(job, study, snapshot, moved, tuned, verdict, changed)
     tags = {
         MLFLOW_RUN_NOTE: text,
         "verdict": verdict.decision,
@@ -192,28 +194,24 @@ def _test_figures(
 def report_skipped(job: TuningJob, reason: str) -> str:
     """Say in Prefect why a night did nothing; returns the reason."""
     create_markdown_artifact(
-        f"# {job.name}: skipped\n\n{reason[0].upper()}{reason[1:]}.\n",
+        f"# {job.name}: skipped\n\n{escaped(reason[0].upper() + reason[1:])}.\n",
         key=artifact_key("report", job.name),
         description="skipped",
     )
     return reason
 
 
-def summarize(
+def details(
     job: TuningJob,
     study: optuna.Study,
     snapshot: Snapshot,
     moved: tuple[Change, ...],
     tuned: Tuned,
     verdict: Verdict,
-    promotion: Promotion | None,
     changed: str,
-    links: Mapping[str, str],
 ) -> str:
-    """The night in Markdown: outcome first, then the numbers, the best trials and where to look.
-
-    `changed` says what is other than in the last night, `links` are pages by their names.
-    """
+    """All that stands below the summary, in Markdown: the numbers and the best trials. `changed` says what is other
+    than in the last night."""
     name = job.search.objective
     rows = snapshot.row_counts
     challenger = verdict.challenger
@@ -221,11 +219,11 @@ def summarize(
     trials = ranked(tonights_trials(study, TrialState.COMPLETE), job)
     best = "\n".join(_trial_row(trial, job) for trial in trials[:5])
     return f"""\
-# {job.name}: {_outcome(job, verdict, promotion)}
 
-{verdict.reason[0].upper()}{verdict.reason[1:]}.
+## Details
 
-- **data**: {snapshot.source}, snapshot `{snapshot.fingerprint[:12]}`: {rows["train"]} training, {rows["validation"]} validation and {rows["test"]} test rows
+- **verdict**: {escaped(verdict.reason)}
+- **data**: {escaped(snapshot.source)}, snapshot `{snapshot.fingerprint[:12]}`: {rows["train"]} training, {rows["validation"]} validation and {rows["test"]} test rows
 {changed}{_drift_in_words(moved)}- **search**: {tuned.complete} trials complete, {tuned.pruned} pruned, {tuned.failed} failed in {trained_seconds(study):.0f} s of training; ended by {tuned.ended_by}
 {_mishaps(tuned)}{_remark(challenger, job)}- **baseline**: {_baseline_in_words(job, tuned)}
 - **challenger**: trial {number_of(challenger.trial)}, validation {name} {in_figures(challenger.trial.values[0])} in the search, {in_figures(challenger.mean)} ± {in_figures(challenger.spread)} confirmed with {len(challenger.seeds)} seeds ({_curse(challenger)}); generalization gap {in_figures(challenger.generalization_gap)}, sharpness {in_figures(challenger.sharpness)}
@@ -235,9 +233,7 @@ def summarize(
 | trial | validation {name} |{_cost_head(job)} diagnosis | hyperparameters |
 | --- | --- |{" --- |" if _cost_head(job) else ""} --- | --- |
 {best}
-{_pareto_in_words(study, job)}{_moved_in_a_table(moved)}
-{", ".join(f"[{name}]({page})" for name, page in links.items())}
-"""  # noqa: E501 a table's row is one line
+{_pareto_in_words(study, job)}{_moved_in_a_table(moved)}"""  # noqa: E501 a table's row is one line
 
 
 def _changed(job: TuningJob, study: optuna.Study, before: optuna.Study, snapshot: Snapshot, snapshots: Path) -> str:
@@ -266,7 +262,7 @@ def _drift_in_words(moved: tuple[Change, ...]) -> str:
     if not moved:
         return ""
     large = [change for change in moved if change.is_large]
-    farthest = f"the farthest is {moved[0].column} with a stability index of {moved[0].stability_index:.2f}"
+    farthest = f"the farthest is {escaped(moved[0].column)} with a stability index of {moved[0].stability_index:.2f}"
     return f"- **since the champion's snapshot**: {len(large)} of {len(moved)} columns moved much; {farthest}\n"
 
 
@@ -286,7 +282,7 @@ def _remark(challenger: Challenger, job: TuningJob) -> str:
 
 def _guard_rails(verdict: Verdict) -> str:
     return "".join(
-        f"- **guard rail {rail.name}**: {'kept' if rail.holds else 'broken'}: {rail.evidence}\n"
+        f"- **guard rail {rail.name}**: {'kept' if rail.holds else 'broken'}: {escaped(rail.evidence)}\n"
         for rail in verdict.guard_rails
     )
 
@@ -311,7 +307,7 @@ def _trial_row(trial: FrozenTrial, job: TuningJob) -> str:
     role = f"{trial.user_attrs[ROLE]}: " if ROLE in trial.user_attrs else ""
     return (
         f"| {number_of(trial)} | {in_figures(trial.values[0])} |{cost} {trial.user_attrs.get(DIAGNOSIS, '')} | "
-        f"{role}{in_words(trial.params)} |"
+        f"{role}{escaped(in_words(trial.params))} |"
     )
 
 
@@ -349,11 +345,3 @@ Best at its {job.search.cost} (Pareto set). The pick is the cheapest trial withi
 | --- | --- | --- | --- | --- |
 {rows}
 """  # noqa: E501 a table's row is one line
-
-
-def _outcome(job: TuningJob, verdict: Verdict, promotion: Promotion | None) -> str:
-    if promotion is not None:
-        return f"version {promotion.version} promoted"
-    if verdict.decision == "PROMOTE":
-        return f"not promoted, because promotion.mode is {job.promotion.mode}"
-    return f"champion stays ({verdict.decision})"

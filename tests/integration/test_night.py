@@ -48,11 +48,16 @@ def night(stack: Stack) -> str:
     return stack.nightly("run", "quick").stdout
 
 
-def test_the_terminal_shows_each_step_the_outcome_and_two_pages(stack: Stack, night: str) -> None:
+def test_the_terminal_shows_each_step_the_outcome_and_three_pages(stack: Stack, night: str) -> None:
     assert [line.split()[1].rstrip(":") for line in night.splitlines() if line.startswith("✓")] == STEPS
-    assert "# quick: version" in night
-    for page in (f"Prefect {stack.prefect_api.removesuffix('/api')}/runs/flow-run/", f"MLflow  {stack.mlflow_url}/#/"):
-        link = night[night.index(page) :].split()[1]
+    assert "\nquick: version" in night
+    for name, page in (
+        ("The night in Prefect", f"{stack.prefect_api.removesuffix('/api')}/runs/flow-run/"),
+        ("The trials in MLflow", f"{stack.mlflow_url}/#/"),
+        ("The report with plots", f"{stack.mlflow_url}/#/"),
+    ):
+        link = night[night.index(name) :].removeprefix(name).split()[0]
+        assert link.startswith(page)
         answer = httpx.get(link, headers={"Accept": "text/html"}, follow_redirects=True)
         assert answer.status_code == 200, link
     assert "nightly down" in night
@@ -196,7 +201,7 @@ def test_a_second_night_holds_and_sets_a_moved_alias_right(stack: Stack, night: 
     stray = client.create_model_version("quick", f"runs:/{before.run_id}/stray", before.run_id, await_creation_for=0)
     client.set_registered_model_alias("quick", "champion", stray.version)
     shown = stack.nightly("run", "quick").stdout
-    assert "# quick: champion stays (HOLD)" in shown
+    assert "quick: champion stays (HOLD)" in shown
     assert champion_alias(stack, "quick").version == before.version
     assert [path.name for path in (stack.home / "store/models/quick/promotions").iterdir()] == ["000001.json"]
 
@@ -204,8 +209,9 @@ def test_a_second_night_holds_and_sets_a_moved_alias_right(stack: Stack, night: 
 def test_a_night_with_nothing_new_reuses_the_snapshot_and_skips_itself_where_its_job_says_so(stack: Stack) -> None:
     stack.nightly("run", "unchanging")
     shown = stack.nightly("run", "unchanging").stdout
-    assert "# unchanging: skipped" in shown
-    assert f"Nothing has changed since {study_of(stack, 'unchanging').study_name}: the same search" in shown
+    assert "\nunchanging: skipped" in shown
+    words = " ".join(shown.split())  # which are wrapped
+    assert f"Nothing has changed since {study_of(stack, 'unchanging').study_name}: the same search" in words
     second = latest_run(stack, "unchanging")
     assert (second["state_name"], second["state_type"]) == ("Skipped", "COMPLETED")
     steps = stack.prefect("task_runs/filter", flow_runs={"id": {"any_": [second["id"]]}})
@@ -213,7 +219,7 @@ def test_a_night_with_nothing_new_reuses_the_snapshot_and_skips_itself_where_its
         "reconcile": "Completed", "prepare": "Cached", "skip": "Completed",
     }  # fmt: skip
     more = stack.nightly("run", "unchanging", "--trials", "3").stdout
-    assert "# unchanging: champion stays" in more
+    assert "unchanging: champion stays" in more
     snapshots = {path.name for path in (stack.home / "store/snapshots").iterdir()}
     assert study_of(stack, "unchanging").user_attrs["snapshot"] in snapshots
 
@@ -246,7 +252,7 @@ def test_a_source_that_was_spoilt_fails_the_night_before_anything_trains(stack: 
 
 def test_promotion_never_does_everything_but_that(stack: Stack) -> None:
     shown = stack.nightly("run", "shadow", "--promotion", "never", "--trials", "2").stdout
-    assert "# shadow: not promoted, because promotion.mode is never" in shown
+    assert "shadow: not promoted, because promotion.mode is never" in shown
     assert not (stack.home / "store/models/shadow").exists()
 
 

@@ -99,14 +99,14 @@ def test_on_the_first_night_the_test_rows_say_how_sure_it_is_and_decide_nothing(
     """Validation rows have chosen the challenger; here it is proven better, equal, and proven worse on the test rows.
     A class that falls rejects none: that rail protects a champion."""
     standings = {
-        "proven better than the baseline": verdict_of(strong, None, snapshot, baseline=weak),
-        "not proven better than the baseline": verdict_of(strong, None, snapshot, baseline=replace(strong)),
-        "proven worse than the baseline": verdict_of(weak, None, snapshot, baseline=strong),
+        "proven better": verdict_of(strong, None, snapshot, baseline=weak),
+        "not proven better": verdict_of(strong, None, snapshot, baseline=replace(strong)),
+        "proven worse": verdict_of(weak, None, snapshot, baseline=strong),
     }
     for standing, verdict in standings.items():
         assert (verdict.decision, verdict.opponent, verdict.judged) == ("PROMOTE", "baseline", 0)
-        assert f"; on the test rows it is {standing}: test accuracy" in verdict.reason
-        assert "and the challenger is the best on validation rows, where accuracy is" in verdict.reason
+        assert f" is {standing} than the textbook on the test rows: test accuracy" in verdict.reason
+        assert "no champion yet; the best on validation rows (accuracy " in verdict.reason
         assert verdict.guard_rails == ()
         comparison, challenger = verdict.comparison, verdict.challenger
         assert comparison is not None
@@ -122,8 +122,8 @@ def test_a_baseline_that_is_best_becomes_the_first_champion(strong: Challenger, 
     verdict = verdict_of(strong, None, snapshot, baseline=strong)
     assert (verdict.decision, verdict.opponent, verdict.comparison) == ("PROMOTE", "nobody", None)
     assert verdict.reason == (
-        "there was no champion yet, and nothing that was found is better than the textbook's configuration on "
-        f"validation rows, where accuracy is {strong.mean:.4f}, a mean of 1 seeds"
+        "there was no champion yet; nothing that was tried is better on validation rows than the textbook's "
+        f"configuration (accuracy {strong.mean:.4f}, of a single seed)"
     )
 
 
