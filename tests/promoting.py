@@ -2,13 +2,13 @@
 
 import os
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
 
 from infra.store import Store, open_store
-from tasks.promotions import append_promotion, latest_promotion
+from tasks.promotions import append_promotion, history, latest_promotion
 from tasks.versions import Lineage, Manifest, describe_file, publish_version, verify_version
 
 NOW = datetime(2026, 11, 23, 2, 0, tzinfo=UTC)
@@ -69,10 +69,26 @@ class _DeadlyStore:
         self._left -= 1
 
 
-def promote_and_die(
-    url: str, environment: Mapping[str, str], folder: Path, number: int, judged: int, run: str, writes: int
-) -> None:
-    """Promote in a process of its own, which is killed when it has written so often."""
-    os.environ.update(environment)
-    promote(cast(Store, _DeadlyStore(open_store(url), writes)), folder, number, judged, run)
-    os.kill(os.getpid(), signal.SIGKILL)
+def be_killed_at_each_write(url: str, folder: Path) -> None:
+    """What a process does that has nothing else to do: its forks promote and are killed before their n-th write, or
+    after the last, and it looks at what they left behind and goes on to the end."""
+    store = open_store(url)
+    old = promote(store, folder / "old", 0, judged=0, run="old")
+    for judged, writes in enumerate(range(WRITES + 1), start=1):
+        version, run = folder / f"new-{judged}", f"new {judged}"
+        killed = os.fork()
+        if killed == 0:
+            try:
+                promote(cast(Store, _DeadlyStore(open_store(url), writes)), version, judged, judged, run)
+                os.kill(os.getpid(), signal.SIGKILL)
+            finally:
+                os._exit(1)
+        _, status = os.waitpid(killed, 0)
+        assert os.WIFSIGNALED(status)
+        assert os.WTERMSIG(status) == signal.SIGKILL
+        new = write_version(version, judged).version
+        assert champion_of(store) == (new if writes == WRITES else old)
+        assert promote(store, version, judged, judged, run) == new
+        assert champion_of(store) == new
+        assert len(history(store, "job")) == judged + 1
+        old = new
