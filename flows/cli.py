@@ -21,7 +21,7 @@ from flows.deployments import deployment_of, path_of
 from infra.errors import NotOurs
 from infra.services import servers, worker
 from infra.settings import Settings, enter
-from infra.stack import find, is_prefect_ours, one_at_a_time, recorded_device_workers, start, stop
+from infra.stack import find, is_prefect_ours, one_at_a_time, recorded_device_workers, starting, stop
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
@@ -56,12 +56,11 @@ def up() -> None:
     """Start the local stack (Prefect, MLflow, one worker) and apply the deployment of every job."""
     settings = enter()
     with readable_jobs(settings) as jobs, one_at_a_time(settings):  # files are read before anything starts
-        with console.status("Starting the servers"):
-            start(settings, servers(settings), console.print)
+        with console.status("Starting the servers"), starting(settings, servers(settings), console.print):
+            from infra.deploy import load_flows
+
+            load_flows()  # which are to be applied, and take almost as long to import as the servers to start
         are_all_applied = _apply(settings, jobs, runs_here=True)
-        if not recorded_device_workers(settings):  # which stand in for it
-            with console.status("Starting the worker"):
-                start(settings, [worker(settings)], console.print)
         console.print(f"Prefect {settings.prefect_page}  MLflow {settings.mlflow_url}  state in {settings.home}")
         if not are_all_applied:
             raise typer.Exit(1)
@@ -78,28 +77,32 @@ def apply() -> None:
 
 def _apply(settings: Settings, jobs: Sequence["TuningJob"], *, runs_here: bool) -> bool:
     """Apply what all jobs share, and each job's deployment. One whose name is somebody else's is said, and keeps no
-    other job from its nights; returns whether there was none. Raises NotOurs where it is what all of them share."""
+    other job from its nights; returns whether there was none. Where runs are to run here, the worker starts meanwhile.
+    Raises NotOurs where it is what all of them share."""
     from prefect.client.orchestration import get_client
 
     from infra.deploy import apply_deployment, apply_shared_deployments, apply_work_pool, check_server
 
     on_own_server = is_prefect_ours(settings)
-    no_worker_here = find(settings, worker(settings)) is None and not recorded_device_workers(settings)
+    device_workers = recorded_device_workers(settings)  # which are used instead of the stack's own
+    no_worker_here = find(settings, worker(settings)) is None and not device_workers
+    applied = []
     with console.status("Applying the deployments"), get_client(sync_client=True) as client:
         check_server(client, settings.work_pool, on_own_server=on_own_server)
         apply_work_pool(client, settings.work_pool, on_own_server=on_own_server, runs_here=runs_here)
-        applied = []
         for job in jobs:
             say_hints(job)
             # Elsewhere a worker of another machine may run it; there heartbeats tell.
             if no_worker_here and on_own_server:
                 _settle_dead_runs(client, job, settings)
-            try:
-                apply_deployment(client, deployment_of(job), settings.work_pool)
-                applied.append(job)
-            except NotOurs as error:
-                say(error)
-        apply_shared_deployments(client, settings.work_pool)
+        with starting(settings, [worker(settings)] if runs_here and not device_workers else [], console.print):
+            for job in jobs:
+                try:
+                    apply_deployment(client, deployment_of(job), settings.work_pool)
+                    applied.append(job)
+                except NotOurs as error:
+                    say(error)
+            apply_shared_deployments(client, settings.work_pool)
     console.print(f"jobs: {', '.join(f'{job.name} ({job.schedule.cron} {job.schedule.timezone})' for job in applied)}")
     return len(applied) == len(jobs)
 

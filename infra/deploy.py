@@ -96,6 +96,12 @@ WORKER = Deployment(
 )
 
 
+def load_flows() -> None:
+    """Import our flows, of which each deployment says what it takes."""
+    for entrypoint in FLOWS.values():
+        load_flow_from_entrypoint(entrypoint, use_placeholder_flow=False)
+
+
 def apply_deployment(client: SyncPrefectClient, deployment: Deployment, work_pool: str) -> UUID:
     """Create or update one deployment, with at most so many runs of it at a time. Raises NotOurs."""
     entrypoint = FLOWS[deployment.flow]

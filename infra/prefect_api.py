@@ -9,6 +9,7 @@ import ssl
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
+from functools import cache
 from typing import Any
 from urllib.parse import quote
 
@@ -61,17 +62,25 @@ def is_polling(settings: Settings, pool: str, name: str, running_for: timedelta)
     )
 
 
+@cache
+def certificates() -> ssl.SSLContext:
+    """Read the certificates to be trusted, once: 20 ms of a core, which each call would take again while it waits for a
+    server to start."""
+    file = os.environ.get("PREFECT_API_SSL_CERT_FILE")
+    return ssl.create_default_context(cafile=file) if file else httpx.create_ssl_context()
+
+
 def _client(settings: Settings) -> httpx.Client:
-    """With the credentials and certificates that Prefect's own client takes from the environment."""
+    """Give the credentials that Prefect's own client takes from the environment."""
     headers = {}
     auth = None
     if pair := os.environ.get("PREFECT_API_AUTH_STRING"):
         auth = httpx.BasicAuth(*pair.partition(":")[::2])
     elif key := os.environ.get("PREFECT_API_KEY"):
         headers["Authorization"] = f"Bearer {key}"
-    certificates = os.environ.get("PREFECT_API_SSL_CERT_FILE")
-    verify = ssl.create_default_context(cafile=certificates) if certificates else True
-    return httpx.Client(base_url=settings.prefect_api_url, auth=auth, headers=headers, verify=verify, timeout=30)
+    return httpx.Client(
+        base_url=settings.prefect_api_url, auth=auth, headers=headers, verify=certificates(), timeout=30
+    )
 
 
 def _filtered(client: httpx.Client, kind: str, wanted: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -21,7 +21,7 @@ import httpx
 import psutil
 from filelock import FileLock, Timeout
 
-from infra.prefect_api import is_polling
+from infra.prefect_api import certificates, is_polling
 from infra.records import LOOPBACK, left_behind, read_record, recorded_process, why_not_free, write_record
 from infra.services import Service, StackError, servers, worker
 from infra.settings import Settings
@@ -73,10 +73,18 @@ def one_at_a_time(settings: Settings) -> Iterator[None]:
 
 
 def start(settings: Settings, services: list[Service], say: Callable[[str], None]) -> None:
-    """Start the services that do not run yet, or not with these settings, and wait until each is healthy.
+    """Start the services and wait until each is healthy, as `starting` does."""
+    with starting(settings, services, say):
+        pass
+
+
+@contextlib.contextmanager
+def starting(settings: Settings, services: list[Service], say: Callable[[str], None]) -> Iterator[None]:
+    """Start the services that do not run yet, or not with these settings; wait behind the block, which has other things
+    to do meanwhile, until each is healthy.
 
     Raises StackError: a port is taken, or a service ended or stayed silent. What this call started is stopped again
-    then, and on Ctrl-C.
+    then, and where the block raises anything, as Ctrl-C does.
     """
     missing = []
     for service in services:
@@ -97,6 +105,7 @@ def start(settings: Settings, services: list[Service], say: Callable[[str], None
     try:
         for service in missing:
             started.append(_spawn(settings, service))  # noqa: PERF401 what was started so far must be known on error
+        yield
         for running in started:
             _wait_until_healthy(settings, running)
             say(f"{running.service.name} is up" + (f" at {running.service.page}" if running.service.page else ""))
@@ -236,6 +245,6 @@ def _record(settings: Settings, service: Service) -> Path:
 
 def _answers(url: str) -> bool:
     try:
-        return httpx.get(url, timeout=5).status_code == httpx.codes.OK
+        return httpx.get(url, timeout=5, verify=certificates()).status_code == httpx.codes.OK
     except httpx.HTTPError:
         return False

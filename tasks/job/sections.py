@@ -299,7 +299,7 @@ class ScheduleConfig(Declared):
     @field_validator("timezone")
     @classmethod
     def _timezone_exists(cls, timezone: str) -> str:
-        if timezone not in (known := available_timezones()):
+        if timezone not in (known := _timezones()):
             near = nearest(timezone, sorted(known)) or "UTC"
             raise ValueError(f"must be an IANA time zone such as Europe/Berlin; write {near}")
         return timezone
@@ -319,3 +319,7 @@ def _prefects_croniter() -> Any:
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.croniter
+
+
+# 50 ms of a core, which a folder of jobs takes once.
+_timezones = cache(available_timezones)
