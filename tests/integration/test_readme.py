@@ -136,10 +136,10 @@ def test_the_job_on_a_table_is_checked_as_it_is_printed(tmp_path: Path) -> None:
     rows = [" ".join(line.split()) for line in card.splitlines()]
     for beginning in (
         "zip_code categorical 0 10115, 50667",
-        "remarks ignored 0 ",
-        "spent numeric 1 ",
+        "remarks ignored 0",
+        "spent numeric 1",
         "predicted one of 2 classes",
-        "customer split by 0 ",
+        "customer split by 0",
         "churned target 0 Yes, no",
     ):
         assert any(row.startswith(beginning) for row in rows), card
