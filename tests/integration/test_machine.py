@@ -80,7 +80,6 @@ def test_a_second_user_behind_a_proxy_in_an_odd_home_gets_a_night(
             assert {part["state"] for part in parts.values()} == {"running"}
             pages = [parts[name]["page"] for name in ("prefect", "mlflow")]
             assert not {int(page.rpartition(":")[2]) for page in pages} & set(usual_ports_taken)
-            assert "runs already" in other_user("up", **environment).stdout
             night = other_user("run", "digits-mlp", "--trials", "1", **environment)
             assert night.returncode == 0, night.stdout + night.stderr
             assert "promoted" in night.stdout

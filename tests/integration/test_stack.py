@@ -9,11 +9,13 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
 import pytest
 
+from tests.commands import nightly
 from tests.conftest import Stack, make_stack
 from tests.servers import wait_for
 
@@ -29,22 +31,27 @@ def idle(tmp_path: Path) -> Stack:
     return make_stack(tmp_path)
 
 
-def service(stack: Stack, name: str) -> dict[str, object]:
-    rows = json.loads(stack.nightly("status", "--json", ok=False).stdout)
-    return next(row for row in rows if row["service"] == name)
+def status(stack: Stack) -> dict[str, dict[str, Any]]:
+    """What `nightly status` says of each service, by its name."""
+    return {row["service"]: row for row in json.loads(nightly(stack, "status", "--json", ok=False).stdout)}
+
+
+def pids(stack: Stack) -> dict[str, int]:
+    return {name: row["pid"] for name, row in status(stack).items()}
 
 
 def test_down_with_nothing_running_is_said(idle: Stack) -> None:
-    assert "nothing was running" in idle.nightly("down").stdout
+    assert "nothing was running" in nightly(idle, "down").stdout
 
 
 def test_status_of_a_stopped_stack_is_exit_code_1(idle: Stack) -> None:
-    finished = idle.nightly("status", ok=False)
+    finished = nightly(idle, "status", ok=False)
     assert finished.returncode == 1
     assert finished.stdout.count("stopped") == 3
 
 
 def test_a_night_without_a_stack_is_one_sentence(idle: Stack) -> None:
+    """Of the tests without a stack this one runs a process of its own, as a person does."""
     finished = idle.nightly("run", "digits-mlp", ok=False)
     assert finished.returncode == 1
     assert "no Prefect server answers at http://127.0.0.1:" in finished.stderr
@@ -56,12 +63,12 @@ def test_a_port_that_is_taken_is_named_and_nothing_is_left_running(idle: Stack, 
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", int(idle.environment[variable])))
         taken.listen()
-        finished = idle.nightly("up", ok=False)
+        finished = nightly(idle, "up", ok=False)
     assert finished.returncode == 1
     assert f"cannot listen on port {idle.environment[variable]} of 127.0.0.1" in finished.stderr
     assert f"set {variable} to another port" in finished.stderr
     assert "Traceback" not in finished.stderr
-    assert idle.nightly("status", ok=False).stdout.count("stopped") == 3
+    assert nightly(idle, "status", ok=False).stdout.count("stopped") == 3
 
 
 def test_a_stale_record_is_harmless_and_its_process_id_is_spared(idle: Stack) -> None:
@@ -69,8 +76,8 @@ def test_a_stale_record_is_harmless_and_its_process_id_is_spared(idle: Stack) ->
     (idle.home / "run").mkdir(parents=True)
     record = {"pid": os.getpid(), "create_time": psutil.Process().create_time() - 1000}
     (idle.home / "run" / "prefect.json").write_text(json.dumps(record))
-    assert service(idle, "prefect")["state"] == "stopped"
-    assert "nothing was running" in idle.nightly("down").stdout
+    assert status(idle)["prefect"]["state"] == "stopped"
+    assert "nothing was running" in nightly(idle, "down").stdout
 
 
 @pytest.mark.parametrize(
@@ -96,45 +103,44 @@ def test_a_stale_record_is_harmless_and_its_process_id_is_spared(idle: Stack) ->
 def test_bad_input_is_one_sentence_and_exit_code_1(
     idle: Stack, arguments: tuple[str, ...], environment: dict[str, str], says: str
 ) -> None:
-    finished = idle.nightly(*arguments, ok=False, **environment)
+    finished = nightly(idle, *arguments, ok=False, **environment)
     assert finished.returncode == 1
     assert says in finished.stderr
     assert finished.stderr.count("\n") == 1
 
 
-def test_a_bad_job_file_is_named_and_keeps_no_other_job_from_up_and_ls(stack: Stack, tmp_path: Path) -> None:
+def test_a_second_up_says_since_when_it_runs(stack: Stack) -> None:
+    before = pids(stack)
+    assert stack.nightly("up").stdout.count("runs already since") == 3
+    assert pids(stack) == before
+
+
+def test_a_changed_setting_restarts_what_reads_it_and_a_bad_job_file_keeps_no_other_job_from_it(
+    stack: Stack, tmp_path: Path
+) -> None:
+    """Otherwise the worker would go on with the job folder that it was started with."""
     (tmp_path / "bad.yaml").write_text("name: bad\ndata: {source: 'sklearn://digits'}\nmodel: transformer\n")
     (tmp_path / "good.yaml").write_text("name: good\ndata: {source: 'sklearn://iris'}\n")
-    for command in ("up", "apply", "ls"):
-        finished = stack.nightly(command, ok=False, NIGHTLY_JOBS=str(tmp_path))
+    before = pids(stack)
+    up = stack.nightly("up", ok=False, NIGHTLY_JOBS=str(tmp_path))
+    others = [nightly(stack, command, ok=False, NIGHTLY_JOBS=str(tmp_path)) for command in ("apply", "ls")]
+    for finished in (up, *others):
         assert finished.returncode == 1
         assert "bad.yaml: model must be a known model or path/to/net.py:Net, found 'transformer'" in finished.stderr
         assert finished.stderr.count("\n") == 1
         assert "good" in finished.stdout
-    stack.nightly("up")
-
-
-def test_a_second_up_says_since_when_it_runs(stack: Stack) -> None:
-    before = {name: service(stack, name)["pid"] for name in ("prefect", "mlflow", "worker")}
-    assert stack.nightly("up").stdout.count("runs already since") == 3
-    assert {name: service(stack, name)["pid"] for name in before} == before
-
-
-def test_a_changed_setting_restarts_what_reads_it(stack: Stack, tmp_path: Path) -> None:
-    """Otherwise the worker would go on with the job folder that it was started with."""
-    before = {name: service(stack, name)["pid"] for name in ("prefect", "mlflow", "worker")}
-    (tmp_path / "other.yaml").write_text("name: other\ndata: {source: 'sklearn://iris'}\n")
-    shown = stack.nightly("up", NIGHTLY_JOBS=str(tmp_path)).stdout
-    assert "worker is up" in shown
-    after = {name: service(stack, name)["pid"] for name in before}
+    assert "worker is up" in up.stdout
+    after = pids(stack)
     assert {name for name in before if before[name] != after[name]} == {"worker"}
-    ran = stack.nightly("run", "other", "--trials", "2", "--promotion", "never", NIGHTLY_JOBS=str(tmp_path)).stdout
-    assert "\nother: not promoted" in ran
+    # Which it hands on to the nights that it starts.
+    assert psutil.Process(after["worker"]).environ()["NIGHTLY_JOBS"] == str(tmp_path)
     stack.nightly("up")
+    assert psutil.Process(pids(stack)["worker"]).environ()["NIGHTLY_JOBS"] == stack.environment["NIGHTLY_JOBS"]
 
 
 def test_every_service_listens_on_loopback_only(stack: Stack) -> None:
-    processes = [psutil.Process(int(str(service(stack, name)["pid"]))) for name in ("prefect", "mlflow", "worker")]
+    processes = [psutil.Process(pid) for pid in pids(stack).values()]
+    assert len(processes) == 3
     family = [relative for process in processes for relative in (process, *process.children(recursive=True))]
     listening = {
         connection.laddr.ip
@@ -147,12 +153,12 @@ def test_every_service_listens_on_loopback_only(stack: Stack) -> None:
 
 def test_a_killed_server_is_seen_and_started_again(stack: Stack) -> None:
     """Its children outlive it and hold its port; `up` clears them away."""
-    pid = int(str(service(stack, "mlflow")["pid"]))
+    pid = pids(stack)["mlflow"]
     children = psutil.Process(pid).children(recursive=True)
     os.kill(pid, signal.SIGKILL)
-    wait_for(lambda: service(stack, "mlflow")["state"] == "stopped", 10, "the kill to be seen")
+    wait_for(lambda: status(stack)["mlflow"]["state"] == "stopped", 60, "the kill to be seen")
     assert "mlflow is up" in stack.nightly("up").stdout
-    assert service(stack, "mlflow")["state"] == "running"
+    assert status(stack)["mlflow"]["state"] == "running"
     assert not [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
 
 
