@@ -391,6 +391,7 @@ def same(snapshot: Snapshot, wanted: Snapshot) -> None:
     assert snapshot.checksums == wanted.checksums  # of each split's rows, in an order that only the rows decide
 
 
+@pytest.mark.slow
 @given(seed=st.integers(0, 2**32 - 1), chunk=st.sampled_from([500, 1500, 10**6]))
 @settings(max_examples=5, phases=[Phase.generate])
 def test_a_table_is_the_same_in_all_the_ways_that_it_can_be_written(

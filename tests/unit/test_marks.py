@@ -9,7 +9,7 @@ STARTS = {
     "os.waitpid(os.fork() or os._exit(0), 0)": "os.fork",
     "os.system('true')": "true",
 }
-STARTS_NONE = ["subprocess.run(['git', 'version'], check=True)", "os.getpid()"]  # MLflow asks git for the commit
+STARTS_NONE = ["subprocess.run(['git', 'version'], check=True)", "os.getpid()"]  # libraries ask git for the commit
 
 
 @pytest.mark.process

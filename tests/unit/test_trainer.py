@@ -97,6 +97,15 @@ def wait_until_dead(processes: Collection[int]) -> None:
     wait_for(lambda: all(map(is_dead, processes)), 60, "the trainers to end")
 
 
+def begun_ahead(processes: TrainerProcesses) -> list[int]:
+    """The processes of a group that was started ahead: no more than are wanted, each as nice as it should be."""
+    begun = processes.process_ids
+    assert {psutil.Process(pid).nice() for pid in begun} == {psutil.Process().nice() + NICENESS}
+    first = psutil.Process(begun[0])
+    assert [first, *first.children(recursive=True)] == [psutil.Process(pid) for pid in begun]
+    return begun
+
+
 @pytest.mark.process
 def test_it_trains_as_exactly_as_here(prepared: Prepared, caplog: pytest.LogCaptureFixture) -> None:
     job = make_job()
@@ -115,8 +124,13 @@ def test_it_trains_as_exactly_as_here(prepared: Prepared, caplog: pytest.LogCapt
         return epochs, {place: one if isinstance(one, Scored) else str(one) for place, one in ended.items()}
 
     here = LocalTrainer(job, prepared)
-    with TrainerProcesses(job, prepared.snapshot, CPU) as process:
+    with (
+        started_ahead(2) as started,  # of which one is wanted
+        TrainerProcesses(job, prepared.snapshot, CPU, 1, started) as process,
+    ):
+        begun = begun_ahead(process)
         assert followed(process) == followed(here)
+        assert process.process_ids == begun
         assert process.members(trainings[0]) > 8  # as many as memory is free for, which changes
         costs = process.costs(trainings[0].hyperparameters, ["parameters"])
         assert costs == here.costs(trainings[0].hyperparameters, ["parameters"])
@@ -142,8 +156,14 @@ def test_two_processes_keep_step_and_each_trains_its_part_as_exactly_as_here(
         steps.append({place: epoch.number for place, epoch in epochs.items()})
         return [place for place, epoch in epochs.items() if stop_at.get(place) == epoch.number]
 
-    with TrainerProcesses(job, prepared.snapshot, CPU, 2) as processes:
+    with (
+        started_ahead(2) as started,
+        TrainerProcesses(job, prepared.snapshot, CPU, 2, started) as processes,
+    ):
+        begun = begun_ahead(processes)
         ended = dict(processes.train(trainings, on_epoch))
+        assert processes.process_ids == begun
+    wait_until_dead(begun)
     assert steps == [dict.fromkeys(range(5), 1), dict.fromkeys((0, 2, 3, 4), 2), dict.fromkeys((0, 2, 3), 3)]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -198,24 +218,6 @@ def test_of_two_processes_the_death_of_one_ends_both_and_the_next_training_start
 def test_many_rows_are_not_held_twice() -> None:
     assert worthwhile_processes(CPU, 2**28) == min(2, torch.get_num_threads())
     assert worthwhile_processes(CPU, 2**28 + 1) == 1
-
-
-@pytest.mark.process
-def test_processes_that_were_started_ahead_are_used_and_no_more_begin_than_are_wanted(prepared: Prepared) -> None:
-    job = make_job()
-    training = Training(hyperparameters=job.family.hyperparameters.from_values({"epochs": 1}), seed=0)
-    for wanted in (1, 2):
-        with started_ahead(2) as started:
-            assert started.is_started
-            with TrainerProcesses(job, prepared.snapshot, CPU, wanted, started) as processes:
-                begun = processes.process_ids
-                ended = dict(processes.train([training] * wanted, lambda _: ()))
-                assert [type(one) for one in ended.values()] == [Scored] * wanted
-                assert processes.process_ids == begun
-                assert {psutil.Process(pid).nice() for pid in begun} == {psutil.Process().nice() + NICENESS}
-                first = psutil.Process(begun[0])
-                assert [first, *first.children(recursive=True)] == [psutil.Process(pid) for pid in begun]
-        wait_until_dead(begun)
 
 
 @pytest.mark.process
