@@ -24,7 +24,7 @@ from tests.servers import PostgresServer, postgres_programs, wait_for
 from tests.unit.test_tune import NOW
 from tests.unit.test_versions import promote, publish
 
-TRIALS = 60
+TRIALS = 20
 
 
 @contextmanager
@@ -42,7 +42,7 @@ def studies_on(kind: str, disk: Path) -> Iterator[Studies]:
         server.stop()
 
 
-@pytest.mark.parametrize(("kind", "size"), [("journal", "2m"), ("postgresql", "120m")])
+@pytest.mark.parametrize(("kind", "size"), [("journal", "2m"), ("postgresql", "80m")])
 def test_a_night_waits_for_room_for_its_studies_and_loses_no_trial(
     kind: str,
     size: str,

@@ -8,6 +8,9 @@ import re
 import signal
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import optuna
@@ -36,8 +39,26 @@ def open_study(studies: Path | str, name: str = NAME) -> optuna.Study:
     return optuna.create_study(study_name=name, storage=storage_of(studies, "small", name), load_if_exists=True)
 
 
-def ask_and_tell(studies: Path | str, count: int) -> None:
+@contextmanager
+def starts_when_missed(postgres: PostgresServer, caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """The database starts as soon as somebody says that it cannot be used."""
+
+    def start() -> None:
+        wait_for(lambda: "the studies cannot be used" in caplog.text, 60, "the database to be missed")
+        postgres.start()
+
+    caplog.clear()
+    starting = threading.Thread(target=start)
+    starting.start()
+    try:
+        yield
+    finally:
+        starting.join()
+
+
+def ask_and_tell(studies: Path | str, count: int, start: Barrier) -> None:
     study = open_study(studies)
+    start.wait(120)
     for _ in range(count):
         with one_claims(studies, "small", NAME):
             trial = study.ask()
@@ -55,14 +76,14 @@ def test_several_processes_ask_and_tell_and_none_takes_anothers_place(
     studies = tmp_path if kind == "journal" else postgres.url
     study = open_study(studies)
     context = multiprocessing.get_context("spawn")
-    writers = [context.Process(target=ask_and_tell, args=(studies, 20)) for _ in range(2)]
-    for writer in writers:
-        writer.start()
-    for writer in writers:
-        writer.join(120)
-        assert writer.exitcode == 0
+    start = context.Barrier(2)
+    other = context.Process(target=ask_and_tell, args=(studies, 10, start))
+    other.start()
+    ask_and_tell(studies, 10, start)
+    other.join(120)
+    assert other.exitcode == 0
     trials = study.get_trials()
-    assert sorted(trial.user_attrs["place"] for trial in trials) == list(range(40))
+    assert sorted(trial.user_attrs["place"] for trial in trials) == list(range(20))
     assert {trial.state for trial in trials} == {TrialState.COMPLETE}
     assert study_names(studies, "small") == [NAME]
     assert study_names(studies, "smal") == []
@@ -121,7 +142,7 @@ def test_a_result_is_on_the_disk_when_it_is_told_and_nothing_before_it_waits_for
 
 @pytest.mark.process
 def test_a_database_that_is_restarted_is_waited_for_but_by_a_report(
-    postgres: PostgresServer, monkeypatch: pytest.MonkeyPatch
+    postgres: PostgresServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("PGPASSWORD", postgres.password)
     study = open_study(postgres.url, "restarted-20261123-020000")
@@ -130,10 +151,8 @@ def test_a_database_that_is_restarted_is_waited_for_but_by_a_report(
     with pytest.raises(STORAGE_IS_AWAY):
         trial.report(0.5, 1)
     for waits in (lambda: study.tell(trial, 0.5), study.get_trials, study.ask):
-        timer = threading.Timer(1, postgres.start)
-        timer.start()
-        waits()
-        timer.join()
+        with starts_when_missed(postgres, caplog):
+            waits()
         postgres.stop()
     postgres.start()
     assert [trial.values for trial in study.get_trials()] == [[0.5], None]
@@ -141,7 +160,7 @@ def test_a_database_that_is_restarted_is_waited_for_but_by_a_report(
 
 @pytest.mark.process
 def test_a_database_that_starts_after_the_night_is_waited_for(
-    postgres: PostgresServer, monkeypatch: pytest.MonkeyPatch
+    postgres: PostgresServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("PGPASSWORD", postgres.password)
     late = f"{postgres.url}?application_name=late"
@@ -149,10 +168,8 @@ def test_a_database_that_starts_after_the_night_is_waited_for(
     postgres.stop()
     with pytest.raises(StudiesUnavailable, match="does not answer"):
         check_database(late)
-    timer = threading.Timer(2, postgres.start)
-    timer.start()
-    study = open_study(late, "late-20261123-020000")
-    timer.join()
+    with starts_when_missed(postgres, caplog):
+        study = open_study(late, "late-20261123-020000")
     assert study.trials == []
 
 
