@@ -121,7 +121,7 @@ def _packages(_: Settings) -> Check:
             name="packages",
             state="fail",
             found=", ".join(wrong),
-            remedy="install them with requirements.lock as constraints",
+            remedy="install what requirements.lock names: make .venv/run.stamp",
         )
     found = ", ".join(f"{name} {version(name)}" for name in ("prefect", "mlflow", "optuna", "torch"))
     return Check(name="packages", state="ok", found=found)
