@@ -467,6 +467,7 @@ def a_program(draw: random.Random, folder: Path) -> Source:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "write",
     [a_csv, a_parquet, an_npz, an_idx, some_images, a_database, a_frame, a_program],

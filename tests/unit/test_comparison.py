@@ -114,6 +114,7 @@ def simulated(random: np.random.Generator, rows: int, gain: float, disagree: flo
     return outputs(ours), outputs(theirs), target
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("metric", "rows"), [("accuracy", 40), ("accuracy", 360), ("log_loss", 200), ("f1_macro", 200)]
 )
@@ -133,6 +134,7 @@ def test_of_two_equal_models_at_most_alpha_are_called_better(metric: MetricName,
 COPIES = {"alike": [50] * 40, "of many sizes": [300, *(1 + number * 13 % 37 for number in range(39))]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", COPIES)
 @pytest.mark.parametrize("metric", ["accuracy", "log_loss", "f1_macro"])
 def test_copies_of_rows_prove_no_more_than_the_rows(metric: MetricName, sizes: str) -> None:
@@ -190,6 +192,7 @@ def test_a_coin_for_groups_of_many_sizes_is_as_exact_as_its_throws() -> None:
     assert flipped(np.array([0.0, 0.0]), seed=0) == (1, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gain", [0.02, 0.05])
 def test_a_real_gain_is_proven_four_times_in_five_with_the_rows_that_it_needs(gain: float) -> None:
     nights, disagree, random = 150, 0.1, np.random.default_rng(1)

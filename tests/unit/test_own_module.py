@@ -273,6 +273,7 @@ def test_outputs_of_another_rank_or_type_are_taken_for_what_they_are(nets: Path,
     torch.testing.assert_close(alone, outputs, rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["Unsqueezes", "InPlace"])
 def test_the_onnx_program_of_such_a_module_gives_what_it_gives(nets: Path, tmp_path: Path, name: str) -> None:
     torch.manual_seed(0)

@@ -85,6 +85,7 @@ def test_trials_that_run_side_by_side_are_distinct(sampler: str, tmp_path: Path)
             study.tell(trial, 0.5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", ["auto", "tpe", "gp", "cmaes"])
 def test_a_sampler_that_learns_beats_the_random_one(sampler: str, tmp_path: Path) -> None:
     def median_of_last(name: str) -> Any:

@@ -83,6 +83,7 @@ def in_one_order(prepared: Prepared) -> Prepared:
     return replace(prepared, training=ordered(prepared.training), validation=ordered(prepared.validation))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DATASETS)
 def test_what_is_learned_does_not_depend_on_units(name: str, tmp_path: Path) -> None:
     problem, load = DATASETS[name]
@@ -204,6 +205,7 @@ def test_dates_of_any_century_are_read_beside_those_of_today(year: str, tmp_path
     assert (found - far).abs().min() < 1e-9
 
 
+@pytest.mark.slow
 def test_served_rows_keep_their_digits_in_onnx_too(tmp_path: Path) -> None:
     """A date, a time in seconds, a gap and a category, of a target of a millionth around a million."""
     draw = np.random.default_rng(0)
@@ -228,6 +230,7 @@ def test_served_rows_keep_their_digits_in_onnx_too(tmp_path: Path) -> None:
     np.testing.assert_allclose(again - 1e6, outputs.numpy() - 1e6, rtol=1e-4, atol=1e-8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("features_in", "target_in"), [(1e-150, 1e100), (1e9, 1e-280)])
 def test_an_onnx_program_keeps_additions_however_small(features_in: float, target_in: float, tmp_path: Path) -> None:
     rows = torch.randn(50, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

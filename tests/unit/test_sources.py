@@ -823,6 +823,7 @@ def test_a_file_that_unpacks_without_end_is_refused(tmp_path: Path, monkeypatch:
         read(tmp_path / "rows.csv.gz", header=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", [7, 64, 10**6])
 def test_how_a_source_is_cut_into_chunks_and_buckets_changes_nothing(
     chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -412,6 +412,7 @@ def test_a_night_in_which_nothing_keeps_the_limits_says_so(prepared: Prepared, t
         tune(open_for(job, prepared, tmp_path), job, LocalTrainer(job, prepared), tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", ["auto", "tpe", "gp", "random", "qmc"])
 def test_a_search_with_a_cost_trades_the_objective_against_it(prepared: Prepared, tmp_path: Path, sampler: str) -> None:
     space = {"epochs": 2, "batch_size": 64, "depth": 1, "width": [16, 128], "optimizer": "adam", "learning_rate": 0.01}
