@@ -244,7 +244,7 @@ def work_with_a_short_lease(studies: Path, name: str, job: TuningJob, snapshot: 
 
 
 @pytest.mark.process
-def test_a_worker_that_stood_still_for_two_leases_counts_for_nothing_and_begins_anew(
+def test_a_worker_that_stood_still_for_a_lease_counts_for_nothing_and_begins_anew(
     prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = make_job(search={"pruner": "none", "space": {"epochs": 4, "batch_size": 256}}, budget={"trials": 120})
@@ -258,10 +258,16 @@ def test_a_worker_that_stood_still_for_two_leases_counts_for_nothing_and_begins_
     other.start()
     assert other.pid is not None
     begun = tmp_path / "begun"
+
+    def go_on(stopped: int) -> None:
+        seen_from_here = load_study(study.study_name, job.name, studies)
+        wait_for(lambda: mishaps_of(seen_from_here.user_attrs), 120, "the worker to be declared dead")
+        os.kill(stopped, signal.SIGCONT)
+
     try:
         wait_for(begun.exists, 60, "the worker to train")
         os.kill(other.pid, signal.SIGSTOP)
-        threading.Timer(10, os.kill, (other.pid, signal.SIGCONT)).start()
+        threading.Thread(target=go_on, args=(other.pid,)).start()
         trainer = Slow(job, prepared)
         trainer.begun = tmp_path / "night"
         tuned = tune(study, job, trainer, tmp_path, claims=lambda: one_claims(studies, job.name, study.study_name))
