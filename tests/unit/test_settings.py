@@ -123,6 +123,7 @@ def test_importing_our_modules_does_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.process
 def test_commands_that_only_look_load_no_package_that_takes_long_to_import(tmp_path: Path) -> None:
     script = """
 import sys
