@@ -52,7 +52,9 @@ def champion(job: JobArgument, as_json: AsJson = False) -> None:
 
 def history(job: JobArgument, as_json: AsJson = False) -> None:
     """Print who was champion when, why, and what changed from one to the next."""
+    from flows.markdown import show
     from models.hyperparameters import in_words
+    from tasks.findings import escaped
     from tasks.promotions import history as read_history
     from tasks.versions import champion_entry, read_manifest
 
@@ -72,23 +74,20 @@ def history(job: JobArgument, as_json: AsJson = False) -> None:
         console.print_json(json.dumps(rows))
         return
     objectives = {version: manifest.lineage.objective for version, manifest in manifests.items()}
-    table = Table(box=None)
-    for head in ("", "when (UTC)", "", "version"):
-        table.add_column(head, no_wrap=True)
-    for head in ("on its test rows", "why", "changed"):
-        table.add_column(head)
+    lines = []
     for entry, row in zip(entries, rows, strict=True):
-        table.add_row(
-            str(entry.number),
-            f"{entry.promoted_at:%Y-%m-%d %H:%M}",
-            entry.kind,
-            entry.version,
-            in_words({name: value for name, value in row["test"].items() if name == objectives[entry.version]}),
+        # A version of an early format does not say its objective.
+        test = {name: value for name, value in row["test"].items() if name == objectives[entry.version]}
+        parts = [
+            f"{entry.kind} of version {entry.version}",
+            f"test {in_words(test)}" if test else "",
             # The numbers behind it stand in the version's manifest.
             entry.reason.partition(": test ")[0],
-            in_words(row["changed"]),
-        )
-    console.print(table)
+            f"changed: {in_words(row['changed'])}" if row["changed"] else "",
+        ]
+        sentence = escaped("; ".join(part for part in parts if part))
+        lines.append(f"- **{entry.number}  {entry.promoted_at:%Y-%m-%d %H:%M}**: {sentence}")
+    show("\n".join(lines), console)
 
 
 def rollback(
