@@ -5,7 +5,6 @@ Reads what the steps left and decides nothing; for people who have neither Prefe
 """
 
 import base64
-import io
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,6 @@ import numpy as np
 import optuna
 from markdown_it import MarkdownIt
 from markupsafe import Markup
-from matplotlib.figure import Figure
 from optuna.trial import FrozenTrial, TrialState
 
 from models.diagnosis import Diagnosis
@@ -131,7 +129,7 @@ def night_page(
     verdict: Verdict,
     moved: Sequence[Change],
     importance: Mapping[str, float],
-    plots: Mapping[str, Figure],
+    plots: Mapping[str, bytes],
     costs: Sequence[Cost],
 ) -> str:
     """The page. `summary` is the report in Markdown; `plots` are figures by their captions."""
@@ -144,7 +142,7 @@ def night_page(
         summary=Markup(markdown.render(summary)),  # noqa: S704
         advices=advices_of(job, study, verdict, moved, regions),
         regions=regions,
-        plots=[{"image": _svg(figure), "caption": caption} for caption, figure in plots.items()],
+        plots=[{"image": base64.b64encode(svg).decode(), "caption": caption} for caption, svg in plots.items()],
         costs=costs,
         price=job.budget.price_per_hour,
         max_cost=job.budget.max_cost,
@@ -251,9 +249,3 @@ def costs_of(job: TuningJob, study: optuna.Study, tuned: Tuned, confirmed: Confi
 def _failures(study: optuna.Study) -> list[dict[str, Any]]:
     failed = [trial for trial in tonights_trials(study) if FAILURE in trial.user_attrs]
     return [{"trial": number_of(trial), "why": trial.user_attrs[FAILURE]} for trial in failed[:MOST_FAILURES]]
-
-
-def _svg(figure: Figure) -> str:
-    content = io.BytesIO()
-    figure.savefig(content, format="svg", metadata={"Date": None})
-    return base64.b64encode(content.getvalue()).decode()

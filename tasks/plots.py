@@ -4,6 +4,7 @@ and Ito's palette and are never alone in telling things apart.
 Each function returns a figure, or None where there is nothing to draw. Knows nothing of files and pages.
 """
 
+import io
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
@@ -265,6 +266,13 @@ def residuals(values: NDArray[np.float64], target: NDArray[np.float32]) -> Figur
     ends = [float(min(values.min(), target.min())), float(max(values.max(), target.max()))]
     axes.plot(ends, ends, linestyle="--", color=GREY)
     return figure
+
+
+def as_svg(figure: Figure) -> bytes:
+    """Draw a figure; the same one gives the same bytes."""
+    content = io.BytesIO()
+    figure.savefig(content, format="svg", metadata={"Date": None})
+    return content.getvalue()
 
 
 def _figure(x: str, y: str) -> tuple[Figure, Axes]:

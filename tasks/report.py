@@ -3,6 +3,7 @@
 Reads what the steps returned and decides nothing.
 """
 
+import tempfile
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
@@ -161,10 +162,12 @@ def _log_page(
         **_test_figures(snapshot, predictions, target),
         "nights": plots.nights(nights, job),
     }
-    drawn = {name: figure for name, figure in figures.items() if figure is not None}
-    for name, figure in drawn.items():
-        client.log_figure(run_id, figure, f"plots/{name}.png")
-    captions = {CAPTIONS[name]: figure for name, figure in drawn.items()}
+    drawn = {name: plots.as_svg(figure) for name, figure in figures.items() if figure is not None}
+    with tempfile.TemporaryDirectory(prefix="nightly-plots-") as folder:
+        for name, svg in drawn.items():
+            (Path(folder) / f"{name}.svg").write_bytes(svg)
+        client.log_artifacts(run_id, folder, "plots")
+    captions = {CAPTIONS[name]: svg for name, svg in drawn.items()}
     page = night_page(job, study, summary, verdict, moved, importance, captions, costs)
     client.log_text(run_id, page, PAGE)
     to_explore = explore(study, job, importance, nights, predictions, target, snapshot.classes)

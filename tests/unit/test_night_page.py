@@ -88,7 +88,7 @@ def page_of(
         "intermediate": plots.intermediate(study, job),
     }  # fmt: skip
     costs = costs_of(job, study, TUNED, Confirmed(challenger=verdict.challenger, baseline=None, seconds=720))
-    kept = {name: figure for name, figure in drawn.items() if figure is not None}
+    kept = {name: plots.as_svg(figure) for name, figure in drawn.items() if figure is not None}
     return night_page(job, study, summary, verdict, moved, found, kept, costs)
 
 
