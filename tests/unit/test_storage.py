@@ -58,11 +58,12 @@ def starts_when_missed(postgres: PostgresServer, caplog: pytest.LogCaptureFixtur
 
 def ask_and_tell(studies: Path | str, count: int, start: Barrier) -> None:
     study = open_study(studies)
-    start.wait(120)
     for _ in range(count):
+        start.wait(120)
         with one_claims(studies, "small", NAME):
             trial = study.ask()
             taken = {other.user_attrs.get("place") for other in study.get_trials(deepcopy=False)}
+            time.sleep(0.02)  # in which the other looks too, unless it is kept from it
             trial.set_user_attr("place", next(place for place in range(1000) if place not in taken))
         study.tell(trial, trial.suggest_float("x", 0, 1))
 
