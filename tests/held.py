@@ -40,7 +40,7 @@ class Net(nn.Module):
 JOB = """
 name: {name}
 data: {{source: 'sklearn://digits'}}
-model: net.py:Net
+model: {net}.py:Net
 search: {{sampler: qmc, pruner: none, space: {{epochs: 1, batch_size: 4096}}}}
 budget: {{trials: {trials}, minutes: 20, workers: {workers}}}
 confirm: {{candidates: 1, seeds: 2}}
@@ -65,10 +65,10 @@ class Gate:
         (self.folder / "open").touch()
 
 
-def write_held_job(jobs: Path, name: str, *, trials: int, workers: int) -> Gate:
-    """A job whose trials wait; for one folder of jobs, since its model lies beside it."""
-    gate = Gate(jobs / "gate")
+def write_held_job(jobs: Path, name: str, *, trials: int, workers: int = 1) -> Gate:
+    """A job whose trials wait."""
+    gate = Gate(jobs / f"gate-{name}")
     gate.folder.mkdir()
-    (jobs / "net.py").write_text(NET.format(gate=str(gate.folder)))
-    (jobs / f"{name}.yaml").write_text(JOB.format(name=name, trials=trials, workers=workers))
+    (jobs / f"net_{name}.py").write_text(NET.format(gate=str(gate.folder)))
+    (jobs / f"{name}.yaml").write_text(JOB.format(name=name, net=f"net_{name}", trials=trials, workers=workers))
     return gate

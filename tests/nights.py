@@ -2,10 +2,14 @@
 
 import contextlib
 import json
+import socket
 import subprocess
 import tempfile
+import uuid
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import optuna
@@ -14,12 +18,15 @@ import pytest
 from mlflow import MlflowClient
 from optuna.trial import TrialState
 
+from infra.deploy import artifact_key
+from infra.settings import CPU_PART
 from infra.store import Store
 from tasks.promotions import append_promotion, latest_promotion
 from tasks.study import attempts, finished_trials, is_interrupted, last_study
 from tasks.tracking import INTERRUPTIONS, OPTUNA_NUMBER, TRIAL_NUMBER, nested_runs
 from tasks.versions import publish_version, pull_version
 from tests.conftest import Stack
+from tests.held import Gate
 from tests.servers import wait_for
 from tests.warm import run_warm
 
@@ -37,6 +44,17 @@ def latest_run(stack: Stack, job: str) -> dict[str, object]:
 
 def first_run(stack: Stack, job: str) -> dict[str, object]:
     return stack.flow_runs(job)[-1]
+
+
+def direct_runs(stack: Stack, job: str) -> list[dict[str, object]]:
+    """The runs of a job's nights by their names, which those outside the worker have too; newest first."""
+    return stack.prefect("flow_runs/filter", flow_runs={"name": {"like_": f"{job} ·"}}, sort="START_TIME_DESC")
+
+
+def reports_of(stack: Stack, job: str) -> list[str]:
+    """What the job's nights reported in Prefect."""
+    artifacts = stack.prefect("artifacts/filter", artifacts={"key": {"any_": [artifact_key("report", job)]}})
+    return [str(artifact["data"]) for artifact in artifacts]
 
 
 def runs_of(stack: Stack, study: optuna.Study) -> tuple[Any, list[Any]]:
@@ -74,11 +92,13 @@ def promote_a_copy(store: Store, job: str) -> str:
     return version
 
 
-def run_directly(stack: Stack, job: str, **environment: str) -> tuple[str, str]:
+def run_directly(
+    stack: Stack, job: str, given: Mapping[str, object] = MappingProxyType({}), /, **environment: str
+) -> tuple[str, str]:
     """A night outside the worker, as a plain call of the flow; returns the state's type and message."""
     script = (
         "from flows.nightly import nightly_tuning;"
-        f"state = nightly_tuning({job!r}, return_state=True);"
+        f"state = nightly_tuning({job!r}, **{dict(given)!r}, return_state=True);"
         "print(f'STATE {state.type.value} {state.message}')"
     )
     finished = run_script(stack, script, **environment)
@@ -89,8 +109,9 @@ def run_directly(stack: Stack, job: str, **environment: str) -> tuple[str, str]:
 
 
 def run_script(stack: Stack, script: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A program against the stack's servers."""
+    """A program against the stack's servers, with a part of the CPU of its own: it waits for no other test's night."""
     servers = {
+        CPU_PART: f"of the test {uuid.uuid4()}",
         "PREFECT_API_URL": stack.prefect_api,
         "PREFECT_HOME": str(stack.home / "prefect"),
         "MLFLOW_TRACKING_URI": stack.mlflow_url,
@@ -99,16 +120,31 @@ def run_script(stack: Stack, script: str, **environment: str) -> subprocess.Comp
     return run_warm(script, {**stack.environment, **servers, **environment})
 
 
-def night_under_way(stack: Stack, job: str, *, trials: int) -> optuna.Study:
-    """Start a job's first night and wait until so many trials are finished; returns its study."""
+def night_under_way(stack: Stack, job: str, gate: Gate, *, trials: int) -> optuna.Study:
+    """Start a night of a job whose trials wait, and let at least so many of its study end; returns the study. The next
+    trials wait."""
     stack.nightly("run", job, "--no-follow")
-    wait_for(lambda: (stack.home / "studies" / job).exists(), 180, "the night to begin")
-    wait_for(
-        lambda: last_study(job, stack.home / "studies"), 180, "its study"
-    )  # whose file is there a moment before it
+    folder = stack.home / "studies"
+    wait_for(lambda: (folder / job).exists() and last_study(job, folder), 300, "the night's study")
     study = study_of(stack, job)
-    wait_for(lambda: len(finished_trials(study)) >= trials, 180, f"{trials} trials")
+    let_trials_end(study, gate, trials=trials)
+    wait_for(lambda: study.get_trials(states=(TrialState.RUNNING,)), 300, "the next trial to begin")
     return study
+
+
+def let_trials_end(study: optuna.Study, gate: Gate, *, trials: int) -> None:
+    """Let trials that wait end, one after the other, until at least so many of the study are finished."""
+
+    def are_finished() -> bool:
+        gate.let_one_end(socket.gethostname())
+        return len(finished_trials(study)) >= trials
+
+    wait_for(are_finished, 300, f"{trials} trials")
+
+
+def finished_of(study: optuna.Study) -> dict[int, dict[str, object]]:
+    """The hyperparameters of the finished trials, by their number."""
+    return {trial.number: trial.params for trial in finished_trials(study)}
 
 
 def service_of(stack: Stack, name: str) -> psutil.Process:

@@ -2,12 +2,11 @@
 
 from pathlib import Path
 
-from infra.deploy import artifact_key
 from infra.store import open_store
 from tasks.promotions import history
 from tasks.study import finished_trials
 from tests.conftest import Stack
-from tests.nights import run_directly, runs_of, study_of
+from tests.nights import reports_of, run_directly, runs_of, study_of
 from tests.unit.test_families import write_net
 from tests.unit.test_loaded_back import COUNTER, LATE
 
@@ -47,5 +46,5 @@ def test_what_is_another_model_once_it_is_loaded_is_rejected_everywhere(stack: S
     night = runs_of(stack, study)[0]
     assert (night.data.tags["verdict"], night.data.tags["promoted"]) == ("REJECT", "no")
     assert "loaded in a fresh process, the model gives other outputs" in night.data.tags["mlflow.note.content"]
-    artifacts = stack.prefect("artifacts/filter", artifacts={"key": {"any_": [artifact_key("report", "otherwise")]}})
-    assert "champion stays (REJECT)" in str(artifacts[0]["data"])
+    (report,) = reports_of(stack, "otherwise")
+    assert "champion stays (REJECT)" in report

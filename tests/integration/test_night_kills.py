@@ -9,16 +9,15 @@ from optuna.trial import TrialState
 
 from infra.store import open_store
 from tasks.promotions import history
-from tasks.study import finished_trials, is_interrupted
+from tasks.study import finished_trials, is_interrupted, last_study
 from tests.conftest import Stack
 from tests.nights import assert_the_ledgers_agree, run_directly, run_script, study_of
 
-TRIALS = 9
 JOB = """
 name: {name}
-data: {{source: 'sklearn://digits'}}
+data: {{source: 'sklearn://iris'}}
 search: {{pruner: none, space: {{epochs: 2, batch_size: 64, width: [16, 32], depth: 1}}}}
-budget: {{trials: 9, minutes: 10}}
+budget: {{trials: 6, minutes: 10}}
 confirm: {{candidates: 2, seeds: 2}}
 schedule: {{cron: '0 2 1 1 *'}}
 """
@@ -32,17 +31,22 @@ def kill(*_, **__):
 {moment}
 night.nightly_tuning({name!r}, return_state=True)
 """
+# Each night is killed at the next moment of its list, so that it first goes on from where the one before it died.
 MOMENTS = {
-    "before-prepare": "night.prepare_step = kill",
-    "before-tune": "night.tune_step = kill",
-    "in-tune": "import tasks.work; tasks.work._Candidate.tell = lambda *_: kill()",
-    "between-trials": "night.TrialTracker.track = kill",
-    "before-confirm": "night.confirm_step = kill",
-    "in-confirm": "night.track_confirmed = kill",
-    "before-gate": "night.gate_step = kill",
-    "before-promote": "night.promote_step = kill",
-    "after-promote": "night._notify = kill",
-    "before-report": "night.report_step = kill",
+    "outside of the search": {
+        "before prepare": "night.prepare_step = kill",
+        "before tune": "night.tune_step = kill",
+        "before confirm": "night.confirm_step = kill",
+        "before gate": "night.gate_step = kill",
+        "after promote": "night._notify = kill",
+    },
+    "within a step": {
+        "in tune": "import tasks.work; tasks.work._Candidate.tell = lambda *_: kill()",
+        "between trials": "night.TrialTracker.track = kill",
+        "in confirm": "night.track_confirmed = kill",
+        "before promote": "night.promote_step = kill",
+        "before report": "night.report_step = kill",
+    },
 }
 
 
@@ -70,16 +74,26 @@ def outcome_of(stack: Stack, job: str) -> dict[str, object]:
     }
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("where", MOMENTS)
 def test_a_night_that_is_killed_anywhere_ends_as_one_that_was_not(
-    stack: Stack, undisturbed: dict[str, object], moment: str
+    stack: Stack, undisturbed: dict[str, object], where: str
 ) -> None:
-    job = f"killed-{moment}"
+    job = f"killed-{where.replace(' ', '-')}"
     write_job(stack, job)
-    killed = run_script(stack, KILLER.format(moment=MOMENTS[moment], name=job))
-    assert killed.returncode == -signal.SIGKILL, killed.stdout + killed.stderr
+    finished: dict[int, dict[str, object]] = {}
+    for moment, killer in MOMENTS[where].items():
+        killed = run_script(stack, KILLER.format(moment=killer, name=job))
+        assert killed.returncode == -signal.SIGKILL, f"{moment}: {killed.stdout}{killed.stderr}"
+        before, finished = finished, finished_of(stack, job)
+        assert before.items() <= finished.items(), moment
     assert run_directly(stack, job)[0] == "COMPLETED"
     assert outcome_of(stack, job) == undisturbed
     assert_the_ledgers_agree(stack, job)
     interrupted = [trial for trial in study_of(stack, job).trials if is_interrupted(trial)]
-    assert bool(interrupted) == (moment == "in-tune")
+    assert bool(interrupted) == ("in tune" in MOMENTS[where])
+
+
+def finished_of(stack: Stack, job: str) -> dict[int, dict[str, object]]:
+    """The hyperparameters of the finished trials by their number; none where a night was killed before its study."""
+    study = last_study(job, stack.home / "studies")
+    return {} if study is None else {trial.number: trial.params for trial in finished_trials(study)}
