@@ -9,6 +9,7 @@ from axe_playwright_python.sync_playwright import Axe
 from mlflow import MlflowClient
 from playwright.sync_api import Browser, Locator, Page, expect
 
+from tasks.job import load_job
 from tests.browser.conftest import open_page
 from tests.conftest import Stack
 from tests.nights import latest_run, study_of
@@ -120,7 +121,7 @@ def _run_form(stack: Stack, page: Page) -> Locator:
     page.get_by_role("button", name="Run", exact=True).click()
     page.get_by_text("Custom run").click()
     trials = page.locator("input[type=number]").first
-    expect(trials).to_have_value("30")
+    expect(trials).to_have_value(str(load_job(JOB, None).budget.trials))
     return trials
 
 
