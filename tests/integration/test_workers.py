@@ -3,124 +3,90 @@
 import json
 import os
 import signal
-from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import optuna
 import pytest
+from optuna.trial import TrialState
 
-from tasks.leases import workers_of
-from tasks.study import WORKER, finished_trials
-from tests.conftest import Stack
+from infra.settings import MARK
+from tasks.leases import NIGHT, workers_of
+from tasks.study import WORKER, finished_trials, last_study
+from tests.commands import nightly
+from tests.conftest import Stack, make_stack
+from tests.held import write_held_job
 from tests.nights import assert_the_ledgers_agree, latest_run, study_of
 from tests.servers import wait_for
 
-# Trains by waiting, so that a second worker, which takes seconds to start, finds something left to do.
-SLOW_NET = """
-import time
-from torch import nn
-
-class Net(nn.Module):
-    @staticmethod
-    def suggest(trial):
-        return {"units": trial.suggest_int("units", 8, 12)}
-
-    def __init__(self, hyperparameters, shape):
-        super().__init__()
-        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(64, hyperparameters["units"]), nn.ReLU(),
-                                    nn.Linear(hyperparameters["units"], shape.outputs))
-
-    def forward(self, rows):
-        if self.training:
-            time.sleep(0.02)
-        return self.layers(rows)
-"""
+JOB, TRIALS = "shared", 8
 
 
 @pytest.fixture
-def stack(breakable_stack: Stack) -> Stack:
-    return breakable_stack
+def device_workers(breakable_stack: Stack) -> Iterator[Stack]:
+    """A stack that has workers of single devices for the time of the test."""
+    yield breakable_stack
+    nightly(breakable_stack, "workers", "stop")
+    breakable_stack.nightly("up")
 
 
-def write_slow_job(jobs: Path, name: str, *, trials: int, workers: int, epochs: int) -> None:
-    (jobs / "net.py").write_text(SLOW_NET)
-    (jobs / f"{name}.yaml").write_text(
-        f"name: {name}\n"
-        "data: {source: 'sklearn://digits'}\n"
-        "model: net.py:Net\n"
-        f"search: {{pruner: none, space: {{epochs: {epochs}, batch_size: 64}}}}\n"
-        f"budget: {{trials: {trials}, minutes: 20, workers: {workers}}}\n"
-        "confirm: {candidates: 1, seeds: 2}\n"
-    )
+def helpers(stack: Stack) -> list[dict[str, Any]]:
+    """The runs of the worker flow that the job's night asked for."""
+    runs: list[dict[str, Any]] = stack.prefect("flow_runs/filter", deployments={"name": {"any_": ["worker"]}})
+    return [run for run in runs if run["parameters"]["study"].startswith(f"{JOB}-")]
 
 
-def services(stack: Stack) -> set[str]:
-    return {row["service"] for row in json.loads(stack.nightly("status", "--json").stdout)}
+def at_work(study: optuna.Study) -> dict[str, dict[str, Any]]:
+    """The records of the workers that have a trial, by their names."""
+    busy = {trial.user_attrs.get(WORKER) for trial in study.get_trials(states=(TrialState.RUNNING,))}
+    return {name: record for name, record in workers_of(study.user_attrs).items() if name in busy}
 
 
-def test_workers_of_one_machine_share_a_night(stack: Stack) -> None:
-    write_slow_job(Path(stack.environment["NIGHTLY_JOBS"]), "shared", trials=24, workers=3, epochs=12)
+@pytest.mark.timeout(1800)
+def test_workers_of_one_machine_share_a_night_and_one_whose_process_dies_is_replaced(device_workers: Stack) -> None:
+    """The night asks for two workers, and the second device takes one of them. That one dies."""
+    stack = device_workers
+    gate = write_held_job(Path(stack.environment["NIGHTLY_JOBS"]), JOB, trials=TRIALS, workers=3)
     shown = stack.nightly("workers", "start", "--devices", "cpu:2").stdout
     assert "worker-cpu-1 is up" in shown
     assert "worker-cpu-2 is up" in shown
-    assert services(stack) == {"prefect", "mlflow", "worker-cpu-1", "worker-cpu-2"}
     stack.nightly("up")  # applies the new job, and starts no third worker
-    assert services(stack) == {"prefect", "mlflow", "worker-cpu-1", "worker-cpu-2"}
+    services = json.loads(nightly(stack, "status", "--json").stdout)
+    assert {row["service"] for row in services} == {"prefect", "mlflow", "worker-cpu-1", "worker-cpu-2"}
 
-    stack.nightly("run", "shared", "--no-follow")
-    wait_for(lambda: (stack.home / "studies/shared").exists(), 180, "the night to begin")
+    stack.nightly("run", JOB, "--no-follow")
+    wait_for(
+        lambda: (stack.home / "studies" / JOB).exists() and last_study(JOB, stack.home / "studies"), 300, "a study"
+    )
+    study = study_of(stack, JOB)
+    wait_for(lambda: len(at_work(study)) == 2, 300, "two workers to train")
+    assert len(helpers(stack)) == 2
+    listed = json.loads(nightly(stack, "workers", "ls", "--json").stdout)
+    trains = {row["worker"]: row["trials"] for row in listed if row["study"] == study.study_name}
+    assert trains.keys() == at_work(study).keys()
+    assert all(trains.values())
 
-    def at_work() -> list[dict[str, str]]:
-        rows = json.loads(stack.nightly("workers", "ls", "--json").stdout)
-        return [row for row in rows if row["state"] == "trains" and row["study"].startswith("shared-")]
+    (killed,) = (name for name, record in at_work(study).items() if not record[NIGHT])
+    os.kill(at_work(study)[killed]["pid"], signal.SIGKILL)
+    wait_for(lambda: len(at_work(study)) == 2 and killed not in at_work(study), 300, "another worker to train")
+    wait_for(lambda: len(helpers(stack)) == 3, 300, "one more to be asked for")
+    gate.open()
+    wait_for(lambda: latest_run(stack, JOB)["state_type"] == "COMPLETED", 300, "the night to end")
+    final = ["CANCELLED", "COMPLETED", "CRASHED"]  # for two there was no device at the same time
+    wait_for(lambda: sorted(run["state_type"] for run in helpers(stack)) == final, 300, "the workers' runs to end")
 
-    wait_for(lambda: len(at_work()) == 2, 180, "two workers to train")
-    wait_for(lambda: latest_run(stack, "shared")["state_type"] == "COMPLETED", 240, "the night to end")
-    trained = Counter(trial.user_attrs[WORKER] for trial in study_of(stack, "shared").trials)
-    assert sum(trained.values()) == 24
-    assert len(trained) == 2
-    assert_the_ledgers_agree(stack, "shared")
-    helpers = stack.prefect("flow_runs/filter", deployments={"name": {"any_": ["worker"]}})
-    assert sorted(str(run["state_type"]) for run in helpers) == ["CANCELLED", "COMPLETED"]  # two were asked for
-    assert all(run["parent_task_run_id"] for run in helpers)
+    assert all(run["parent_task_run_id"] and MARK in run["tags"] for run in helpers(stack))
+    assert len(finished_trials(study)) == TRIALS
+    assert len({trial.user_attrs[WORKER] for trial in study.trials}) == 3
+    assert_the_ledgers_agree(stack, JOB)
 
-    assert "stopped worker-cpu-1, worker-cpu-2" in stack.nightly("workers", "stop").stdout
+    assert "stopped worker-cpu-1, worker-cpu-2" in nightly(stack, "workers", "stop").stdout
     assert "worker is up" in stack.nightly("up").stdout
 
 
-def test_a_worker_whose_process_dies_is_replaced_in_the_same_night(stack: Stack) -> None:
-    write_slow_job(Path(stack.environment["NIGHTLY_JOBS"]), "replaced", trials=40, workers=2, epochs=12)
-    stack.nightly("workers", "start", "--devices", "cpu:2")
-    stack.nightly("up")
-    stack.nightly("run", "replaced", "--no-follow")
-
-    def helpers(*states: str) -> list[dict[str, object]]:
-        kinds = {"state": {"type": {"any_": list(states)}}}
-        runs = stack.prefect("flow_runs/filter", deployments={"name": {"any_": ["worker"]}}, flow_runs=kinds)
-        return [run for run in runs if str(run["parameters"]["study"]).startswith("replaced-")]  # type: ignore[index]
-
-    def trains(run: dict[str, object]) -> bool:
-        records = workers_of(study_of(stack, "replaced").user_attrs).values()
-        return any(record["flow_run"] == run["id"] for record in records)
-
-    wait_for(lambda: [run for run in helpers("RUNNING") if trains(run)], 180, "a worker to help")
-    (first,) = helpers("RUNNING")
-    records = workers_of(study_of(stack, "replaced").user_attrs).values()
-    os.kill(next(record["pid"] for record in records if record["flow_run"] == first["id"]), signal.SIGKILL)
-    wait_for(
-        lambda: [run for run in helpers("RUNNING") if trains(run) and run["id"] != first["id"]],
-        120,
-        "another worker to help",
-    )
-    wait_for(lambda: latest_run(stack, "replaced")["state_type"] == "COMPLETED", 240, "the night to end")
-    assert len(finished_trials(study_of(stack, "replaced"))) == 40
-    assert_the_ledgers_agree(stack, "replaced")
-    assert sorted(str(run["state_type"]) for run in helpers("CRASHED", "COMPLETED")) == ["COMPLETED", "CRASHED"]
-    stack.nightly("workers", "stop")
-    stack.nightly("up")
-
-
-def test_devices_that_are_not_there_are_refused_in_one_sentence(stack: Stack) -> None:
-    refused = stack.nightly("workers", "start", "--devices", "99", ok=False)
+def test_devices_that_are_not_there_are_refused_in_one_sentence(tmp_path: Path) -> None:
+    refused = nightly(make_stack(tmp_path), "workers", "start", "--devices", "99", ok=False)
     assert refused.returncode == 1
     assert "--devices must be auto, cpu:N, or numbers below" in refused.stderr
     assert "found '99'" in refused.stderr
