@@ -25,6 +25,7 @@ from tasks.promotions import append_promotion, latest_promotion
 from tasks.study import attempts, finished_trials, is_interrupted, last_study
 from tasks.tracking import INTERRUPTIONS, OPTUNA_NUMBER, TRIAL_NUMBER, nested_runs
 from tasks.versions import publish_version, pull_version
+from tests.commands import nightly
 from tests.conftest import Stack
 from tests.held import Gate
 from tests.servers import wait_for
@@ -123,7 +124,7 @@ def run_script(stack: Stack, script: str, **environment: str) -> subprocess.Comp
 def night_under_way(stack: Stack, job: str, gate: Gate, *, trials: int) -> optuna.Study:
     """Start a night of a job whose trials wait, and let at least so many of its study end; returns the study. The next
     trials wait."""
-    stack.nightly("run", job, "--no-follow")
+    nightly(stack, "run", job, "--no-follow")
     folder = stack.home / "studies"
     wait_for(lambda: (folder / job).exists() and last_study(job, folder), 300, "the night's study")
     study = study_of(stack, job)
@@ -148,9 +149,8 @@ def finished_of(study: optuna.Study) -> dict[int, dict[str, object]]:
 
 
 def service_of(stack: Stack, name: str) -> psutil.Process:
-    """The process of one of the stack's services, by its name in `nightly status`."""
-    services = json.loads(stack.nightly("status", "--json").stdout)
-    return psutil.Process(next(service["pid"] for service in services if service["service"] == name))
+    """The process of one of the stack's services, by its name."""
+    return psutil.Process(json.loads((stack.home / f"run/{name}.json").read_text())["pid"])
 
 
 def engine_of(stack: Stack, job: str) -> psutil.Process:

@@ -30,6 +30,7 @@ from tasks.prepare import prepare
 from tasks.promotions import history, latest_promotion
 from tasks.study import finished_trials
 from tasks.tracking import CURVE, TRIAL_NUMBER
+from tests.commands import nightly
 from tests.conftest import CPU, Stack, make_job
 from tests.faulty_proxy import Fault, Request, faulty_proxy
 from tests.nights import (
@@ -155,24 +156,24 @@ def test_the_champion_is_what_the_manifest_says(stack: Stack, night: str, tmp_pa
     registered = champion_alias(stack, "quick")
     assert registered.tags["store_version"] == champion.manifest.version
     assert registered.run_id == lineage.mlflow_run_id
-    printed = json.loads(stack.nightly("champion", "quick", "--json").stdout)
+    printed = json.loads(nightly(stack, "champion", "quick", "--json").stdout)
     assert printed["version"] == champion.manifest.version
     assert printed["manifest"]["metrics"]["test"] == measured
-    assert champion.manifest.version in stack.nightly("champion", "quick").stdout
+    assert champion.manifest.version in nightly(stack, "champion", "quick").stdout
 
 
 def test_jobs_are_listed_with_their_nights_and_what_a_night_logged_is_shown(stack: Stack, night: str) -> None:
-    rows = {row["job"]: row for row in json.loads(stack.nightly("ls", "--json").stdout)}
-    champion = json.loads(stack.nightly("champion", "quick", "--json").stdout)["version"]
+    rows = {row["job"]: row for row in json.loads(nightly(stack, "ls", "--json").stdout)}
+    champion = json.loads(nightly(stack, "champion", "quick", "--json").stdout)["version"]
     assert (rows["quick"]["champion"], rows["quick"]["last night"]) == (champion, "Completed")
     assert rows["quick"]["next night"].endswith("01-01 02:00")
     assert rows["refusing"]["began"] is None
-    shown = stack.nightly("logs", "quick").stdout
+    shown = nightly(stack, "logs", "quick").stdout
     assert "rows of sklearn://digits: " in shown
-    lines = [json.loads(line) for line in stack.nightly("logs", "quick", "--json").stdout.splitlines()]
+    lines = [json.loads(line) for line in nightly(stack, "logs", "quick", "--json").stdout.splitlines()]
     assert {"at", "level", "message"} == set(lines[0])
     assert [line["at"] for line in lines] == sorted(line["at"] for line in lines)
-    assert "no night of refusing has begun" in stack.nightly("logs", "refusing", ok=False).stderr
+    assert "no night of refusing has begun" in nightly(stack, "logs", "refusing", ok=False).stderr
 
 
 def test_a_night_leaves_a_page_and_its_plots_in_mlflow(stack: Stack, night: str, tmp_path: Path) -> None:
@@ -212,7 +213,7 @@ def test_schedules_lay_runs_ahead_and_of_missed_ones_the_last_one_starts_by_itse
 
 
 def test_the_doctor_finds_a_running_stack_well(stack: Stack) -> None:
-    checks = json.loads(stack.nightly("doctor", "--json").stdout)
+    checks = json.loads(nightly(stack, "doctor", "--json").stdout)
     assert {check["name"]: check["state"] for check in checks if check["state"] != "ok"}.keys() <= {"disk"}
     assert {"prefect", "mlflow", "worker", "deployments", "store", "clock"} <= {check["name"] for check in checks}
 
@@ -359,13 +360,13 @@ def test_a_schedule_is_paused_stays_so_and_goes_on(stack: Stack) -> None:
         return dict(found)
 
     before = schedule()
-    assert "is paused" in stack.nightly("pause", "quick").stdout
-    stack.nightly("apply")
+    assert "is paused" in nightly(stack, "pause", "quick").stdout
+    nightly(stack, "apply")
     after = schedule()
     assert after == {**before, "active": False, "updated": after["updated"]}
-    stack.nightly("resume", "quick")
+    nightly(stack, "resume", "quick")
     assert schedule()["active"] is True
-    assert "no job is named 'nobody'" in stack.nightly("pause", "nobody", ok=False).stderr
+    assert "no job is named 'nobody'" in nightly(stack, "pause", "nobody", ok=False).stderr
 
 
 @pytest.mark.parametrize(
@@ -417,16 +418,16 @@ def test_a_rollback_from_the_prefect_ui_and_the_alias_follows(stack: Stack, nigh
     wait_for(lambda: state() in ("COMPLETED", "FAILED"), 180, "the rollback")
     assert state() == "COMPLETED"
     assert champion_alias(stack, "quick").tags["store_version"] == first.version
-    rows = json.loads(stack.nightly("history", "quick", "--json").stdout)
+    rows = json.loads(nightly(stack, "history", "quick", "--json").stdout)
     assert [(row["kind"], row["version"]) for row in rows] == [
         ("rollback", first.version), ("promotion", second), ("promotion", first.version),
     ]  # fmt: skip
     assert rows[0]["reason"] == "it disappoints"
-    back = stack.nightly("rollback", "quick", "--to", second, "--reason", "after all", "--json")
+    back = nightly(stack, "rollback", "quick", "--to", second, "--reason", "after all", "--json")
     assert json.loads(back.stdout)["number"] == 4
     wait_for(lambda: champion_alias(stack, "quick").tags["store_version"] == second, 180, "the alias")
-    assert "it disappoints" in " ".join(stack.nightly("history", "quick").stdout.split())
-    again = json.loads(stack.nightly("reproduce", "quick", first.version, "--json").stdout)
+    assert "it disappoints" in " ".join(nightly(stack, "history", "quick").stdout.split())
+    again = json.loads(nightly(stack, "reproduce", "quick", first.version, "--json").stdout)
     assert again["within_tolerance"]
 
 

@@ -11,6 +11,7 @@ from optuna.trial import TrialState
 
 from tasks.study import finished_trials
 from tasks.tracking import TRIAL_NUMBER, night_ends_with_its_run
+from tests.commands import nightly
 from tests.conftest import Stack
 from tests.held import write_held_job
 from tests.nights import (
@@ -65,7 +66,7 @@ def test_a_night_whose_process_then_stack_then_machine_died_is_continued_each_ti
     """A lost machine as near as it gets: every process is killed at once, and all are started again."""
     job = "killed"
     gate = write_held_job(jobs(stack), job, trials=TRIALS)
-    stack.nightly("apply")
+    nightly(stack, "apply")
 
     study = night_under_way(stack, job, gate, trials=1)
     os.kill(engine_of(stack, job).pid, signal.SIGKILL)
@@ -101,7 +102,7 @@ def test_a_cancelled_night_stops_and_promotes_nothing_and_its_lost_mlflow_run_is
     """Somebody deletes the run of a night that was cancelled; the next night continues the study all the same."""
     job = "cancelled"
     gate = write_held_job(jobs(stack), job, trials=TRIALS)
-    stack.nightly("apply")
+    nightly(stack, "apply")
     study = night_under_way(stack, job, gate, trials=1)
     cancel(stack, latest_run(stack, job))
     wait_for(lambda: latest_run(stack, job)["state_type"] == "CANCELLED", 300, "the night to be cancelled")
@@ -127,8 +128,8 @@ def test_a_night_cancelled_in_another_step_does_not_end_it_and_promotes_nothing(
     if step == "confirm":
         (jobs(stack) / "slow_net.py").write_text(SLOW_NET)
         (jobs(stack) / f"{job}.yaml").write_text(SLOW_TO_CONFIRM)
-        stack.nightly("apply")
-    stack.nightly("run", job, "--no-follow")
+        nightly(stack, "apply")
+    nightly(stack, "run", job, "--no-follow")
 
     def is_under_way() -> bool:
         of_the_night = {"flow_runs": {"id": {"any_": [latest_run(stack, job)["id"]]}}}
@@ -162,19 +163,19 @@ def test_nights_wait_for_the_device_and_those_of_one_job_wait_or_are_refused_as_
     stack: Stack, tmp_path: Path
 ) -> None:
     gate = write_held_job(jobs(stack), "holding", trials=TRIALS)
-    stack.nightly("apply")
+    nightly(stack, "apply")
     night_under_way(stack, "holding", gate, trials=1)
     first = latest_run(stack, "holding")
     log = stack.home / "logs/worker.log"
     logged = log.read_text()
-    stack.nightly("run", "refusing", "--promotion", "never", "--no-follow")
+    nightly(stack, "run", "refusing", "--promotion", "never", "--no-follow")
     # Prefect keeps these lines too, but gives up on sending them where its database is locked for long.
     waits = "waiting for cpu, which another night holds"
     wait_for(lambda: waits in log.read_text().removeprefix(logged), 300, "another job's night to wait for the device")
     waiting = latest_run(stack, "refusing")
 
     for job, state in (("holding", "AwaitingConcurrencySlot"), ("refusing", "Cancelled")):
-        stack.nightly("run", job, "--no-follow")
+        nightly(stack, "run", job, "--no-follow")
         wait_for(lambda: latest_run(stack, job)["state_name"] == state, 300, f"the second night to be {state}")  # noqa: B023
     shown = stack.nightly("up", NIGHTLY_JOBS=str(tmp_path)).stdout
     assert "worker keeps its old settings (NIGHTLY_JOBS changed) while a night runs" in shown

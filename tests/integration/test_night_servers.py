@@ -5,9 +5,18 @@ from pathlib import Path
 from tasks.champion import load_champion
 from tasks.study import finished_trials
 from tasks.tracking import TRIAL_NUMBER
+from tests.commands import nightly
 from tests.conftest import Stack
 from tests.held import write_held_job
-from tests.nights import champion_alias, latest_run, let_trials_end, night_under_way, runs_of, service_of
+from tests.nights import (
+    champion_alias,
+    latest_run,
+    let_trials_end,
+    night_under_way,
+    run_directly,
+    runs_of,
+    service_of,
+)
 from tests.servers import wait_for
 
 JOB, TRIALS = "robbed", 24
@@ -18,7 +27,7 @@ def test_a_night_goes_on_without_prefect_then_without_mlflow_and_the_next_one_ma
 ) -> None:
     stack = breakable_stack
     gate = write_held_job(Path(stack.environment["NIGHTLY_JOBS"]), JOB, trials=TRIALS)
-    stack.nightly("apply")
+    nightly(stack, "apply")
     study = night_under_way(stack, JOB, gate, trials=1)
     prefect, mlflow = service_of(stack, "prefect"), service_of(stack, "mlflow")
 
@@ -38,7 +47,7 @@ def test_a_night_goes_on_without_prefect_then_without_mlflow_and_the_next_one_ma
     parent, nested = runs_of(stack, study)
     assert parent.info.status == "RUNNING"
     assert len(nested) == TRIALS  # written without the server
-    stack.nightly("run", JOB, "--trials", "1")
+    assert run_directly(stack, JOB, {"trials": 1})[0] == "COMPLETED"
     parent, nested = runs_of(stack, study)
     assert parent.info.status == "FINISHED"
     assert sorted(int(run.data.tags[TRIAL_NUMBER]) for run in nested) == list(range(TRIALS))
