@@ -6,7 +6,7 @@ Imported by the command line, so Prefect is imported only where it is needed.
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from infra.deploy import Deployment
+    from infra.deployments import Deployment
     from tasks.job import TuningJob
 
 FLOW = "nightly_tuning"
@@ -19,7 +19,7 @@ def path_of(job_name: str) -> str:
 
 def deployment_of(job: "TuningJob") -> "Deployment":
     """What Prefect is told of a job."""
-    from infra.deploy import Deployment
+    from infra.deployments import Deployment
 
     return Deployment(
         flow=FLOW,

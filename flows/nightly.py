@@ -32,21 +32,20 @@ from prefect.states import Cancelled, Completed, Crashed, Failed
 from pydantic import SecretStr
 
 from flows.deployments import FLOW, path_of
-from infra.deploy import WORKER, artifact_key, crash_dead_runs, later_due_run, worker_runs
+from infra.deployments import WORKER, artifact_key, crash_dead_runs, later_due_run, worker_runs
 from infra.device import choose_device, hold_device
 from infra.errors import ExpectedError
 from infra.ours import our_deployment
 from infra.settings import OUR_LOGGERS, Settings
-from infra.store import Store, StoreError, StoreUnavailable, open_store
+from infra.store.protocol import Store, StoreError, StoreUnavailable, open_store
 from infra.webhook import post
-from models.shapes import Problem
-from tasks.ask import ask
-from tasks.champion import Champion, read_champion
-from tasks.confirm import Challenger, Confirmed, confirm
-from tasks.drift import since
-from tasks.findings import in_brief
-from tasks.fresh import FreshProcess
-from tasks.gate import Verdict, gate
+from models.rows.shapes import Problem
+from tasks.data.drift import since
+from tasks.data.findings import in_brief
+from tasks.data.prepare import prepare
+from tasks.data.prepared import Prepared
+from tasks.data.snapshots import FORMAT, Snapshot, fetch_snapshot, mark_as_used, publish_snapshot, read_snapshot
+from tasks.data.sources import source_stamp
 from tasks.job import (
     DataConfig,
     Minutes,
@@ -60,20 +59,21 @@ from tasks.job import (
     hints,
     load_job,
 )
-from tasks.leases import check_still_ours, lost_flow_runs, workers_of
-from tasks.loaded_back import rehearse
-from tasks.memory import recall
-from tasks.prepare import prepare
-from tasks.prepared import Prepared
-from tasks.processes import ProcessGroup, TrainerProcesses, started_ahead
-from tasks.progress import Progress
-from tasks.promote import promote
-from tasks.promotions import Promotion, StaleJudgement
+from tasks.promotion.ask import ask
+from tasks.promotion.confirm import Challenger, Confirmed, confirm
+from tasks.promotion.gate import Verdict, gate
+from tasks.promotion.loaded_back import rehearse
+from tasks.promotion.promote import promote
 from tasks.reconcile import only_night_of, reconcile
-from tasks.report import report, report_skipped
-from tasks.snapshots import FORMAT, Snapshot, fetch_snapshot, mark_as_used, publish_snapshot, read_snapshot
-from tasks.sources import source_stamp
-from tasks.storage import (
+from tasks.registry.champion import Champion, read_champion
+from tasks.registry.log import Promotion, StaleJudgement
+from tasks.report.report import report, report_skipped
+from tasks.search.progress import Progress
+from tasks.search.tune import Tuned, forecast, seconds_to_search, tune
+from tasks.search.worker import processes_for, trainer_of
+from tasks.study.leases import check_still_ours, lost_flow_runs, workers_of
+from tasks.study.memory import recall
+from tasks.study.storage import (
     PATIENCE_SECONDS,
     STORAGE_IS_AWAY,
     Studies,
@@ -81,7 +81,7 @@ from tasks.storage import (
     check_database,
     one_claims,
 )
-from tasks.study import (
+from tasks.study.studies import (
     AFTER_SEARCH_SECONDS,
     JOB_CONTENT,
     MLFLOW_EXPERIMENT,
@@ -89,7 +89,7 @@ from tasks.study import (
     open_study,
     unchanged_night,
 )
-from tasks.tracking import (
+from tasks.tracking.nights import (
     TrialTracker,
     begin_night,
     mlflow_may_be_away,
@@ -98,8 +98,8 @@ from tasks.tracking import (
     track_confirmed,
     track_missing_trials,
 )
-from tasks.tune import Tuned, forecast, seconds_to_search, tune
-from tasks.work import processes_for, trainer_of
+from tasks.trainer.fresh import FreshProcess
+from tasks.trainer.processes import ProcessGroup, TrainerProcesses, started_ahead
 
 JUDGEMENTS = 3
 MOST_REPLACEMENTS = 3

@@ -10,11 +10,11 @@ from prefect.states import Failed
 
 from infra.errors import ExpectedError
 from infra.settings import OUR_LOGGERS, Settings
-from infra.store import open_store
-from tasks.aliases import point_champion
+from infra.store.protocol import open_store
 from tasks.job import JobError, load_job
-from tasks.rollback import roll_back
-from tasks.tracking import mlflow_may_be_away
+from tasks.registry.rollback import roll_back
+from tasks.tracking.aliases import point_champion
+from tasks.tracking.nights import mlflow_may_be_away
 
 _logger = logging.getLogger(__name__)
 

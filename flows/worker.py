@@ -15,14 +15,14 @@ from prefect.states import Completed, Failed
 from infra.device import NotNeeded, choose_device, describe_device, hold_device
 from infra.errors import ExpectedError
 from infra.settings import OUR_LOGGERS, Settings
-from infra.store import open_store
+from infra.store.protocol import open_store
+from tasks.data.snapshots import fetch_snapshot
 from tasks.job import TuningJob
-from tasks.leases import Lease, NightSign
-from tasks.snapshots import fetch_snapshot
-from tasks.storage import STORAGE_IS_AWAY, StudiesUnavailable, one_claims
-from tasks.study import FINGERPRINT, JOB_CONTENT, MLFLOW_RUN, load_study, number_of
-from tasks.tracking import TrialTracker
-from tasks.work import trainer_of, work
+from tasks.search.worker import trainer_of, work
+from tasks.study.leases import Lease, NightSign
+from tasks.study.storage import STORAGE_IS_AWAY, StudiesUnavailable, one_claims
+from tasks.study.studies import FINGERPRINT, JOB_CONTENT, MLFLOW_RUN, load_study, number_of
+from tasks.tracking.nights import TrialTracker
 
 _logger = logging.getLogger(__name__)
 

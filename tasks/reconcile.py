@@ -17,15 +17,15 @@ from mlflow.entities import RunStatus
 from mlflow.exceptions import MlflowException
 
 from infra.errors import ExpectedError
-from infra.store import Store, check_store
-from tasks.aliases import point_champion
-from tasks.champion import Champion, read_champion
+from infra.store.protocol import Store, check_store
 from tasks.job import TuningJob
-from tasks.leases import settle
-from tasks.ownership import check_tracking
-from tasks.storage import Studies, one_claims
-from tasks.study import ENDED, MLFLOW_RUN, last_study
-from tasks.tracking import mlflow_may_be_away, track_missing_trials
+from tasks.registry.champion import Champion, read_champion
+from tasks.study.leases import settle
+from tasks.study.storage import Studies, one_claims
+from tasks.study.studies import ENDED, MLFLOW_RUN, last_study
+from tasks.tracking.aliases import point_champion
+from tasks.tracking.nights import mlflow_may_be_away, track_missing_trials
+from tasks.tracking.ownership import check_tracking
 
 _logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from unittest.mock import patch
 
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from flows.cli import main
+from flows.cli.main import main
 from tests.conftest import Stack
 
 

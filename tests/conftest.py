@@ -25,14 +25,14 @@ import pytest
 import torch
 from filelock import FileLock
 
-from models.families import family_named
-from models.metrics import MetricName
-from models.shapes import DataShape
-from models.solo import Epoch, Resumable, Trained, Training, train
+from models.evaluation.metrics import MetricName
+from models.families.family import family_named
+from models.rows.shapes import DataShape
+from models.training.loop import Epoch, Resumable, Trained, Training, train
+from tasks.data.prepare import prepare
+from tasks.data.prepared import Prepared
+from tasks.data.snapshots import Snapshot
 from tasks.job import DataConfig, TuningJob, parse_job
-from tasks.prepare import prepare
-from tasks.prepared import Prepared
-from tasks.snapshots import Snapshot
 from tests.distribution import pytest_collection_modifyitems, pytest_xdist_make_scheduler  # noqa: F401 pytest's hooks
 from tests.servers import (
     PostgresServer,

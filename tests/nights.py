@@ -18,13 +18,13 @@ import pytest
 from mlflow import MlflowClient
 from optuna.trial import TrialState
 
-from infra.deploy import artifact_key
+from infra.deployments import artifact_key
 from infra.settings import CPU_PART
-from infra.store import Store
-from tasks.promotions import append_promotion, latest_promotion
-from tasks.study import attempts, finished_trials, is_interrupted, last_study
-from tasks.tracking import INTERRUPTIONS, OPTUNA_NUMBER, TRIAL_NUMBER, nested_runs
-from tasks.versions import publish_version, pull_version
+from infra.store.protocol import Store
+from tasks.registry.log import append_promotion, latest_promotion
+from tasks.registry.versions import publish_version, pull_version
+from tasks.study.studies import attempts, finished_trials, is_interrupted, last_study
+from tasks.tracking.nights import INTERRUPTIONS, OPTUNA_NUMBER, TRIAL_NUMBER, nested_runs
 from tests.commands import nightly
 from tests.conftest import Stack
 from tests.held import Gate

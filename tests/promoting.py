@@ -7,9 +7,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
 
-from infra.store import Store, open_store
-from tasks.promotions import append_promotion, history, latest_promotion
-from tasks.versions import Lineage, Manifest, describe_file, publish_version, verify_version
+from infra.store.protocol import Store, open_store
+from tasks.registry.log import append_promotion, history, latest_promotion
+from tasks.registry.versions import Lineage, Manifest, describe_file, publish_version, verify_version
 
 NOW = datetime(2026, 11, 23, 2, 0, tzinfo=UTC)
 WRITES = 4  # of a promotion: two files, the manifest, the entry

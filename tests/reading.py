@@ -9,10 +9,10 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from models.shapes import Problem
+from models.rows.shapes import Problem
+from tasks.data.rows import Rows
+from tasks.data.sources import read_rows
 from tasks.job import DataConfig
-from tasks.rows import Rows
-from tasks.sources import read_rows
 
 ROWS = 60
 

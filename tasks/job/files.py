@@ -5,7 +5,7 @@ One bad file is an error of its own job only.
 
 from pathlib import Path
 
-from models.rules import Refused, nearest
+from models.hyperparameters.rules import Refused, nearest
 from tasks.job.parse import JobError, parse_text
 from tasks.job.schema import TuningJob
 from tasks.job.sections import MOST_MINUTES, MOST_TRIALS, PresetName

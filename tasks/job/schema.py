@@ -10,10 +10,10 @@ from typing import Self
 
 from pydantic import Field, field_validator, model_validator
 
-from models.families import Family, family_named
-from models.metrics import METRICS, Metric
-from models.rules import Declared, Refused
-from models.space import Domain, Range
+from models.evaluation.metrics import METRICS, Metric
+from models.families.family import Family, family_named
+from models.hyperparameters.domains import Domain, Range
+from models.hyperparameters.rules import Declared, Refused
 from tasks.job.sections import (
     BudgetConfig,
     ConfirmConfig,

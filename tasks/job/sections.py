@@ -19,9 +19,9 @@ from zoneinfo import available_timezones
 from pydantic import AfterValidator, AwareDatetime, Field, field_validator, model_validator
 from pydantic_core import PydanticKnownError
 
-from models.column import MISSING, DateOrder, Role
-from models.metrics import MetricName
-from models.rules import Declared, nearest
+from models.evaluation.metrics import MetricName
+from models.hyperparameters.rules import Declared, nearest
+from models.rows.column import MISSING, DateOrder, Role
 from tasks.job.kinds import kind_of
 
 SamplerName = Literal["auto", "tpe", "gp", "cmaes", "random", "qmc", "grid"]

@@ -8,9 +8,9 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from models.families import FAMILIES
-from models.rules import NOTHING, Mistake, nearest
-from models.shapes import DataShape
+from models.families.family import FAMILIES
+from models.hyperparameters.rules import NOTHING, Mistake, nearest
+from models.rows.shapes import DataShape
 from tasks.job.kinds import IN_WORDS, SKLEARN_SETS, TABLES, UNREAD, Kind, kind_of
 from tasks.job.schema import TuningJob
 from tasks.job.sections import DataConfig
@@ -184,7 +184,7 @@ def _too_small_a_limit(job: TuningJob, shape: DataShape) -> Mistake | None:
     limit = job.search.max_parameters
     if limit is None or job.model not in FAMILIES:
         return None
-    from models.networks import least_parameters  # with torch, which other jobs need not wait for
+    from models.families.networks import least_parameters  # with torch, which other jobs need not wait for
 
     least = least_parameters(job.family, job.space, shape)
     if limit >= least:

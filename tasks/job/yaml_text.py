@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from models.rules import Mistake, Place, Refused
+from models.hyperparameters.rules import Mistake, Place, Refused
 
 MOST_BYTES = 64 * 1024
 # A job's own fields are four deep.

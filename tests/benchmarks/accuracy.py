@@ -18,18 +18,18 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC, SVR
 from torch import nn
 
-from models.evaluate import evaluate
-from models.metrics import METRICS
-from models.solo import Training, train
-from tasks.confirm import confirm
+from models.evaluation.evaluate import evaluate
+from models.evaluation.metrics import METRICS
+from models.training.loop import Training, train
+from tasks.data.prepare import prepare
+from tasks.data.prepared import Prepared
+from tasks.data.snapshots import Snapshot
 from tasks.job import TuningJob, parse_job
-from tasks.memory import recall
-from tasks.prepare import prepare
-from tasks.prepared import Prepared
-from tasks.snapshots import Snapshot
-from tasks.study import open_study
-from tasks.trainer import LocalTrainer
-from tasks.tune import tune
+from tasks.promotion.confirm import confirm
+from tasks.search.tune import tune
+from tasks.study.memory import recall
+from tasks.study.studies import open_study
+from tasks.trainer.local import LocalTrainer
 from tests.benchmarks.datasets import DATASETS
 
 # By name: data.source, model, search.objective. Everything else is a job's default.

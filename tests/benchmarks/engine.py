@@ -17,19 +17,19 @@ from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
 
 from infra.device import choose_device
-from models.batches import Split
-from models.hyperparameters import MLPHyperparameters
-from models.networks import build_model
-from models.solo import Training, new_model
-from models.training import train_all
+from models.families.networks import build_model
+from models.hyperparameters.declared import MLPHyperparameters
+from models.rows.batches import Split
+from models.train import train_all
+from models.training.loop import Training, new_model
+from tasks.data.prepare import prepare
+from tasks.data.prepared import Prepared
 from tasks.job import TuningJob, parse_job
-from tasks.prepare import prepare
-from tasks.prepared import Prepared
-from tasks.samplers import NUMBER
-from tasks.study import WAVE, open_study
-from tasks.trainer import LocalTrainer
-from tasks.tune import tune
-from tasks.work import trainer_of
+from tasks.search.tune import tune
+from tasks.search.worker import trainer_of
+from tasks.study.samplers import NUMBER
+from tasks.study.studies import WAVE, open_study
+from tasks.trainer.local import LocalTrainer
 from tests.benchmarks.datasets import shared
 from tests.benchmarks.search import Record
 

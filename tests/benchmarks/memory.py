@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
+from tasks.data.prepare import prepare
+from tasks.data.prepared import Prepared
 from tasks.job import parse_job
-from tasks.memory import recall
-from tasks.prepare import prepare
-from tasks.prepared import Prepared
-from tasks.study import ENDED, open_study
-from tasks.trainer import LocalTrainer
-from tasks.tune import tune
+from tasks.search.tune import tune
+from tasks.study.memory import recall
+from tasks.study.studies import ENDED, open_study
+from tasks.trainer.local import LocalTrainer
 from tests.benchmarks.datasets import DATASETS
 
 NIGHTS = (1, 2, 3, 4, 5)

@@ -18,13 +18,13 @@ import pyarrow.parquet
 import torch
 from rich.table import Table
 
-from infra.store import open_store
-from models.families import family_named
-from models.solo import Training, train
+from infra.store.protocol import open_store
+from models.families.family import family_named
+from models.training.loop import Training, train
+from tasks.data.prepare import prepare
+from tasks.data.prepared import Prepared
+from tasks.data.snapshots import fetch_snapshot, publish_snapshot
 from tasks.job import DataConfig
-from tasks.prepare import prepare
-from tasks.prepared import Prepared
-from tasks.snapshots import fetch_snapshot, publish_snapshot
 from tests.benchmarks.datasets import has_shared_data, shared
 from tests.benchmarks.search import Measurement, Record
 from tests.servers import private_bytes

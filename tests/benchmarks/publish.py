@@ -14,8 +14,8 @@ import boto3
 import numpy as np
 from rich.table import Table
 
-from infra.store import open_store
-from tasks.versions import publish_version
+from infra.store.protocol import open_store
+from tasks.registry.versions import publish_version
 from tests.benchmarks.search import Measurement, Record
 from tests.promoting import write_version
 from tests.servers import ceph_gateway, has_ceph, ministack_server

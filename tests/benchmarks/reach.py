@@ -19,15 +19,15 @@ import torch
 from hyperopt import hp
 from optuna.trial import FrozenTrial
 
-from models.solo import Diverged, Training, train
-from models.space import Domain, Range
+from models.hyperparameters.domains import Domain, Range
+from models.training.loop import Diverged, Training, train
+from tasks.data.prepare import prepare
+from tasks.data.prepared import Prepared
 from tasks.job import TuningJob, parse_job
-from tasks.memory import recall
-from tasks.prepare import prepare
-from tasks.prepared import Prepared
-from tasks.study import derived_seed, open_study
-from tasks.trainer import LocalTrainer
-from tasks.tune import TuningFailed, tune
+from tasks.search.tune import TuningFailed, tune
+from tasks.study.memory import recall
+from tasks.study.studies import derived_seed, open_study
+from tasks.trainer.local import LocalTrainer
 from tests.benchmarks.datasets import DATASETS
 
 HYPEROPT = "hyperopt tpe"

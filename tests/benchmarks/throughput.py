@@ -38,9 +38,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from infra.device import choose_device
 from tasks.job import TuningJob, parse_job
-from tasks.study import open_study
-from tasks.tune import tune
-from tasks.work import trainer_of
+from tasks.search.tune import tune
+from tasks.search.worker import trainer_of
+from tasks.study.studies import open_study
 from tests.benchmarks.datasets import has_shared_data
 from tests.benchmarks.engine import (
     STEP_MEMBERS,

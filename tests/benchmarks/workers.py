@@ -22,13 +22,13 @@ from optuna.trial import TrialState, create_trial
 from rich.table import Table
 
 from tasks.job import TuningJob, parse_job
-from tasks.leases import Lease
-from tasks.samplers import NUMBER
-from tasks.storage import Studies, one_claims
-from tasks.study import SEARCH_ENDED_BY, Asking, finished_trials, load_study, open_study
-from tasks.trainer import LocalTrainer
-from tasks.tune import tune
-from tasks.work import work
+from tasks.search.tune import tune
+from tasks.search.worker import work
+from tasks.study.leases import Lease
+from tasks.study.samplers import NUMBER
+from tasks.study.storage import Studies, one_claims
+from tasks.study.studies import SEARCH_ENDED_BY, Asking, finished_trials, load_study, open_study
+from tasks.trainer.local import LocalTrainer
 from tests.benchmarks.engine import prepared_by
 from tests.benchmarks.search import Measurement, Record
 from tests.servers import postgres_programs, postgres_server

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from botocore.retries.standard import ExponentialBackoff
 
-from infra.store import Store, open_store
+from infra.store.protocol import Store, open_store
 from tests.faulty_proxy import Fault, Request, faulty_proxy
 from tests.servers import S3Server
 

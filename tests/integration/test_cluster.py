@@ -13,11 +13,11 @@ import pytest
 from mlflow import MlflowClient
 from optuna.trial import TrialState
 
-from infra.store import open_store
-from tasks.leases import mishaps_of, workers_of
-from tasks.promotions import history
-from tasks.study import WORKER, finished_trials, is_interrupted, last_study
-from tasks.tracking import INTERRUPTIONS, TRIAL_NUMBER, nested_runs
+from infra.store.protocol import open_store
+from tasks.registry.log import history
+from tasks.study.leases import mishaps_of, workers_of
+from tasks.study.studies import WORKER, finished_trials, is_interrupted, last_study
+from tasks.tracking.nights import INTERRUPTIONS, TRIAL_NUMBER, nested_runs
 from tests.conftest import make_stack, require
 from tests.held import write_held_job
 from tests.hosts import Host, hosts, hosts_cannot_be_made

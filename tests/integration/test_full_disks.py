@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 from optuna.trial import FrozenTrial
 
-from infra.store import StoreUnavailable, open_store
-from tasks.champion import read_champion
-from tasks.prepared import Prepared
-from tasks.promotions import history
-from tasks.storage import Studies, one_claims
-from tasks.study import finished_trials, load_study, open_study
-from tasks.trainer import LocalTrainer
-from tasks.tune import tune
+from infra.store.protocol import StoreUnavailable, open_store
+from tasks.data.prepared import Prepared
+from tasks.registry.champion import read_champion
+from tasks.registry.log import history
+from tasks.search.tune import tune
+from tasks.study.storage import Studies, one_claims
+from tasks.study.studies import finished_trials, load_study, open_study
+from tasks.trainer.local import LocalTrainer
 from tests.conftest import CPU, fill, make_job, require, small_disk
 from tests.servers import PostgresServer, postgres_programs, wait_for
 from tests.unit.test_tune import NOW

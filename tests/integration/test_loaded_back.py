@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from infra.store import open_store
-from tasks.promotions import history
-from tasks.study import finished_trials
+from infra.store.protocol import open_store
+from tasks.registry.log import history
+from tasks.study.studies import finished_trials
 from tests.conftest import Stack
 from tests.nights import reports_of, run_directly, runs_of, study_of
 from tests.unit.test_families import write_net

@@ -23,13 +23,13 @@ import torch
 from mlflow import MlflowClient
 
 from infra.settings import CPU_PART
-from infra.store import open_store
-from models.evaluate import evaluate
-from tasks.champion import load_champion
-from tasks.prepare import prepare
-from tasks.promotions import history, latest_promotion
-from tasks.study import finished_trials
-from tasks.tracking import CURVE, TRIAL_NUMBER
+from infra.store.protocol import open_store
+from models.evaluation.evaluate import evaluate
+from tasks.data.prepare import prepare
+from tasks.registry.champion import load_champion
+from tasks.registry.log import history, latest_promotion
+from tasks.study.studies import finished_trials
+from tasks.tracking.nights import CURVE, TRIAL_NUMBER
 from tests.commands import nightly
 from tests.conftest import CPU, Stack, make_job
 from tests.faulty_proxy import Fault, Request, faulty_proxy

@@ -9,8 +9,8 @@ import pytest
 from mlflow import MlflowClient
 from optuna.trial import TrialState
 
-from tasks.study import finished_trials
-from tasks.tracking import TRIAL_NUMBER, night_ends_with_its_run
+from tasks.study.studies import finished_trials
+from tasks.tracking.nights import TRIAL_NUMBER, night_ends_with_its_run
 from tests.commands import nightly
 from tests.conftest import Stack
 from tests.held import write_held_job

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from optuna.trial import TrialState
 
-from infra.store import open_store
-from tasks.promotions import history
-from tasks.study import finished_trials, is_interrupted, last_study
+from infra.store.protocol import open_store
+from tasks.registry.log import history
+from tasks.study.studies import finished_trials, is_interrupted, last_study
 from tests.conftest import Stack
 from tests.nights import assert_the_ledgers_agree, run_directly, run_script, study_of
 
@@ -41,7 +41,7 @@ MOMENTS = {
         "after promote": "night._notify = kill",
     },
     "within a step": {
-        "in tune": "import tasks.work; tasks.work._Candidate.tell = lambda *_: kill()",
+        "in tune": "import tasks.search.worker; tasks.search.worker._Candidate.tell = lambda *_: kill()",
         "between trials": "night.TrialTracker.track = kill",
         "in confirm": "night.track_confirmed = kill",
         "before promote": "night.promote_step = kill",

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from infra.store import Store, StoreError, StoreUnavailable
-from tasks.promotions import StaleJudgement, append_promotion, history, latest_promotion
-from tasks.versions import DamagedVersion, verify_version
+from infra.store.protocol import Store, StoreError, StoreUnavailable
+from tasks.registry.log import StaleJudgement, append_promotion, history, latest_promotion
+from tasks.registry.versions import DamagedVersion, verify_version
 from tests.faulty_proxy import Fault, Request
 from tests.integration.conftest import Through
 from tests.promoting import NOW, WRITES, be_killed_at_each_write, champion_of, promote

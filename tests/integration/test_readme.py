@@ -16,13 +16,13 @@ import torch
 import typer
 import yaml
 
-from flows.cli import app
+from flows.cli.main import app
+from tasks.data.prepare import prepare
+from tasks.data.prepared import Prepared
 from tasks.job import parse_job
-from tasks.prepare import prepare
-from tasks.prepared import Prepared
-from tasks.study import open_study
-from tasks.trainer import LocalTrainer
-from tasks.tune import tune
+from tasks.search.tune import tune
+from tasks.study.studies import open_study
+from tasks.trainer.local import LocalTrainer
 from tests.commands import nightly
 from tests.conftest import CPU, Stack, make_stack, require
 
@@ -46,7 +46,7 @@ def test_the_job_of_ones_own_runs_and_its_champion_loads(stack: Stack, monkeypat
     assert "\nspirals: version" in shown
     monkeypatch.setenv("NIGHTLY_HOME", str(stack.home))
     names: dict[str, object] = {}
-    exec(block("python", "from tasks.champion").replace("digits-mlp", "spirals"), names)  # noqa: S102 our own listing
+    exec(block("python", "from tasks.registry.champion").replace("digits-mlp", "spirals"), names)  # noqa: S102 our own listing
     champion = names["champion"]
     assert champion.manifest.metrics["test"]["accuracy"] > 0.95  # type: ignore[attr-defined]
     assert champion.predict(torch.tensor([[0.5, 0.0]]))[0] in ("0", "1")  # type: ignore[attr-defined]

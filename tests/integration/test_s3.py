@@ -9,10 +9,10 @@ import boto3
 import botocore.auth
 import pytest
 
-import infra.s3
-from infra.store import AlreadyExists, NotFound, StoreError, StoreUnavailable, open_store
-from tasks.promotions import append_promotion, history
-from tasks.versions import publish_version, verify_version
+import infra.store.s3
+from infra.store.protocol import AlreadyExists, NotFound, StoreError, StoreUnavailable, open_store
+from tasks.registry.log import append_promotion, history
+from tasks.registry.versions import publish_version, verify_version
 from tests.faulty_proxy import Request, faulty_proxy
 from tests.integration.conftest import use
 from tests.promoting import NOW, WRITES, champion_of, promote, write_version
@@ -118,7 +118,7 @@ def test_a_gateway_killed_in_a_promotion_leaves_one_entry(
 def test_a_large_file_goes_up_in_parts_and_is_verified(
     server: S3Server, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(infra.s3, "PART_BYTES", 5 * 1024 * 1024)
+    monkeypatch.setattr(infra.store.s3, "PART_BYTES", 5 * 1024 * 1024)
     store = open_store(f"s3://{bucket}/prefix")
     large, other = tmp_path / "large", tmp_path / "other"
     content = random.Random(0).randbytes(12 * 1024 * 1024 + 7)
@@ -134,7 +134,7 @@ def test_a_large_file_goes_up_in_parts_and_is_verified(
     store.download("models/large", tmp_path / "back")
     assert (tmp_path / "back").read_bytes() == content
     head = server.client.head_object(Bucket=bucket, Key="prefix/models/large")
-    assert head["ETag"].strip('"') == infra.s3._etag_of_parts(large)
+    assert head["ETag"].strip('"') == infra.store.s3._etag_of_parts(large)
     with pytest.raises(NotFound):
         store.download("models/none", tmp_path / "none")
 
@@ -143,13 +143,15 @@ def test_a_part_that_arrived_altered_is_found_out(
     server: S3Server, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The server's ETag is of what arrived: here another file, of the same size, takes the place of ours."""
-    monkeypatch.setattr(infra.s3, "PART_BYTES", 5 * 1024 * 1024)
+    monkeypatch.setattr(infra.store.s3, "PART_BYTES", 5 * 1024 * 1024)
     large, other = tmp_path / "large", tmp_path / "other"
     large.write_bytes(b"a" * 6 * 1024 * 1024)
     other.write_bytes(b"b" * 6 * 1024 * 1024)
     store = open_store(f"s3://{bucket}")
-    upload_parts = infra.s3.S3Store._upload_parts
-    monkeypatch.setattr(infra.s3.S3Store, "_upload_parts", lambda self, key, _, on: upload_parts(self, key, other, on))
+    upload_parts = infra.store.s3.S3Store._upload_parts
+    monkeypatch.setattr(
+        infra.store.s3.S3Store, "_upload_parts", lambda self, key, _, on: upload_parts(self, key, other, on)
+    )
     with pytest.raises(AlreadyExists):
         store.upload("models/large", large)
 

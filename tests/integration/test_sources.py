@@ -10,14 +10,14 @@ import psycopg
 import pytest
 from PIL import Image
 
-import tasks.table_queries
-from infra.downloads import download, object_tags
-from infra.store import StoreError
+import tasks.data.table_queries
+from infra.store.downloads import download, object_tags
+from infra.store.protocol import StoreError
+from tasks.data.prepare import prepare
+from tasks.data.rows import DataError
+from tasks.data.snapshots import Snapshot
+from tasks.data.sources import source_stamp
 from tasks.job import DataConfig
-from tasks.prepare import prepare
-from tasks.rows import DataError
-from tasks.snapshots import Snapshot
-from tasks.sources import source_stamp
 from tests.faulty_proxy import Fault, Request, faulty_proxy
 from tests.integration.conftest import use
 from tests.servers import PostgresServer, S3Server
@@ -156,7 +156,7 @@ def test_a_query_is_read_from_postgresql(
     postgres: PostgresServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PGPASSWORD", postgres.password)
-    monkeypatch.setattr(tasks.table_queries, "QUERY_ROWS", 300)
+    monkeypatch.setattr(tasks.data.table_queries, "QUERY_ROWS", 300)
     with psycopg.connect(postgres.url) as connection:
         connection.execute(
             "CREATE TABLE sales AS SELECT n AS id, md5(n::text)::uuid AS code, (n % 7)::numeric(8, 2) / 3 AS price, "

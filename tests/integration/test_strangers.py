@@ -14,13 +14,13 @@ from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.objects import StateType
 from prefect.events.schemas.automations import AutomationCore, EventTrigger
 
-from infra import deploy
+from infra import deployments as deploy
 from infra.errors import NotOurs
 from infra.ours import FLOWS, ZOMBIE_AUTOMATION, ZOMBIE_DESCRIPTION
 from infra.settings import MARK, Settings
-from infra.stack import is_prefect_ours
-from infra.store import open_store
-from tasks.promotions import Promotion, latest_promotion
+from infra.stack.supervisor import is_prefect_ours
+from infra.store.protocol import open_store
+from tasks.registry.log import Promotion, latest_promotion
 from tests.commands import nightly
 from tests.conftest import Stack, make_stack
 from tests.nights import promote_a_copy, run_directly

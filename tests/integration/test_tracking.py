@@ -9,9 +9,9 @@ import optuna
 import pytest
 from mlflow import MlflowClient
 
-from tasks.samplers import NUMBER
-from tasks.study import JOB, MLFLOW_RUN, OBJECTIVE
-from tasks.tracking import TRIAL_NUMBER, TrialTracker, nested_runs, track_missing_trials
+from tasks.study.samplers import NUMBER
+from tasks.study.studies import JOB, MLFLOW_RUN, OBJECTIVE
+from tasks.tracking.nights import TRIAL_NUMBER, TrialTracker, nested_runs, track_missing_trials
 from tests.servers import answers, background, free_port, wait_for
 
 

@@ -12,8 +12,8 @@ import pytest
 from optuna.trial import TrialState
 
 from infra.settings import MARK
-from tasks.leases import NIGHT, workers_of
-from tasks.study import WORKER, finished_trials, last_study
+from tasks.study.leases import NIGHT, workers_of
+from tasks.study.studies import WORKER, finished_trials, last_study
 from tests.commands import nightly
 from tests.conftest import Stack, make_stack
 from tests.held import write_held_job

@@ -12,14 +12,14 @@ import scipy.stats  # noqa: F401 loaded at its first use, and a library as well
 import sklearn.tree  # noqa: F401
 import torch
 
-from models import batches
-from models.families import family_named
-from models.solo import Training, train
-from tasks import prepare as preparing
-from tasks import table_files
+from models.families.family import family_named
+from models.rows import batches
+from models.training.loop import Training, train
+from tasks.data import prepare as preparing
+from tasks.data import table_files
+from tasks.data.prepare import prepare
+from tasks.data.prepared import Prepared
 from tasks.job import DataConfig
-from tasks.prepare import prepare
-from tasks.prepared import Prepared
 from tests.servers import private_bytes
 
 

@@ -8,12 +8,12 @@ import pandas as pd
 import pytest
 import torch
 
-from models.preprocessing import TablePreprocessing
-from tasks.data_card import data_card
-from tasks.findings import in_brief
+from models.rows.preprocessing import TablePreprocessing
+from tasks.data.card import data_card
+from tasks.data.findings import in_brief
+from tasks.data.prepare import prepare
+from tasks.data.rows import DataError
 from tasks.job import DataConfig
-from tasks.prepare import prepare
-from tasks.rows import DataError
 from tests.reading import Read, read, roles_of
 
 ROWS = 80

@@ -6,17 +6,17 @@ import numpy as np
 import pytest
 import torch
 
-from models import batches
-from models.batches import DiskRows, Split, batch_sizes, step_count
-from models.families import family_named
-from models.preprocessing import Standardization
-from models.solo import Training, train
-from models.training import fusion_for
-from tasks import prepared as prepared_module
+from models.families.family import family_named
+from models.rows import batches
+from models.rows.batches import DiskRows, Split, batch_sizes, step_count
+from models.rows.preprocessing import Standardization
+from models.train import fusion_for
+from models.training.loop import Training, train
+from tasks.data import prepared as prepared_module
+from tasks.data.prepare import prepare
+from tasks.data.prepared import Prepared
+from tasks.data.snapshots import Snapshot
 from tasks.job import DataConfig
-from tasks.prepare import prepare
-from tasks.prepared import Prepared
-from tasks.snapshots import Snapshot
 from tests.conftest import CPU
 
 

@@ -29,12 +29,12 @@ import pytest
 import torch
 from PIL import Image
 
-from flows import cli
+from flows.cli import main as cli
 from infra.errors import ExpectedError
-from models.shapes import Problem
-from tasks.data_card import data_card
+from models.rows.shapes import Problem
+from tasks.data.card import data_card
+from tasks.data.prepare import prepare
 from tasks.job import CheckName, DataConfig
-from tasks.prepare import prepare
 
 CASES = 100  # of each kind of source: what spoils one case in thirty is missed once in thirty times
 TOKENS = [
@@ -506,7 +506,7 @@ def test_the_command_says_one_sentence_and_keeps_stdout_for_its_own(tmp_path: Pa
     )
     (tmp_path / "gaps.yaml").write_text(f"name: gaps\ndata:\n  source: {tmp_path}/load.py:rows\nmodel: mlp\n")
     finished = subprocess.run(
-        [sys.executable, "-c", "from flows.cli import main; main()", "check", "gaps", "--json"],
+        [sys.executable, "-c", "from flows.cli.main import main; main()", "check", "gaps", "--json"],
         env=os.environ | {"NIGHTLY_JOBS": str(tmp_path), "NIGHTLY_HOME": str(tmp_path / "home")},
         capture_output=True, text=True, check=False,
     )  # fmt: skip

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from flows.cli import app
+from flows.cli.main import app
 from infra.errors import ExpectedError
 from tasks.job import load_job
 from tests.conftest import make_stack

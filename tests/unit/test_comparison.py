@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from models.comparison import (
+from models.evaluation.comparison import (
     _resampled,
     calibration_error,
     compare,
@@ -21,8 +21,8 @@ from models.comparison import (
     rows_needed,
     slice_gains,
 )
-from models.evaluate import predictions_of
-from models.metrics import METRICS, MetricName
+from models.evaluation.evaluate import predictions_of
+from models.evaluation.metrics import METRICS, MetricName
 
 ALPHA = 0.05
 

@@ -10,22 +10,22 @@ import pytest
 import torch
 from optuna.trial import create_trial
 
-import tasks.confirm
-from models.evaluate import predict_outputs, score
-from models.fused import Outcome
-from models.hyperparameters import MLPHyperparameters
-from models.metrics import metrics_of
-from models.networks import Ensemble
-from models.preprocessing import Standardization
-from models.solo import Diverged, Trained
-from tasks.confirm import Challenger, choose, confirm
+import tasks.promotion.confirm
+from models.evaluation.evaluate import predict_outputs, score
+from models.evaluation.metrics import metrics_of
+from models.families.networks import Ensemble
+from models.fused.train import Outcome
+from models.hyperparameters.declared import MLPHyperparameters
+from models.rows.preprocessing import Standardization
+from models.training.loop import Diverged, Trained
+from tasks.data.prepared import Prepared
 from tasks.job import TuningJob
-from tasks.memory import baseline_hyperparameters, recall
-from tasks.prepared import Prepared
-from tasks.samplers import NUMBER
-from tasks.study import open_study
-from tasks.trainer import LocalTrainer
-from tasks.tune import Tuned, TuningFailed, tune
+from tasks.promotion.confirm import Challenger, choose, confirm
+from tasks.search.tune import Tuned, TuningFailed, tune
+from tasks.study.memory import baseline_hyperparameters, recall
+from tasks.study.samplers import NUMBER
+from tasks.study.studies import open_study
+from tasks.trainer.local import LocalTrainer
 from tests.conftest import make_job
 from tests.unit.test_families import write_net
 from tests.unit.test_tune import NOW
@@ -93,7 +93,7 @@ def test_the_baseline_competes_with_as_many_seeds(
     """Fresh seeds decide, whatever the search found. What each configuration is worth with them is set here."""
     job = make_job(confirm={"candidates": 2, "seeds": 2}, budget={"trials": 6}, search={"pruner": "none"})
     textbook = baseline_hyperparameters(job)
-    train_seeds = tasks.confirm.train_seeds
+    train_seeds = tasks.promotion.confirm.train_seeds
 
     def worth(*arguments: Any) -> list[Outcome]:
         is_best = (arguments[2] == textbook) == (best == "the baseline")
@@ -103,7 +103,7 @@ def test_the_baseline_competes_with_as_many_seeds(
             for outcome in trained
         ]
 
-    monkeypatch.setattr(tasks.confirm, "train_seeds", worth)
+    monkeypatch.setattr(tasks.promotion.confirm, "train_seeds", worth)
     study, tuned = searched(job, prepared, tmp_path)
     found = confirm(study, job, prepared, baseline=tuned.baseline)  # type: ignore[arg-type]
     assert found.baseline is not None
@@ -145,12 +145,12 @@ def test_a_challenger_refuses_nan() -> None:
 
 def test_a_seed_that_diverges_is_left_out(prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job = make_job(confirm={"candidates": 1, "seeds": 3})
-    train_seeds = tasks.confirm.train_seeds
+    train_seeds = tasks.promotion.confirm.train_seeds
 
     def diverge_at_first(*arguments: object) -> list[Outcome]:
         return [DIVERGED, *train_seeds(*arguments)[1:]]  # type: ignore[arg-type]
 
-    monkeypatch.setattr(tasks.confirm, "train_seeds", diverge_at_first)
+    monkeypatch.setattr(tasks.promotion.confirm, "train_seeds", diverge_at_first)
     (challenger,) = confirmed(job, prepared, tmp_path)
     assert len(challenger.seeds) == len(challenger.values) == 2
     assert len(challenger.trained_with) == 3
@@ -159,7 +159,7 @@ def test_a_seed_that_diverges_is_left_out(prepared: Prepared, tmp_path: Path, mo
 def test_nothing_that_can_be_trained_again_is_one_sentence(
     prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tasks.confirm, "train_seeds", lambda *arguments: [DIVERGED] * len(arguments[-1]))
+    monkeypatch.setattr(tasks.promotion.confirm, "train_seeds", lambda *arguments: [DIVERGED] * len(arguments[-1]))
     with pytest.raises(TuningFailed, match="no configuration of small could be trained a second time"):
         confirmed(make_job(), prepared, tmp_path)
 

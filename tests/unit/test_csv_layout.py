@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from tasks.data.rows import DataError
 from tasks.job import JobError, parse_job
-from tasks.rows import DataError
 from tests.reading import read, roles_of
 
 NAMES = ("size", "colour", "y")

@@ -2,9 +2,9 @@
 
 import pytest
 
-from models.diagnosis import diagnose
-from models.solo import Epoch
-from tasks.prepared import Prepared
+from models.training.diagnosis import diagnose
+from models.training.loop import Epoch
+from tasks.data.prepared import Prepared
 from tests.conftest import train_on
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from models.dropout import SeededDropout, dropout_keys, seed_dropout
+from models.training.dropout import SeededDropout, dropout_keys, seed_dropout
 
 SIZE = (64, 128)
 

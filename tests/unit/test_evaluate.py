@@ -8,10 +8,10 @@ import sklearn.metrics
 import torch
 from torch import Tensor, nn
 
-from models.evaluate import evaluate, latency_ms, parameter_count, score, sharpness
-from models.metrics import METRICS, MetricName, metrics_of
-from models.solo import mean_loss
-from tasks.prepared import Prepared
+from models.evaluation.evaluate import evaluate, latency_ms, parameter_count, score, sharpness
+from models.evaluation.metrics import METRICS, MetricName, metrics_of
+from models.training.loop import mean_loss
+from tasks.data.prepared import Prepared
 from tests.conftest import train_on
 
 RANDOM = np.random.default_rng(0)

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from models.families import FAMILIES, Family, ModelError, family_named
-from models.hyperparameters import CNNHyperparameters, MLPHyperparameters, OwnHyperparameters
-from models.networks import CNN, MLP, build_model
-from models.shapes import DataShape
+from models.families.family import FAMILIES, Family, ModelError, family_named
+from models.families.networks import CNN, MLP, build_model
+from models.hyperparameters.declared import CNNHyperparameters, MLPHyperparameters, OwnHyperparameters
+from models.rows.shapes import DataShape
 
 NET = """
 import torch

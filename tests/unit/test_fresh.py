@@ -7,12 +7,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-import tasks.fresh
-from tasks.fresh import FreshProcess
-from tasks.loaded_back import WouldNotShip, rehearse
-from tasks.prepared import Prepared
-from tasks.processes import TrainerProcesses, started_ahead
-from tasks.trainer import LocalTrainer
+import tasks.trainer.fresh
+from tasks.data.prepared import Prepared
+from tasks.promotion.loaded_back import WouldNotShip, rehearse
+from tasks.trainer.fresh import FreshProcess
+from tasks.trainer.local import LocalTrainer
+from tasks.trainer.processes import TrainerProcesses, started_ahead
 from tests.conftest import CPU, make_job
 from tests.unit.test_families import write_net
 from tests.unit.test_loaded_back import net
@@ -45,10 +45,10 @@ def test_a_model_that_ends_or_hangs_the_process_that_loads_it_costs_itself_only(
         for number, (fault, says) in enumerate(FAULTS.items()):
             (folder := tmp_path / str(number)).mkdir()
             job = make_job(model=write_net(folder, elsewhere(fault)), search={"space": {"epochs": 1}})
-            monkeypatch.setattr(tasks.fresh, "ANSWER_SECONDS", 6.0 if "sleep" in fault else 60.0)
+            monkeypatch.setattr(tasks.trainer.fresh, "ANSWER_SECONDS", 6.0 if "sleep" in fault else 60.0)
             with pytest.raises(WouldNotShip, match=says):
                 rehearse(job, prepared.snapshot, LocalTrainer(job, prepared), fresh)
-        monkeypatch.setattr(tasks.fresh, "ANSWER_SECONDS", 60.0)
+        monkeypatch.setattr(tasks.trainer.fresh, "ANSWER_SECONDS", 60.0)
         model = write_net(tmp_path, elsewhere(f"assert not {set(names)} & set(os.environ)"))
         job = make_job(model=model, search={"space": {"epochs": 1}})
         rehearse(job, prepared.snapshot, LocalTrainer(job, prepared), fresh)

@@ -9,20 +9,20 @@ import pytest
 import torch
 from torch import nn
 
-import models.fused
-import models.fusion
-from models.batches import Split
-from models.dropout import SeededDropout
-from models.families import family_named
-from models.fused import NotFusable, Stopped, train_fused
-from models.fusion import fusion_signature
-from models.hyperparameters import OptimizerName
-from models.optimizers import build_optimizer
-from models.solo import Diverged, Epoch, Resumable, Setting, Trained, Training, new_model, train
-from models.stacked_layers import stacked_chain
-from models.stacked_optimizers import UPDATES, StackedOptimizer
-from models.training import fusion_for, train_all
-from tasks.prepared import Prepared
+import models.fused.fusion
+import models.fused.train
+from models.families.family import family_named
+from models.fused.fusion import fusion_signature
+from models.fused.layers import stacked_chain
+from models.fused.optimizers import UPDATES, StackedOptimizer
+from models.fused.train import NotFusable, Stopped, train_fused
+from models.hyperparameters.declared import OptimizerName
+from models.rows.batches import Split
+from models.train import fusion_for, train_all
+from models.training.dropout import SeededDropout
+from models.training.loop import Diverged, Epoch, Resumable, Setting, Trained, Training, new_model, train
+from models.training.optimizers import build_optimizer
+from tasks.data.prepared import Prepared
 from tests.unit.test_solo import assert_equal
 
 EVERYTHING = {
@@ -47,7 +47,7 @@ def in_float64() -> Iterator[None]:
 def each_kind_of_step(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Row by row as on a CPU, and, on a CPU too, in the steps that a GPU replays."""
     if request.param == "at once":
-        monkeypatch.setattr(models.fused._Group, "_by_row", False)
+        monkeypatch.setattr(models.fused.train._Group, "_by_row", False)
 
 
 def setting_of(prepared: Prepared, model: str = "mlp", rows: int = 300) -> Setting:
@@ -318,14 +318,14 @@ def test_a_group_too_large_for_memory_is_halved_and_reports_each_epoch_once(
     setting = setting_of(prepared)
     some = trainings(setting, {}, {"dropout": 0.2}, {"optimizer": "sgd"}, {"l1": 0.01}, {"weight_decay": 0.1})
     expected = fused(setting, some)
-    train_epoch = models.fused._Group.train_epoch
+    train_epoch = models.fused.train._Group.train_epoch
 
-    def short_of_memory(group: models.fused._Group) -> dict[int, Diverged]:
+    def short_of_memory(group: models.fused.train._Group) -> dict[int, Diverged]:
         if len(group.members) > 2 and group.epochs_done == 1:
             raise torch.OutOfMemoryError
         return train_epoch(group)
 
-    monkeypatch.setattr(models.fused._Group, "train_epoch", short_of_memory)
+    monkeypatch.setattr(models.fused.train._Group, "train_epoch", short_of_memory)
     seen: list[tuple[int, int]] = []
 
     def see(epochs: Mapping[int, Epoch]) -> Collection[int]:
@@ -534,8 +534,8 @@ def test_a_large_model_is_trained_alone_because_the_device_is_busy_with_one(
     """How large that is depends on the device; here it is a CPU's limit on each."""
     setting = setting_of(prepared, model)
     for name in ("WORTHWHILE_OPERATIONS", "WORTHWHILE_WITH_CONVOLUTIONS"):
-        limits = getattr(models.fusion, name)
-        monkeypatch.setattr(models.fusion, name, dict.fromkeys(limits, limits["cpu"]))
+        limits = getattr(models.fused.fusion, name)
+        monkeypatch.setattr(models.fused.fusion, name, dict.fromkeys(limits, limits["cpu"]))
     small, large = (trainings(setting, {size: value, "depth": 2})[0] for value in (least, most))
     assert fusion_for(setting, small).members > 100
     assert "keeps the device busy on its own" in fusion_for(setting, large).reason

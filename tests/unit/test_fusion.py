@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from models.batches import Split
-from models.families import family_named
-from models.fused import NotFusable
-from models.fusion import fusion_signature
-from models.solo import Resumable, Trained, Training, new_model, train
-from models.training import fusion_for, train_all
-from tasks.prepared import Prepared
+from models.families.family import family_named
+from models.fused.fusion import fusion_signature
+from models.fused.train import NotFusable
+from models.rows.batches import Split
+from models.train import fusion_for, train_all
+from models.training.loop import Resumable, Trained, Training, new_model, train
+from tasks.data.prepared import Prepared
 from tests.unit.test_fused import assert_as_alone, fused, setting_of, trainings
 from tests.unit.test_solo import assert_equal
 

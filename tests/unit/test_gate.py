@@ -11,19 +11,19 @@ import pytest
 import torch
 from optuna.trial import FrozenTrial, create_trial
 
-from models.comparison import compare
-from models.evaluate import predict_outputs
-from models.preprocessing import Standardization
-from models.shapes import DataShape
-from tasks.champion import Champion
-from tasks.confirm import Challenger, Confirmed
-from tasks.gate import GuardRail, Verdict, gate, judge
+from models.evaluation.comparison import compare
+from models.evaluation.evaluate import predict_outputs
+from models.rows.preprocessing import Standardization
+from models.rows.shapes import DataShape
+from tasks.data.prepare import prepare
+from tasks.data.prepared import Prepared
+from tasks.data.snapshots import Snapshot
 from tasks.job import DataConfig, TuningJob
-from tasks.prepare import prepare
-from tasks.prepared import Prepared
-from tasks.promotions import Promotion
-from tasks.snapshots import Snapshot
-from tasks.versions import Lineage, Manifest, TableColumn
+from tasks.promotion.confirm import Challenger, Confirmed
+from tasks.promotion.gate import GuardRail, Verdict, gate, judge
+from tasks.registry.champion import Champion
+from tasks.registry.log import Promotion
+from tasks.registry.versions import Lineage, Manifest, TableColumn
 from tests.conftest import CPU, make_job, train_on
 from tests.unit.test_comparison import simulated
 

@@ -6,16 +6,16 @@ import pynvml
 import pytest
 import torch
 
-import models.fused
-import models.fusion
-import models.replay
+import models.fused.fusion
+import models.fused.replay
+import models.fused.train
 from infra.device import MEMORY_TOLERANCE_BYTES, used_bytes
-from models.families import family_named
-from models.solo import Setting, Trained, Training
-from models.training import train_all
-from tasks.prepared import Prepared
-from tasks.processes import TrainerProcesses
-from tasks.snapshots import Snapshot
+from models.families.family import family_named
+from models.train import train_all
+from models.training.loop import Setting, Trained, Training
+from tasks.data.prepared import Prepared
+from tasks.data.snapshots import Snapshot
+from tasks.trainer.processes import TrainerProcesses
 from tests.conftest import make_job
 
 GPU = torch.device("cuda", 0)
@@ -42,24 +42,24 @@ def test_steps_are_recorded_once_and_replayed_to_the_same_result(
     on_gpu: Setting, members: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recorded = []
-    record = models.replay.Replay._recorded
+    record = models.fused.replay.Replay._recorded
 
-    def keep(replay: models.replay.Replay, function: Callable[[], None]) -> torch.cuda.CUDAGraph | None:
+    def keep(replay: models.fused.replay.Replay, function: Callable[[], None]) -> torch.cuda.CUDAGraph | None:
         recorded.append(record(replay, function))
         return recorded[-1]
 
-    monkeypatch.setattr(models.replay.Replay, "_recorded", keep)
+    monkeypatch.setattr(models.fused.replay.Replay, "_recorded", keep)
     replayed = trained(on_gpu, some_trainings(on_gpu, members))
     assert len(recorded) == 1
     assert recorded[0] is not None
-    monkeypatch.setattr(models.replay, "WARM_UP_CALLS", 10**9)
+    monkeypatch.setattr(models.fused.replay, "WARM_UP_CALLS", 10**9)
     launched = trained(on_gpu, some_trainings(on_gpu, members))
     assert [one.epochs for one in replayed] == [one.epochs for one in launched]
 
 
 def test_what_cannot_be_recorded_is_launched_kernel_by_kernel(caplog: pytest.LogCaptureFixture) -> None:
     """A copy from the host's memory is something that a graph cannot hold."""
-    replay = models.replay.Replay(GPU)
+    replay = models.fused.replay.Replay(GPU)
     total = torch.zeros((), device=GPU)
 
     def add() -> None:
@@ -77,10 +77,10 @@ def test_a_group_too_large_for_the_memory_is_halved_and_ends_as_it_would(
 ) -> None:
     """The process is allowed half of what sixteen large models took as one, and no model is kept meanwhile."""
     some = dict(enumerate(some_trainings(on_gpu, 16, width=2048, depth=3, epochs=1)))
-    monkeypatch.setattr(models.fusion, "MEMORY_SHARE", 100.0)
+    monkeypatch.setattr(models.fused.fusion, "MEMORY_SHARE", 100.0)
 
     def objectives() -> dict[int, float]:
-        outcomes = models.fused.train_fused(on_gpu, some, lambda _: ())
+        outcomes = models.fused.train.train_fused(on_gpu, some, lambda _: ())
         return {place: outcome.kept.objective for place, outcome in outcomes if isinstance(outcome, Trained)}
 
     torch.cuda.empty_cache()

@@ -7,9 +7,9 @@ from typing import Any
 import optuna
 import pytest
 
-from models.families import FAMILIES, Family
-from models.hyperparameters import Hyperparameters, MLPHyperparameters
-from models.space import Range, contains
+from models.families.family import FAMILIES, Family
+from models.hyperparameters.declared import Hyperparameters, MLPHyperparameters
+from models.hyperparameters.domains import Range, contains
 
 SCHEDULES = ["constant", "step", "exponential", "cosine", "one_cycle", "plateau"]
 OPTIMIZERS = ["sgd", "momentum", "nesterov", "adam", "adamw", "rmsprop", "adagrad"]

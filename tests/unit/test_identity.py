@@ -18,13 +18,13 @@ import sqlalchemy
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from models.column import Column
-from models.table import by_value, distinct, encode, forms_of, text_of
-from tasks import table_files, table_queries
+from models.rows.column import Column
+from models.rows.table import by_value, distinct, encode, forms_of, text_of
+from tasks.data import table_files, table_queries
+from tasks.data.prepare import prepare
+from tasks.data.rows import DataError
+from tasks.data.snapshots import Snapshot
 from tasks.job import CheckName, DataConfig, Severity
-from tasks.prepare import prepare
-from tasks.rows import DataError
-from tasks.snapshots import Snapshot
 from tests.servers import PostgresServer
 
 NFD_TOWN = unicodedata.normalize("NFD", "München")

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from models.shapes import DataShape
+from models.rows.shapes import DataShape
 from tasks.job import JobError, PresetName, check_shape, job_files, load_job, load_jobs, parse_job
 from tests.conftest import make_job
 from tests.unit.test_families import NET, write_net

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
-from models.hyperparameters import CNNHyperparameters, MLPHyperparameters
-from models.rules import in_yaml
+from models.hyperparameters.declared import CNNHyperparameters, MLPHyperparameters
+from models.hyperparameters.rules import in_yaml
 from tasks.job import JobError, TuningJob, hints, load_job
 from tests.unit.test_families import write_net
 

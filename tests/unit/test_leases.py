@@ -15,11 +15,16 @@ import optuna
 import pytest
 from optuna.trial import FrozenTrial, TrialState
 
-from models.fused import OnEpoch
-from models.solo import Epoch, Training
-from tasks import leases
+from models.fused.train import OnEpoch
+from models.training.loop import Epoch, Training
+from tasks.data.prepared import Prepared
+from tasks.data.snapshots import Snapshot
 from tasks.job import TuningJob
-from tasks.leases import (
+from tasks.search.checkpoints import TrialCheckpoints
+from tasks.search.tune import seconds_to_search, tune
+from tasks.search.worker import run_wave, trained_seconds, work
+from tasks.study import leases
+from tasks.study.leases import (
     BEAT_SECONDS,
     LEASE_SECONDS,
     NIGHT_PATIENCE_SECONDS,
@@ -33,10 +38,8 @@ from tasks.leases import (
     settle,
     workers_of,
 )
-from tasks.prepared import Prepared
-from tasks.snapshots import Snapshot
-from tasks.storage import ClaimLost, one_claims
-from tasks.study import (
+from tasks.study.storage import ClaimLost, one_claims
+from tasks.study.studies import (
     AFTER_SEARCH_SECONDS,
     FINISH_BY,
     FLOW_RUN,
@@ -49,10 +52,7 @@ from tasks.study import (
     load_study,
     open_study,
 )
-from tasks.trainer import Ended, Failed, LocalTrainer
-from tasks.trial_checkpoints import TrialCheckpoints
-from tasks.tune import seconds_to_search, tune
-from tasks.work import run_wave, trained_seconds, work
+from tasks.trainer.local import Ended, Failed, LocalTrainer
 from tests.conftest import CPU, make_job
 from tests.servers import wait_for
 

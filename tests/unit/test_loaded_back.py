@@ -14,17 +14,17 @@ import torch
 from mlflow import MlflowClient
 from torch import nn
 
-from infra.store import Store, open_store
-from tasks.champion import load_champion
-from tasks.fresh import FreshProcess, Loaded
-from tasks.gate import Verdict
+from infra.store.protocol import Store, open_store
+from tasks.data.prepared import Prepared
 from tasks.job import TuningJob
-from tasks.loaded_back import Differs, WouldNotShip, compare, rehearse
-from tasks.prepared import Prepared
-from tasks.promote import promote
-from tasks.promotions import Promotion, append_promotion, history
-from tasks.serving import write_servable
-from tasks.trainer import LocalTrainer
+from tasks.promotion.gate import Verdict
+from tasks.promotion.loaded_back import Differs, WouldNotShip, compare, rehearse
+from tasks.promotion.promote import promote
+from tasks.promotion.servable import write_servable
+from tasks.registry.champion import load_champion
+from tasks.registry.log import Promotion, append_promotion, history
+from tasks.trainer.fresh import FreshProcess, Loaded
+from tasks.trainer.local import LocalTrainer
 from tests.conftest import CPU, make_job
 from tests.servers import free_port
 from tests.unit.test_families import TIED_NET, write_net

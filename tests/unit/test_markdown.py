@@ -6,9 +6,9 @@ import re
 import pytest
 from rich.console import Console
 
-from flows.console import console
-from flows.markdown import show
-from tasks.findings import escaped
+from flows.cli.console import console
+from flows.cli.markdown import show
+from tasks.data.findings import escaped
 
 URL = "http://127.0.0.1:5001/#/experiments/1/runs/0123456789abcdef0123456789abcdef/artifacts/report.html?workflowType=x"
 REPORT = f"""\

@@ -12,17 +12,19 @@ import pytest
 import torch
 from optuna.trial import FrozenTrial
 
-from models.hyperparameters import MLPHyperparameters
-from models.preprocessing import Standardization
-from tasks.champion import Champion
-from tasks.drift import changes, drift, drift_table, since
+from models.hyperparameters.declared import MLPHyperparameters
+from models.rows.preprocessing import Standardization
+from tasks.data.drift import changes, drift, drift_table, since
+from tasks.data.prepare import prepare
+from tasks.data.prepared import Prepared
+from tasks.data.snapshots import Snapshot
 from tasks.job import DataConfig, TuningJob, load_job
-from tasks.memory import BASELINE, NIGHTS, recall
-from tasks.prepare import prepare
-from tasks.prepared import Prepared
-from tasks.promotions import Promotion
-from tasks.snapshots import Snapshot
-from tasks.study import (
+from tasks.registry.champion import Champion
+from tasks.registry.log import Promotion
+from tasks.registry.versions import Lineage, Manifest
+from tasks.search.tune import tune
+from tasks.study.memory import BASELINE, NIGHTS, recall
+from tasks.study.studies import (
     ENDED,
     HYPERPARAMETERS,
     IMPORTED_FROM,
@@ -33,9 +35,7 @@ from tasks.study import (
     open_study,
     tonights_trials,
 )
-from tasks.trainer import LocalTrainer
-from tasks.tune import tune
-from tasks.versions import Lineage, Manifest
+from tasks.trainer.local import LocalTrainer
 from tests.conftest import CPU, make_job
 from tests.unit.test_prepare import write_source
 
@@ -196,7 +196,7 @@ def test_what_does_not_fit_tonights_space_is_dropped_and_said(
     prepared: Prepared, tmp_path: Path, caplog: pytest.LogCaptureFixture, change: dict[str, Any], reason: str
 ) -> None:
     whole_night(job_with(), prepared, tmp_path, 0)
-    with caplog.at_level(logging.INFO, "tasks.memory"):
+    with caplog.at_level(logging.INFO, "tasks.study.memory"):
         second = begin(job_with(**change), prepared.snapshot, tmp_path, 1)
     said = [record.getMessage() for record in caplog.records if "left out" in record.getMessage()]
     assert any(reason in message for message in said), said
@@ -245,7 +245,7 @@ def test_memory_is_off_by_itself_when_data_has_drifted(tmp_path: Path, caplog: p
     before = make_snapshot(tmp_path, ROWS.format(change="pass"))
     after = make_snapshot(tmp_path, ROWS.format(change="x[:, 1] += 1"))
     whole_night(job, Prepared.load(before, CPU), tmp_path / "studies", 0)
-    with caplog.at_level(logging.INFO, "tasks.memory"):
+    with caplog.at_level(logging.INFO, "tasks.study.memory"):
         second = begin(job, after, tmp_path / "studies", 1)
     assert imported(second) == []
     assert "5 trials of earlier nights were left out: the data drifted: column 1 moved, its" in caplog.text

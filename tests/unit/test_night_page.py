@@ -12,20 +12,20 @@ import torch
 from optuna.distributions import FloatDistribution
 from optuna.trial import TrialState, create_trial
 
-from models.evaluate import predict_outputs, predictions_of
-from tasks import plots
-from tasks.confirm import Confirmed, confirm
-from tasks.drift import Change
-from tasks.explore import explore
-from tasks.gate import Verdict
+from models.evaluation.evaluate import predict_outputs, predictions_of
+from tasks.data.drift import Change
+from tasks.data.prepared import Prepared
 from tasks.job import BudgetConfig, TuningJob
-from tasks.night_page import advices_of, costs_of, night_page, regions_of
-from tasks.prepared import Prepared
-from tasks.samplers import NUMBER
-from tasks.study import FAILURE, open_study
-from tasks.trainer import LocalTrainer
-from tasks.tune import Tuned, tune
-from tasks.work import trained_seconds
+from tasks.promotion.confirm import Confirmed, confirm
+from tasks.promotion.gate import Verdict
+from tasks.report import plots
+from tasks.report.explore import explore
+from tasks.report.page import advices_of, costs_of, night_page, regions_of
+from tasks.search.tune import Tuned, tune
+from tasks.search.worker import trained_seconds
+from tasks.study.samplers import NUMBER
+from tasks.study.studies import FAILURE, open_study
+from tasks.trainer.local import LocalTrainer
 from tests.conftest import CPU, make_job
 from tests.unit.test_gate import make_challenger, verdict_of
 from tests.unit.test_tune import NOW

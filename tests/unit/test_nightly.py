@@ -15,11 +15,11 @@ import flows.nightly
 from flows.deployments import deployment_of
 from flows.nightly import JUDGEMENTS, _judge_and_promote, _missed, nightly_tuning
 from flows.rollback import rollback
-from infra.deploy import form_schema
+from infra.deployments import form_schema
 from infra.settings import Settings
-from infra.store import open_store
+from infra.store.protocol import open_store
 from tasks.job import load_jobs
-from tasks.promotions import StaleJudgement
+from tasks.registry.log import StaleJudgement
 from tests.conftest import CPU, make_job
 from tests.promoting import promote
 

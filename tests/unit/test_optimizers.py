@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import nn, optim
 
-from models.hyperparameters import Hyperparameters, MLPHyperparameters
-from models.networks import MLP
-from models.optimizers import build_optimizer, l1_norm, learning_rate_at
-from models.shapes import DataShape
-from tasks.prepared import Prepared
+from models.families.networks import MLP
+from models.hyperparameters.declared import Hyperparameters, MLPHyperparameters
+from models.rows.shapes import DataShape
+from models.training.optimizers import build_optimizer, l1_norm, learning_rate_at
+from tasks.data.prepared import Prepared
 from tests.conftest import train_on
 
 EPOCHS, STEPS = 10, 7

@@ -11,15 +11,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models.evaluate import latency_ms, parameter_count, predict_outputs, sharpness
-from models.families import ModelError, family_named
-from models.networks import build_model
-from models.own_module import own_module_of, probabilities_in_words
-from models.shapes import DataShape
-from models.solo import Trained, Training, mean_loss, train
-from models.training import train_all
-from tasks.prepared import Prepared
-from tasks.serving import export_onnx
+from models.evaluation.evaluate import latency_ms, parameter_count, predict_outputs, sharpness
+from models.families.family import ModelError, family_named
+from models.families.networks import build_model
+from models.families.own_module import own_module_of, probabilities_in_words
+from models.rows.shapes import DataShape
+from models.train import train_all
+from models.training.loop import Trained, Training, mean_loss, train
+from tasks.data.prepared import Prepared
+from tasks.promotion.servable import export_onnx
 from tests.conftest import train_on
 from tests.unit.test_families import write_net
 from tests.unit.test_solo import assert_equal

@@ -13,13 +13,13 @@ from mlflow.entities import Experiment
 
 from infra.errors import NotOurs
 from infra.settings import MARK
-from tasks.aliases import drop_challenger, point_challenger, point_champion
+from tasks.data.snapshots import Snapshot
 from tasks.job import TuningJob
-from tasks.ownership import check_tracking
-from tasks.snapshots import Snapshot
-from tasks.study import MLFLOW_EXPERIMENT
-from tasks.tracking import begin_night
-from tasks.versions import Manifest
+from tasks.registry.versions import Manifest
+from tasks.study.studies import MLFLOW_EXPERIMENT
+from tasks.tracking.aliases import drop_challenger, point_challenger, point_champion
+from tasks.tracking.nights import begin_night
+from tasks.tracking.ownership import check_tracking
 from tests.conftest import make_job
 from tests.strangers import mlflow_objects
 

@@ -18,12 +18,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tasks.data.prepare import position_of, prepare, split_of
+from tasks.data.rows import DataError, Rows, hash_rows
+from tasks.data.snapshots import SPLITS, Snapshot
+from tasks.data.sources import read_rows
+from tasks.data.split_checks import Copies, split_findings
 from tasks.job import DataConfig
-from tasks.prepare import position_of, prepare, split_of
-from tasks.rows import DataError, Rows, hash_rows
-from tasks.snapshots import SPLITS, Snapshot
-from tasks.sources import read_rows
-from tasks.split_checks import Copies, split_findings
 from tests.conftest import CPU
 
 DATA = DataConfig(source="sklearn://digits")

@@ -6,10 +6,10 @@ import pandas as pd
 import pytest
 import torch
 
-from models.batches import Split
-from models.column import Column
-from models.preprocessing import Standardization, TablePreprocessing
-from models.table import encode
+from models.rows.batches import Split
+from models.rows.column import Column
+from models.rows.preprocessing import Standardization, TablePreprocessing
+from models.rows.table import encode
 
 
 def test_each_row_comes_once_an_epoch_in_an_order_of_its_own() -> None:

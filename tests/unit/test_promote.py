@@ -20,28 +20,28 @@ from mlflow.pyfunc.model import PythonModel
 from torch import nn
 
 from infra.settings import Settings
-from infra.store import Store, open_store
-from models.evaluate import predict_outputs
-from models.families import FAMILIES
-from models.networks import build_model
-from models.preprocessing import Standardization
-from models.shapes import DataShape
-from models.table import encode
-from tasks.champion import Champion, load_champion, read_champion, read_version
-from tasks.confirm import confirm
-from tasks.gate import Verdict, gate
+from infra.store.protocol import Store, open_store
+from models.evaluation.evaluate import predict_outputs
+from models.families.family import FAMILIES
+from models.families.networks import build_model
+from models.rows.preprocessing import Standardization
+from models.rows.shapes import DataShape
+from models.rows.table import encode
+from tasks.data.prepare import prepare
+from tasks.data.prepared import Prepared
 from tasks.job import TuningJob
-from tasks.memory import recall
-from tasks.prepare import prepare
-from tasks.prepared import Prepared
-from tasks.promote import write_version
-from tasks.promotions import append_promotion
-from tasks.reproduce import reproduce
-from tasks.serving import export_onnx, write_servable
-from tasks.study import FLOW_RUN, MLFLOW_RUN, open_study
-from tasks.trainer import LocalTrainer
-from tasks.tune import tune
-from tasks.versions import DamagedVersion, Manifest, publish_version
+from tasks.promotion.confirm import confirm
+from tasks.promotion.gate import Verdict, gate
+from tasks.promotion.promote import write_version
+from tasks.promotion.reproduce import reproduce
+from tasks.promotion.servable import export_onnx, write_servable
+from tasks.registry.champion import Champion, load_champion, read_champion, read_version
+from tasks.registry.log import append_promotion
+from tasks.registry.versions import DamagedVersion, Manifest, publish_version
+from tasks.search.tune import tune
+from tasks.study.memory import recall
+from tasks.study.studies import FLOW_RUN, MLFLOW_RUN, open_study
+from tasks.trainer.local import LocalTrainer
 from tests.conftest import CPU, make_job
 from tests.servers import answers, background, free_port, wait_for
 from tests.unit.test_families import TIED_NET, write_net
@@ -389,7 +389,7 @@ def test_the_loader_has_no_way_to_unpickle(version: tuple[Manifest, Path], tmp_p
         "import sys, pickle, torch\n"
         "def refuse(*a, **k): raise SystemExit('unpickled')\n"
         "pickle.load = pickle.loads = torch.load = refuse\n"
-        "from tasks.champion import load_champion\n"
+        "from tasks.registry.champion import load_champion\n"
         f"print(load_champion('small', {store.url!r}).manifest.version)"
     )
     printed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout

@@ -14,9 +14,9 @@ from optuna.samplers import TPESampler
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from tasks.job import PrunerName, SamplerName, TuningJob
-from tasks.leases import free_trials
-from tasks.samplers import GRID_EXHAUSTED, MOST_TPE_TRIALS, STARTUP_TRIALS, BoundedTPESampler, build_pruner
-from tasks.study import FAILURE, Asking, finished_trials, open_study
+from tasks.study.leases import free_trials
+from tasks.study.samplers import GRID_EXHAUSTED, MOST_TPE_TRIALS, STARTUP_TRIALS, BoundedTPESampler, build_pruner
+from tasks.study.studies import FAILURE, Asking, finished_trials, open_study
 from tests.conftest import make_job
 
 NOW = datetime(2026, 11, 23, 2, 0, tzinfo=UTC)

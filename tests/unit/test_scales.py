@@ -15,17 +15,17 @@ import torch
 from sklearn import datasets
 from torch import Tensor, nn
 
-from models.batches import Split
-from models.evaluate import predict_outputs
-from models.metrics import METRICS, MetricName, in_figures
-from models.networks import Unscale
-from models.preprocessing import Standardization, preprocessing_of
-from models.shapes import Problem
+from models.evaluation.evaluate import predict_outputs
+from models.evaluation.metrics import METRICS, MetricName, in_figures
+from models.families.networks import Unscale
+from models.rows.batches import Split
+from models.rows.preprocessing import Standardization, preprocessing_of
+from models.rows.shapes import Problem
+from tasks.data.prepare import prepare
+from tasks.data.prepared import Prepared
+from tasks.data.rows import DataError, hash_rows
 from tasks.job import DataConfig
-from tasks.prepare import prepare
-from tasks.prepared import Prepared
-from tasks.rows import DataError, hash_rows
-from tasks.serving import export_onnx, run_onnx
+from tasks.promotion.servable import export_onnx, run_onnx
 from tests.conftest import CPU, train_on
 
 Bunch = tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]

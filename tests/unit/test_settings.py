@@ -111,9 +111,10 @@ def test_servers_elsewhere_are_used_as_they_are(monkeypatch: pytest.MonkeyPatch)
 def test_importing_our_modules_does_nothing(tmp_path: Path) -> None:
     """Nor does a thread run when the processes that train fork: a fork has none, but all the locks that they held."""
     script = (
-        "import os, tasks.processes\n"
+        "import os, tasks.trainer.processes\n"
         "assert len(os.listdir('/proc/self/task')) == 1\n"
-        "import flows.cli, infra.stack, infra.store, models.solo, tasks.sources, tasks.versions"
+        "import flows.cli.main, infra.stack.supervisor, infra.store.protocol, models.training.loop, "
+        "tasks.data.sources, tasks.registry.versions"
     )
     finished = subprocess.run(
         [sys.executable, "-c", script],
@@ -128,7 +129,7 @@ def test_commands_that_only_look_load_no_package_that_takes_long_to_import(tmp_p
     script = """
 import sys
 from typer import Exit
-from flows.cli import app
+from flows.cli.main import app
 from infra.errors import ExpectedError
 ended = []
 for command in ("--help", "ls --json", "status --json", "champion digits-mlp", "history digits-mlp"):

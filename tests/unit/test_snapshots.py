@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from infra.store import Store, StoreError, open_store
-from tasks.job import DataConfig
-from tasks.prepare import prepare
-from tasks.snapshots import (
+from infra.store.protocol import Store, StoreError, open_store
+from tasks.data.prepare import prepare
+from tasks.data.snapshots import (
     DESCRIPTION,
     FILES,
     FORMAT,
@@ -21,6 +20,7 @@ from tasks.snapshots import (
     publish_snapshot,
     read_snapshot,
 )
+from tasks.job import DataConfig
 from tests.conftest import CPU
 
 NOW = datetime.now(UTC)

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import nn
 
-from models.checkpoints import Checkpoint
-from models.networks import Unscale
-from models.solo import Diverged, Epoch, Resumable, Trained, gains_from_mixed_precision, mean_loss
-from tasks.prepared import Prepared
+from models.families.networks import Unscale
+from models.training.checkpoints import Checkpoint
+from models.training.loop import Diverged, Epoch, Resumable, Trained, gains_from_mixed_precision, mean_loss
+from tasks.data.prepared import Prepared
 from tests.conftest import CPU, train_on
 from tests.unit.test_families import NET, TIED_NET, write_net
 

@@ -21,15 +21,15 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
-from models.column import Column
-from models.preprocessing import FREQUENT_ROWS, TablePreprocessing, preprocessing_of
-from models.table import encode, recode
-from tasks import prepare as prepare_module
-from tasks import table_files
+from models.rows.column import Column
+from models.rows.preprocessing import FREQUENT_ROWS, TablePreprocessing, preprocessing_of
+from models.rows.table import encode, recode
+from tasks.data import prepare as prepare_module
+from tasks.data import table_files
+from tasks.data.prepare import prepare
+from tasks.data.rows import DataError
+from tasks.data.sources import read_rows, source_stamp
 from tasks.job import DataConfig
-from tasks.prepare import prepare
-from tasks.rows import DataError
-from tasks.sources import read_rows, source_stamp
 from tests.conftest import CPU, require
 from tests.reading import read, roles_of
 

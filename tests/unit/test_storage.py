@@ -19,8 +19,8 @@ from optuna.storages import BaseStorage
 from optuna.trial import TrialState
 from tenacity import stop_after_delay
 
-from tasks import storage
-from tasks.storage import (
+from tasks.study import storage
+from tasks.study.storage import (
     CALLED_BY_THE_CACHE,
     STORAGE_IS_AWAY,
     ClaimLost,

@@ -7,18 +7,18 @@ import optuna
 import pytest
 from optuna.trial import create_trial
 
-from models.comparison import Comparison
-from tasks.confirm import Challenger, Confirmed
-from tasks.gate import Verdict
-from tasks.memory import BASELINE
-from tasks.prepared import Prepared
-from tasks.promotions import Promotion
-from tasks.samplers import NUMBER
-from tasks.snapshots import Snapshot
-from tasks.study import ROLE, open_study
-from tasks.summary import summary
-from tasks.tracking import DEVICE, SECONDS
-from tasks.tune import Tuned
+from models.evaluation.comparison import Comparison
+from tasks.data.prepared import Prepared
+from tasks.data.snapshots import Snapshot
+from tasks.promotion.confirm import Challenger, Confirmed
+from tasks.promotion.gate import Verdict
+from tasks.registry.log import Promotion
+from tasks.report.summary import summary
+from tasks.search.tune import Tuned
+from tasks.study.memory import BASELINE
+from tasks.study.samplers import NUMBER
+from tasks.study.studies import ROLE, open_study
+from tasks.tracking.nights import DEVICE, SECONDS
 from tests.conftest import make_job
 from tests.unit.test_gate import make_challenger, verdict_of
 from tests.unit.test_tune import NOW

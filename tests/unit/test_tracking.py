@@ -10,9 +10,9 @@ import pytest
 from mlflow import MlflowClient
 from optuna.trial import TrialState
 
-from tasks.samplers import NUMBER
-from tasks.study import JOB, OBJECTIVE
-from tasks.tracking import CURVE, TrialTracker, nested_runs, track_missing_trials
+from tasks.study.samplers import NUMBER
+from tasks.study.studies import JOB, OBJECTIVE
+from tasks.tracking.nights import CURVE, TrialTracker, nested_runs, track_missing_trials
 
 Begun = tuple[MlflowClient, str, optuna.Study]
 

@@ -19,19 +19,19 @@ import pytest
 import torch
 from optuna.trial import FrozenTrial, TrialState
 
-import tasks.processes
-import tasks.work
-from models.checkpoints import Checkpoint
-from models.fused import OnEpoch, Stopped
-from models.solo import Diverged, Epoch, Training
+import tasks.search.worker
+import tasks.trainer.processes
+from models.fused.train import OnEpoch, Stopped
+from models.training.checkpoints import Checkpoint
+from models.training.loop import Diverged, Epoch, Training
+from tasks.data.prepared import Prepared
 from tasks.job import TuningJob
-from tasks.prepared import Prepared
-from tasks.processes import NICENESS, TrainerProcesses, started_ahead, worthwhile_processes
-from tasks.study import FAILURE, finished_trials, is_interrupted, open_study
-from tasks.tracking import CURVE
-from tasks.trainer import Ended, Failed, LocalTrainer, Scored, TrainerDied
-from tasks.tune import tune
-from tasks.work import processes_for, trainer_of
+from tasks.search.tune import tune
+from tasks.search.worker import processes_for, trainer_of
+from tasks.study.studies import FAILURE, finished_trials, is_interrupted, open_study
+from tasks.tracking.nights import CURVE
+from tasks.trainer.local import Ended, Failed, LocalTrainer, Scored, TrainerDied
+from tasks.trainer.processes import NICENESS, TrainerProcesses, started_ahead, worthwhile_processes
 from tests.conftest import CPU, fill, make_job, small_disk
 from tests.servers import wait_for
 from tests.unit.test_families import write_net
@@ -250,7 +250,7 @@ def test_a_training_that_hangs_or_crashes_is_killed_and_the_next_one_trains(
     process: TrainerProcesses, odd_job: TuningJob, kind: str, says: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(tasks.processes, "FIRST_EPOCH_SECONDS", 3.0 if kind == "hangs" else 60.0)
+        patch.setattr(tasks.trainer.processes, "FIRST_EPOCH_SECONDS", 3.0 if kind == "hangs" else 60.0)
         with pytest.raises(TrainerDied, match=says):
             list(process.train([training_of(odd_job, kind)], lambda _: ()))
     ended = dict(process.train([training_of(odd_job, "learns")], lambda _: ()))
@@ -282,7 +282,7 @@ import pickle, sys
 from pathlib import Path
 import torch
 from tasks.job import TuningJob
-from tasks.processes import TrainerProcesses
+from tasks.trainer.processes import TrainerProcesses
 content, snapshot, training = pickle.loads(Path({str(tmp_path / "content")!r}).read_bytes())
 with TrainerProcesses(TuningJob.model_validate(content), snapshot, torch.device("cpu")) as process:
     print(process.process_ids[0], flush=True)
@@ -305,7 +305,7 @@ def test_a_trial_whose_process_is_killed_at_a_random_moment_loses_an_epoch_at_mo
 ) -> None:
     """And ends as it would have; no other trial, and no process, is left of it. Four trials are killed, each soon after
     another one of its ten epochs."""
-    monkeypatch.setattr(tasks.work, "CHECKPOINT_SECONDS", 0)
+    monkeypatch.setattr(tasks.search.worker, "CHECKPOINT_SECONDS", 0)
     space = {"epochs": 10, "batch_size": 16, "width": [16, 64], "learning_rate": {"low": 1e-3, "high": 0.03}}
     job = make_job(search={"sampler": "qmc", "pruner": "none", "baseline": False, "space": space}, budget={"trials": 4})
     moments = random.Random(0)
@@ -357,7 +357,7 @@ def test_a_full_disk_costs_the_trials_that_meet_it_and_the_rest_are_trained_when
     prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each fails at once, by name, and is not tried again."""
-    monkeypatch.setattr(tasks.work, "CHECKPOINT_SECONDS", 0)
+    monkeypatch.setattr(tasks.search.worker, "CHECKPOINT_SECONDS", 0)
     space = {"epochs": 3, "batch_size": 256, "width": 64, "depth": 2}
     job = make_job(search={"sampler": "qmc", "pruner": "none", "space": space}, budget={"trials": 6})
     study = open_study(job, prepared.snapshot.fingerprint, tmp_path / "studies", NOW)

@@ -12,18 +12,18 @@ import optuna
 import pytest
 import torch
 
-import tasks.trial_checkpoints
-import tasks.work
-from infra.store import Store, StoreUnavailable, open_store
-from models.checkpoints import Checkpoint
-from models.fused import OnEpoch
-from models.solo import Epoch, Training
-from tasks.prepared import Prepared
-from tasks.study import finished_trials, open_study
-from tasks.tracking import CURVE
-from tasks.trainer import Ended, LocalTrainer
-from tasks.trial_checkpoints import TrialCheckpoints, drop_old_checkpoints
-from tasks.tune import tune
+import tasks.search.checkpoints
+import tasks.search.worker
+from infra.store.protocol import Store, StoreUnavailable, open_store
+from models.fused.train import OnEpoch
+from models.training.checkpoints import Checkpoint
+from models.training.loop import Epoch, Training
+from tasks.data.prepared import Prepared
+from tasks.search.checkpoints import TrialCheckpoints, drop_old_checkpoints
+from tasks.search.tune import tune
+from tasks.study.studies import finished_trials, open_study
+from tasks.tracking.nights import CURVE
+from tasks.trainer.local import Ended, LocalTrainer
 from tests.conftest import make_job
 
 NOW = datetime(2026, 11, 27, 2, 0, tzinfo=UTC)
@@ -36,7 +36,7 @@ def store(tmp_path: Path) -> Store:
 
 @pytest.fixture(autouse=True)
 def _share_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tasks.trial_checkpoints, "SHARE_SECONDS", 0.0)
+    monkeypatch.setattr(tasks.search.checkpoints, "SHARE_SECONDS", 0.0)
 
 
 def shared(store: Store) -> list[str]:
@@ -68,7 +68,7 @@ class MachineGone(BaseException):
 def test_a_trial_whose_machine_is_gone_goes_on_elsewhere_and_ends_as_it_would_have(
     prepared: Prepared, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tasks.work, "CHECKPOINT_SECONDS", 0)
+    monkeypatch.setattr(tasks.search.worker, "CHECKPOINT_SECONDS", 0)
     space = {"epochs": 8, "batch_size": 256, "width": 16, "depth": 1}
     job = make_job(search={"pruner": "none", "space": space}, budget={"trials": 2})
 
@@ -159,7 +159,7 @@ def test_a_newer_one_takes_the_place_of_the_one_before(store: Store, tmp_path: P
 
 
 def test_it_is_shared_now_and_then_only(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tasks.trial_checkpoints, "SHARE_SECONDS", 3600.0)
+    monkeypatch.setattr(tasks.search.checkpoints, "SHARE_SECONDS", 3600.0)
     with TrialCheckpoints(tmp_path, "study", store) as kept:
         kept.share(0, 1)
         assert kept._sharing == {}  # there is none yet

@@ -12,19 +12,21 @@ import pytest
 import torch
 from optuna.trial import TrialState
 
-import models.fused
-import models.training
-import tasks.trainer
-import tasks.work
-from models.evaluate import parameter_count
-from models.fused import OnEpoch, Outcome
-from models.hyperparameters import Hyperparameters
-from models.solo import Diverged, Epoch, Setting, Training, train
-from tasks.confirm import Challenger, confirm
+import models.fused.train
+import models.train
+import tasks.search.worker
+import tasks.trainer.local
+from models.evaluation.evaluate import parameter_count
+from models.fused.train import OnEpoch, Outcome
+from models.hyperparameters.declared import Hyperparameters
+from models.training.loop import Diverged, Epoch, Setting, Training, train
+from tasks.data.prepared import Prepared
 from tasks.job import TuningJob
-from tasks.prepared import Prepared
-from tasks.samplers import NUMBER
-from tasks.study import (
+from tasks.promotion.confirm import Challenger, confirm
+from tasks.search.tune import TuningFailed, forecast, tune
+from tasks.search.worker import trained_seconds
+from tasks.study.samplers import NUMBER
+from tasks.study.studies import (
     COSTS,
     ENDED,
     FAILURE,
@@ -35,10 +37,8 @@ from tasks.study import (
     open_study,
     ranked,
 )
-from tasks.tracking import CURVE, DIAGNOSIS, SECONDS, TRACEBACK
-from tasks.trainer import LocalTrainer
-from tasks.tune import TuningFailed, forecast, tune
-from tasks.work import trained_seconds
+from tasks.tracking.nights import CURVE, DIAGNOSIS, SECONDS, TRACEBACK
+from tasks.trainer.local import LocalTrainer
 from tests.conftest import CPU, make_job
 from tests.unit.test_families import NET, write_net
 
@@ -169,16 +169,16 @@ def test_an_interrupted_night_ends_as_one_that_was_not(
 
     def stop_at_report(count: int) -> None:
         reports = itertools.count(1)
-        report = tasks.work._Candidate.report
+        report = tasks.search.worker._Candidate.report
 
-        def report_and_stop(candidate: tasks.work._Candidate, epoch: Epoch, seconds: float) -> None:
+        def report_and_stop(candidate: tasks.search.worker._Candidate, epoch: Epoch, seconds: float) -> None:
             report(candidate, epoch, seconds)
             if next(reports) == count:
                 raise Stop
 
         study = open_for(job, prepared, tmp_path / "disturbed")
         with monkeypatch.context() as patch:
-            patch.setattr(tasks.work._Candidate, "report", report_and_stop)
+            patch.setattr(tasks.search.worker._Candidate, "report", report_and_stop)
             with pytest.raises(Stop):
                 tune(study, job, LocalTrainer(job, prepared), tmp_path)
 
@@ -200,7 +200,7 @@ def test_an_interruption_in_the_middle_of_a_trial_is_told(
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(tasks.trainer, "train_all", interrupted)
+    monkeypatch.setattr(tasks.trainer.local, "train_all", interrupted)
     with pytest.raises(KeyboardInterrupt):
         tune(study, job, LocalTrainer(job, prepared), tmp_path)
     assert [trial.state for trial in study.trials] == [TrialState.FAIL]
@@ -212,7 +212,7 @@ def test_a_signal_that_surfaces_as_another_error_stops_the_night_and_is_no_fault
 ) -> None:
     """As from Optuna's journal, which a signal finds with its lock released halfway."""
     drawn = []
-    draw = tasks.work._draw
+    draw = tasks.search.worker._draw
 
     def interrupted(trial: optuna.Trial, job: TuningJob) -> Hyperparameters:
         drawn.append(trial)
@@ -225,7 +225,7 @@ def test_a_signal_that_surfaces_as_another_error_stops_the_night_and_is_no_fault
 
     job = make_job()
     study = open_for(job, prepared, tmp_path)
-    monkeypatch.setattr(tasks.work, "_draw", interrupted)
+    monkeypatch.setattr(tasks.search.worker, "_draw", interrupted)
     with pytest.raises(KeyboardInterrupt):
         tune(study, job, LocalTrainer(job, prepared), tmp_path)
     assert is_interrupted(study.trials[-1])
@@ -247,9 +247,9 @@ def test_a_configuration_that_kills_its_process_is_given_up_and_takes_no_other_w
         together.append([trial.user_attrs[NUMBER] for trial in running])
         if 2 in together[-1]:
             raise Killed
-        yield from models.training.train_all(setting, trainings, on_epoch)
+        yield from models.train.train_all(setting, trainings, on_epoch)
 
-    monkeypatch.setattr(tasks.trainer, "train_all", train_or_die)
+    monkeypatch.setattr(tasks.trainer.local, "train_all", train_or_die)
     for _ in range(3):
         study = open_for(job, prepared, tmp_path)
         with pytest.raises(Killed):
@@ -313,7 +313,7 @@ def test_a_broken_model_costs_its_trial_and_not_the_night(
             raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
         return honest(*args, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(models.training, "train", broken_once)
+    monkeypatch.setattr(models.train, "train", broken_once)
     study = open_for(job, prepared, tmp_path)
     assert tune(study, job, LocalTrainer(job, prepared), tmp_path).failed == 1
     assert study.trials[0].user_attrs[FAILURE] == "RuntimeError: mat1 and mat2 shapes cannot be multiplied"
@@ -442,24 +442,24 @@ def test_a_regression_is_tuned_and_confirmed(prepared_regression: Prepared, tmp_
 def test_a_killed_trial_goes_on_from_its_checkpoint(
     prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tasks.work, "CHECKPOINT_SECONDS", 0)
+    monkeypatch.setattr(tasks.search.worker, "CHECKPOINT_SECONDS", 0)
     job = make_job(search={"pruner": "none", "space": {"epochs": 6, "batch_size": 64}}, budget={"trials": 1})
     untouched = open_for(job, prepared, tmp_path / "untouched")
     tune(untouched, job, LocalTrainer(job, prepared), tmp_path / "untouched")
 
     study = open_for(job, prepared, tmp_path)
     trained: list[int] = []
-    train_epoch = models.fused._Group.train_epoch
+    train_epoch = models.fused.train._Group.train_epoch
     kills = iter([KeyboardInterrupt])
 
-    def kill_after_four(group: models.fused._Group) -> dict[int, Diverged]:
+    def kill_after_four(group: models.fused.train._Group) -> dict[int, Diverged]:
         if group.epochs_done == 4 and (kill := next(kills, None)):
             raise kill
         diverged = train_epoch(group)
         trained.append(group.epochs_done)
         return diverged
 
-    monkeypatch.setattr(models.fused._Group, "train_epoch", kill_after_four)
+    monkeypatch.setattr(models.fused.train._Group, "train_epoch", kill_after_four)
     with pytest.raises(KeyboardInterrupt):
         tune(study, job, LocalTrainer(job, prepared), tmp_path)
     resumed = open_for(job, prepared, tmp_path)

@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 from safetensors.torch import save
 
-from infra.store import Store, StoreError, open_store
-from models.families import FAMILIES
-from models.shapes import DataShape
-from tasks.champion import load_champion, read_champion
-from tasks.promotions import (
+from infra.store.protocol import Store, StoreError, open_store
+from models.families.family import FAMILIES
+from models.rows.shapes import DataShape
+from tasks.registry.champion import load_champion, read_champion
+from tasks.registry.log import (
     DamagedLog,
     Promotion,
     StaleJudgement,
@@ -30,8 +30,8 @@ from tasks.promotions import (
     latest_promotion,
     taken_back,
 )
-from tasks.rollback import roll_back
-from tasks.versions import (
+from tasks.registry.rollback import roll_back
+from tasks.registry.versions import (
     DamagedVersion,
     FileName,
     Lineage,

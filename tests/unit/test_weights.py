@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models.networks import Ensemble
-from models.weights import read_tensors, write_tensors
+from models.families.networks import Ensemble
+from models.training.weights import read_tensors, write_tensors
 
 
 class Tied(nn.Module):

@@ -9,10 +9,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from models.column import Column
-from models.table import encode
-from tasks.rows import DataError
-from tasks.versions import TableColumn
+from models.rows.column import Column
+from models.rows.table import encode
+from tasks.data.rows import DataError
+from tasks.registry.versions import TableColumn
 from tests.reading import a_column, read, roles_of, values_of
 
 DAY = (pd.Timestamp("2026-12-31") - pd.Timestamp("2000-01-01")).days

@@ -12,13 +12,13 @@ import pandas as pd
 import pytest
 import yaml
 
-from models.column import Column
-from models.table import encode
+from models.rows.column import Column
+from models.rows.table import encode
+from tasks.data.prepare import prepare
+from tasks.data.rows import DataError
+from tasks.data.snapshots import read_snapshot
 from tasks.job import DataConfig, JobError, parse_job
-from tasks.prepare import prepare
-from tasks.rows import DataError
-from tasks.snapshots import read_snapshot
-from tasks.versions import TableColumn
+from tasks.registry.versions import TableColumn
 from tests.reading import ROWS, a_column, read, roles_of, values_of
 
 

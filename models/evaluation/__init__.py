@@ -1,0 +1,1 @@
+"""Metrics, and which of two models is better."""

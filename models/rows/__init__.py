@@ -1,0 +1,1 @@
+"""Rows as tensors: shapes, batches, tables, and what is fitted on training rows."""

@@ -1,0 +1,1 @@
+"""From the best trials to a champion: confirm, judge, ask, publish, load back."""

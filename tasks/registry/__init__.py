@@ -1,0 +1,1 @@
+"""What is published in the artifact store: versions, and the log of promotions that names the champion."""

@@ -1,0 +1,1 @@
+"""What happened, in words and plots, where people look."""

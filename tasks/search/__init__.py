@@ -1,0 +1,1 @@
+"""The search: trials from ask to tell, in waves, until the budget is used up."""
