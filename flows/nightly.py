@@ -37,7 +37,8 @@ from infra.device import choose_device, hold_device
 from infra.errors import ExpectedError
 from infra.ours import our_deployment
 from infra.settings import OUR_LOGGERS, Settings
-from infra.store.protocol import Store, StoreError, StoreUnavailable, open_store
+from infra.store.opening import open_store
+from infra.store.protocol import Store, StoreError, StoreUnavailable
 from infra.webhook import post
 from models.rows.shapes import Problem
 from tasks.data.drift import since

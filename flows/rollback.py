@@ -10,7 +10,7 @@ from prefect.states import Failed
 
 from infra.errors import ExpectedError
 from infra.settings import OUR_LOGGERS, Settings
-from infra.store.protocol import open_store
+from infra.store.opening import open_store
 from tasks.job import JobError, load_job
 from tasks.registry.rollback import roll_back
 from tasks.tracking.aliases import point_champion

@@ -15,7 +15,7 @@ from prefect.states import Completed, Failed
 from infra.device import NotNeeded, choose_device, describe_device, hold_device
 from infra.errors import ExpectedError
 from infra.settings import OUR_LOGGERS, Settings
-from infra.store.protocol import open_store
+from infra.store.opening import open_store
 from tasks.data.snapshots import fetch_snapshot
 from tasks.job import TuningJob
 from tasks.search.worker import trainer_of, work

@@ -17,7 +17,8 @@ from mlflow.entities import RunStatus
 from mlflow.exceptions import MlflowException
 
 from infra.errors import ExpectedError
-from infra.store.protocol import Store, check_store
+from infra.store.opening import check_store
+from infra.store.protocol import Store
 from tasks.job import TuningJob
 from tasks.registry.champion import Champion, read_champion
 from tasks.study.leases import settle

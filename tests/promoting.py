@@ -7,7 +7,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
 
-from infra.store.protocol import Store, open_store
+from infra.store.opening import open_store
+from infra.store.protocol import Store
 from tasks.registry.log import append_promotion, history, latest_promotion
 from tasks.registry.versions import Lineage, Manifest, describe_file, publish_version, verify_version
 

@@ -27,7 +27,7 @@ from infra.ours import our_deployment, our_work_pool
 from infra.records import LOOPBACK, why_not_free
 from infra.settings import Settings
 from infra.stack.supervisor import is_prefect_ours
-from infra.store.protocol import check_store, open_store
+from infra.store.opening import check_store, open_store
 from tasks.job import load_jobs
 from tasks.study.storage import check_database
 from tasks.tracking.ownership import check_tracking

@@ -125,7 +125,7 @@ def ls(as_json: AsJson = False) -> None:
     """List the jobs: schedule, champion, how the last night ended, and when the next begins."""
     settings = enter()
     from infra.prefect_api import read_nights
-    from infra.store.protocol import open_store
+    from infra.store.opening import open_store
     from tasks.registry.log import latest_promotion
 
     store = open_store(settings.store_url)

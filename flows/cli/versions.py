@@ -100,7 +100,7 @@ def rollback(
     settings = enter()
     from datetime import UTC, datetime
 
-    from infra.store.protocol import open_store
+    from infra.store.opening import open_store
     from tasks.registry.rollback import roll_back
 
     promotion, _ = roll_back(open_store(settings.store_url), job, to=to, reason=reason, now=datetime.now(UTC))
@@ -124,7 +124,7 @@ def point_champion(job: JobArgument) -> None:
     settings = enter()
     from mlflow import MlflowClient
 
-    from infra.store.protocol import open_store
+    from infra.store.opening import open_store
     from tasks.job import load_job
     from tasks.registry.versions import choose_version, read_manifest
     from tasks.tracking import aliases
@@ -167,7 +167,7 @@ def reproduce(
     settings = enter()
     _log_to_the_terminal(quiet=as_json)
     from infra.device import choose_device
-    from infra.store.protocol import open_store
+    from infra.store.opening import open_store
     from tasks.promotion.reproduce import reproduce as train_again
     from tasks.registry.versions import choose_version
 
@@ -209,7 +209,7 @@ def reconcile(
     import torch
     from mlflow import MlflowClient
 
-    from infra.store.protocol import open_store
+    from infra.store.opening import open_store
     from tasks.job import load_job
     from tasks.reconcile import only_night_of
     from tasks.reconcile import reconcile as settle
@@ -253,7 +253,7 @@ COMMANDS = (champion, history, rollback, pull, reproduce, reconcile, gc)
 
 def _store() -> Any:
     settings: Settings = enter()
-    from infra.store.protocol import open_store
+    from infra.store.opening import open_store
 
     return open_store(settings.store_url)
 

@@ -5,22 +5,16 @@ bytes and raises AlreadyExists when it holds others, so a retry after a lost ans
 writers exactly one wins. Knows nothing of models or promotions.
 """
 
-import contextlib
 import logging
 import time
-import uuid
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import Protocol
-from urllib.parse import unquote, urlsplit
 
 from infra.errors import ExpectedError
-from infra.settings import S3Options
 
 PROGRESS_SECONDS = 5.0
-PROBE_KEY = "probe/conditional-create"
-PROBE_CONTENT = b"Nightly Tuner created this to learn whether the store refuses to create a key twice.\n"
 
 _logger = logging.getLogger(__name__)
 
@@ -87,42 +81,3 @@ class UploadProgress:
         if time.monotonic() - self._said_at >= PROGRESS_SECONDS:
             self._said_at = time.monotonic()
             _logger.info("%s: %.0f of %.0f MB uploaded", self._what, self._sent / 1e6, self._total / 1e6)
-
-
-def open_store(url: str) -> Store:
-    """The store at a URL. Raises StoreError for a URL that names none, or plain HTTP to another machine."""
-    # Each store knows this module; and a directory needs no boto3, which takes its time to import.
-    parts = urlsplit(url)
-    if parts.query or parts.fragment:
-        raise StoreError(f"NIGHTLY_STORE must hold no ? and #, found {url!r}; write %3F and %23 in a folder's path")
-    if parts.scheme == "file" and parts.netloc in ("", "localhost") and parts.path:
-        from infra.store.directory import DirectoryStore
-
-        return DirectoryStore(Path(unquote(parts.path)))
-    if parts.scheme == "s3" and parts.netloc:
-        from infra.store.s3 import S3Store
-
-        return S3Store(parts.netloc, parts.path.strip("/"), S3Options.read())
-    raise StoreError(
-        f"NIGHTLY_STORE must be file:///folder or s3://bucket/prefix, found {url!r}; name one of the two kinds"
-    )
-
-
-def check_store(store: Store) -> None:
-    """Prove that the store can be written, read, and honours conditional create.
-
-    The second create uses fresh bytes, so a store that ignores the condition accepts it and is found out. One small
-    key is left behind and used again by every later check. Raises StoreError.
-    """
-    # Other bytes are there only after a check of a store that ignored the condition; the next line tells whether it
-    # still does.
-    with contextlib.suppress(AlreadyExists):
-        store.create(PROBE_KEY, PROBE_CONTENT)
-    try:
-        store.create(PROBE_KEY, PROBE_CONTENT + uuid.uuid4().bytes)
-    except AlreadyExists:
-        return
-    raise StoreError(
-        f"the artifact store {store.url} must refuse to create a key twice (If-None-Match: *), but it overwrote "
-        f"{PROBE_KEY}; use a store that honours conditional writes, and on Ceph a bucket without versioning"
-    )

@@ -12,7 +12,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from infra.settings import Settings
-from infra.store.protocol import Store, StoreError, open_store
+from infra.store.opening import open_store
+from infra.store.protocol import Store, StoreError
 from models.evaluation.evaluate import predict_outputs
 from models.families.family import ModelError, family_named
 from models.families.networks import build_model

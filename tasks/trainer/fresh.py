@@ -26,7 +26,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from infra.settings import without_secrets
-from infra.store.protocol import Store, StoreError, open_store
+from infra.store.opening import open_store
+from infra.store.protocol import Store, StoreError
 from models.families.family import family_named
 from models.training.weights import metadata_of
 from tasks.data.snapshots import Snapshot, SplitName, read_snapshot

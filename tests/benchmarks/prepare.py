@@ -18,7 +18,7 @@ import pyarrow.parquet
 import torch
 from rich.table import Table
 
-from infra.store.protocol import open_store
+from infra.store.opening import open_store
 from models.families.family import family_named
 from models.training.loop import Training, train
 from tasks.data.prepare import prepare

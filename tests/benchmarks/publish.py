@@ -14,7 +14,7 @@ import boto3
 import numpy as np
 from rich.table import Table
 
-from infra.store.protocol import open_store
+from infra.store.opening import open_store
 from tasks.registry.versions import publish_version
 from tests.benchmarks.search import Measurement, Record
 from tests.promoting import write_version

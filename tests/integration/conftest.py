@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from botocore.retries.standard import ExponentialBackoff
 
-from infra.store.protocol import Store, open_store
+from infra.store.opening import open_store
+from infra.store.protocol import Store
 from tests.faulty_proxy import Fault, Request, faulty_proxy
 from tests.servers import S3Server
 

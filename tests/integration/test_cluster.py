@@ -13,7 +13,7 @@ import pytest
 from mlflow import MlflowClient
 from optuna.trial import TrialState
 
-from infra.store.protocol import open_store
+from infra.store.opening import open_store
 from tasks.registry.log import history
 from tasks.study.leases import mishaps_of, workers_of
 from tasks.study.studies import WORKER, finished_trials, is_interrupted, last_study

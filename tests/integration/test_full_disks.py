@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from optuna.trial import FrozenTrial
 
-from infra.store.protocol import StoreUnavailable, open_store
+from infra.store.opening import open_store
+from infra.store.protocol import StoreUnavailable
 from tasks.data.prepared import Prepared
 from tasks.registry.champion import read_champion
 from tasks.registry.log import history

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from infra.store.protocol import open_store
+from infra.store.opening import open_store
 from tasks.registry.log import history
 from tasks.study.studies import finished_trials
 from tests.conftest import Stack

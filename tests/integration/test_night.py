@@ -23,7 +23,7 @@ import torch
 from mlflow import MlflowClient
 
 from infra.settings import CPU_PART
-from infra.store.protocol import open_store
+from infra.store.opening import open_store
 from models.evaluation.evaluate import evaluate
 from tasks.data.prepare import prepare
 from tasks.registry.champion import load_champion

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from optuna.trial import TrialState
 
-from infra.store.protocol import open_store
+from infra.store.opening import open_store
 from tasks.registry.log import history
 from tasks.study.studies import finished_trials, is_interrupted, last_study
 from tests.conftest import Stack

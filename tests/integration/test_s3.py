@@ -10,7 +10,8 @@ import botocore.auth
 import pytest
 
 import infra.store.s3
-from infra.store.protocol import AlreadyExists, NotFound, StoreError, StoreUnavailable, open_store
+from infra.store.opening import open_store
+from infra.store.protocol import AlreadyExists, NotFound, StoreError, StoreUnavailable
 from tasks.registry.log import append_promotion, history
 from tasks.registry.versions import publish_version, verify_version
 from tests.faulty_proxy import Request, faulty_proxy

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from infra.store.protocol import AlreadyExists, NotFound, Store, StoreError, StoreUnavailable, check_store, open_store
+from infra.store.opening import check_store, open_store
+from infra.store.protocol import AlreadyExists, NotFound, Store, StoreError, StoreUnavailable
 from tests.integration.conftest import use
 from tests.servers import ACCESS_KEY, SECRET_KEY, S3Server, free_port
 

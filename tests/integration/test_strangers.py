@@ -19,7 +19,7 @@ from infra.errors import NotOurs
 from infra.ours import FLOWS, ZOMBIE_AUTOMATION, ZOMBIE_DESCRIPTION
 from infra.settings import MARK, Settings
 from infra.stack.supervisor import is_prefect_ours
-from infra.store.protocol import open_store
+from infra.store.opening import open_store
 from tasks.registry.log import Promotion, latest_promotion
 from tests.commands import nightly
 from tests.conftest import Stack, make_stack

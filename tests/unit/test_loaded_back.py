@@ -14,7 +14,8 @@ import torch
 from mlflow import MlflowClient
 from torch import nn
 
-from infra.store.protocol import Store, open_store
+from infra.store.opening import open_store
+from infra.store.protocol import Store
 from tasks.data.prepared import Prepared
 from tasks.job import TuningJob
 from tasks.promotion.gate import Verdict

@@ -17,7 +17,7 @@ from flows.nightly import JUDGEMENTS, _judge_and_promote, _missed, nightly_tunin
 from flows.rollback import rollback
 from infra.deployments import form_schema
 from infra.settings import Settings
-from infra.store.protocol import open_store
+from infra.store.opening import open_store
 from tasks.job import load_jobs
 from tasks.registry.log import StaleJudgement
 from tests.conftest import CPU, make_job

@@ -20,7 +20,8 @@ from mlflow.pyfunc.model import PythonModel
 from torch import nn
 
 from infra.settings import Settings
-from infra.store.protocol import Store, open_store
+from infra.store.opening import open_store
+from infra.store.protocol import Store
 from models.evaluation.evaluate import predict_outputs
 from models.families.family import FAMILIES
 from models.families.networks import build_model

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from infra.store.protocol import Store, StoreError, open_store
+from infra.store.opening import open_store
+from infra.store.protocol import Store, StoreError
 from tasks.data.prepare import prepare
 from tasks.data.snapshots import (
     DESCRIPTION,

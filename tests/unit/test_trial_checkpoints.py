@@ -14,7 +14,8 @@ import torch
 
 import tasks.search.checkpoints
 import tasks.search.worker
-from infra.store.protocol import Store, StoreUnavailable, open_store
+from infra.store.opening import open_store
+from infra.store.protocol import Store, StoreUnavailable
 from models.fused.train import OnEpoch
 from models.training.checkpoints import Checkpoint
 from models.training.loop import Epoch, Training

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 from safetensors.torch import save
 
-from infra.store.protocol import Store, StoreError, open_store
+from infra.store.opening import open_store
+from infra.store.protocol import Store, StoreError
 from models.families.family import FAMILIES
 from models.rows.shapes import DataShape
 from tasks.registry.champion import load_champion, read_champion
