@@ -11,7 +11,8 @@ from models.fused.fusion import Fusion, fusion_of, fusion_signature, gains_alone
 from models.fused.train import NotFusable, OnEpoch, Outcome, Stopped, train_fused
 from models.hyperparameters.declared import OwnHyperparameters
 from models.training.checkpoints import Checkpoint
-from models.training.loop import Epoch, Setting, Training, forked_random_state, new_model, train
+from models.training.loop import train
+from models.training.terms import Epoch, Setting, Training, forked_random_state, new_model
 
 _logger = logging.getLogger(__name__)
 

@@ -28,7 +28,8 @@ from filelock import FileLock
 from models.evaluation.metrics import MetricName
 from models.families.family import family_named
 from models.rows.shapes import DataShape
-from models.training.loop import Epoch, Resumable, Trained, Training, train
+from models.training.loop import train
+from models.training.terms import Epoch, Resumable, Trained, Training
 from tasks.data.prepare import prepare
 from tasks.data.prepared import Prepared
 from tasks.data.snapshots import Snapshot

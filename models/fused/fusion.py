@@ -23,8 +23,9 @@ from models.fused.train import NotFusable, tensors_of, train_fused
 from models.hyperparameters.declared import OwnHyperparameters
 from models.rows.batches import Split
 from models.training.checkpoints import Checkpoint
-from models.training.loop import Setting, Training, forked_random_state, new_model, train
+from models.training.loop import train
 from models.training.optimizers import trained_parameters
+from models.training.terms import Setting, Training, forked_random_state, new_model
 
 MEMORY_SHARE = 0.5
 # Operations of one training's forward step above which arithmetic, not launching, is what a step costs. Measured on one

@@ -27,7 +27,8 @@ from models.fused.replay import Replay
 from models.rows.batches import batch_sizes, in_batches, step_count
 from models.training.checkpoints import Checkpoint, random_states
 from models.training.dropout import SeededDropout, dropout_keys
-from models.training.loop import (
+from models.training.optimizers import learning_rate_at
+from models.training.terms import (
     Diverged,
     Epoch,
     Setting,
@@ -44,7 +45,6 @@ from models.training.loop import (
     training_modes,
     unscale_of,
 )
-from models.training.optimizers import learning_rate_at
 
 # Of all members together, at once: small models, whose launches count.
 EVALUATED_ROWS = 32_768

@@ -6,7 +6,7 @@ Rules of thumb with their thresholds written down, so that a tag means the same 
 from collections.abc import Sequence
 from typing import Literal
 
-from models.training.loop import Epoch
+from models.training.terms import Epoch
 
 Diagnosis = Literal["converged", "underfit", "overfit", "diverged", "unfinished"]
 

@@ -12,7 +12,7 @@ from models.families.family import Family
 from models.rows.batches import DiskRows, Split
 from models.rows.preprocessing import Preprocessing, Standardization, TablePreprocessing
 from models.rows.shapes import DataShape
-from models.training.loop import Setting
+from models.training.terms import Setting
 from tasks.data.snapshots import Snapshot, SplitName
 
 # Of the memory of the whole device; beside the rows lie their raw form for a moment, models, and other processes.

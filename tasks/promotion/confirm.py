@@ -27,7 +27,7 @@ from models.hyperparameters.declared import Hyperparameters
 from models.rows.batches import Split
 from models.rows.preprocessing import Preprocessing
 from models.train import train_all
-from models.training.loop import Diverged, Trained, Training, mean_loss
+from models.training.terms import Diverged, Trained, Training, mean_loss
 from tasks.data.prepared import Prepared
 from tasks.job import TuningJob
 from tasks.search.tune import TuningFailed

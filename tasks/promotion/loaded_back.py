@@ -18,7 +18,7 @@ from infra.errors import ExpectedError
 from infra.store.protocol import Store
 from models.evaluation.evaluate import predictions_of
 from models.hyperparameters.declared import Hyperparameters
-from models.training.loop import Training
+from models.training.terms import Training
 from models.training.weights import read_tensors
 from tasks.data.snapshots import Snapshot
 from tasks.job import TuningJob

@@ -27,7 +27,7 @@ from infra.store.protocol import Store
 from models.fused.train import Stopped
 from models.hyperparameters.declared import Hyperparameters
 from models.training.diagnosis import Diagnosis
-from models.training.loop import Diverged, Epoch, Resumable, Training
+from models.training.terms import Diverged, Epoch, Resumable, Training
 from tasks.data.snapshots import Snapshot
 from tasks.job import TuningJob
 from tasks.search.checkpoints import TrialCheckpoints

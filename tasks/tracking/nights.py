@@ -28,7 +28,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from infra.errors import ExpectedError, NotOurs, stopped_by
 from infra.settings import MARK
-from models.training.loop import Epoch
+from models.training.terms import Epoch
 from tasks.data.card import data_card
 from tasks.data.snapshots import Snapshot
 from tasks.job import TuningJob

@@ -19,7 +19,7 @@ from models.fused.train import OnEpoch, Stopped
 from models.hyperparameters.declared import Hyperparameters
 from models.train import fusion_for, train_all
 from models.training.diagnosis import Diagnosis, diagnose
-from models.training.loop import Diverged, Epoch, Trained, Training
+from models.training.terms import Diverged, Epoch, Trained, Training
 from models.training.weights import NotKept, write_tensors
 from tasks.data.prepared import Prepared
 from tasks.job import TuningJob

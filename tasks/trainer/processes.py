@@ -27,7 +27,7 @@ from infra.device import used_bytes, wait_for_memory
 from infra.settings import OUR_LOGGERS
 from models.fused.train import OnEpoch
 from models.hyperparameters.declared import Hyperparameters
-from models.training.loop import Epoch, Training
+from models.training.terms import Epoch, Training
 from tasks.data.prepared import Prepared
 from tasks.data.snapshots import Snapshot
 from tasks.job import TuningJob

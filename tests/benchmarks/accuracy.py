@@ -20,7 +20,8 @@ from torch import nn
 
 from models.evaluation.evaluate import evaluate
 from models.evaluation.metrics import METRICS
-from models.training.loop import Training, train
+from models.training.loop import train
+from models.training.terms import Training
 from tasks.data.prepare import prepare
 from tasks.data.prepared import Prepared
 from tasks.data.snapshots import Snapshot

@@ -21,7 +21,7 @@ from models.families.networks import build_model
 from models.hyperparameters.declared import MLPHyperparameters
 from models.rows.batches import Split
 from models.train import train_all
-from models.training.loop import Training, new_model
+from models.training.terms import Training, new_model
 from tasks.data.prepare import prepare
 from tasks.data.prepared import Prepared
 from tasks.job import TuningJob, parse_job

@@ -20,7 +20,8 @@ from rich.table import Table
 
 from infra.store.opening import open_store
 from models.families.family import family_named
-from models.training.loop import Training, train
+from models.training.loop import train
+from models.training.terms import Training
 from tasks.data.prepare import prepare
 from tasks.data.prepared import Prepared
 from tasks.data.snapshots import fetch_snapshot, publish_snapshot

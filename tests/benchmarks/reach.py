@@ -20,7 +20,8 @@ from hyperopt import hp
 from optuna.trial import FrozenTrial
 
 from models.hyperparameters.domains import Domain, Range
-from models.training.loop import Diverged, Training, train
+from models.training.loop import train
+from models.training.terms import Diverged, Training
 from tasks.data.prepare import prepare
 from tasks.data.prepared import Prepared
 from tasks.job import TuningJob, parse_job

@@ -14,7 +14,8 @@ import torch
 
 from models.families.family import family_named
 from models.rows import batches
-from models.training.loop import Training, train
+from models.training.loop import train
+from models.training.terms import Training
 from tasks.data import prepare as preparing
 from tasks.data import table_files
 from tasks.data.prepare import prepare

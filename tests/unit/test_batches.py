@@ -11,7 +11,8 @@ from models.rows import batches
 from models.rows.batches import DiskRows, Split, batch_sizes, step_count
 from models.rows.preprocessing import Standardization
 from models.train import fusion_for
-from models.training.loop import Training, train
+from models.training.loop import train
+from models.training.terms import Training
 from tasks.data import prepared as prepared_module
 from tasks.data.prepare import prepare
 from tasks.data.prepared import Prepared

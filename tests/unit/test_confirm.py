@@ -17,7 +17,7 @@ from models.families.networks import Ensemble
 from models.fused.train import Outcome
 from models.hyperparameters.declared import MLPHyperparameters
 from models.rows.preprocessing import Standardization
-from models.training.loop import Diverged, Trained
+from models.training.terms import Diverged, Trained
 from tasks.data.prepared import Prepared
 from tasks.job import TuningJob
 from tasks.promotion.confirm import Challenger, choose, confirm

@@ -3,7 +3,7 @@
 import pytest
 
 from models.training.diagnosis import diagnose
-from models.training.loop import Epoch
+from models.training.terms import Epoch
 from tasks.data.prepared import Prepared
 from tests.conftest import train_on
 

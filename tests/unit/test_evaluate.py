@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from models.evaluation.evaluate import evaluate, latency_ms, parameter_count, score, sharpness
 from models.evaluation.metrics import METRICS, MetricName, metrics_of
-from models.training.loop import mean_loss
+from models.training.terms import mean_loss
 from tasks.data.prepared import Prepared
 from tests.conftest import train_on
 

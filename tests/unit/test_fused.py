@@ -20,8 +20,9 @@ from models.hyperparameters.declared import OptimizerName
 from models.rows.batches import Split
 from models.train import fusion_for, train_all
 from models.training.dropout import SeededDropout
-from models.training.loop import Diverged, Epoch, Resumable, Setting, Trained, Training, new_model, train
+from models.training.loop import train
 from models.training.optimizers import build_optimizer
+from models.training.terms import Diverged, Epoch, Resumable, Setting, Trained, Training, new_model
 from tasks.data.prepared import Prepared
 from tests.unit.test_solo import assert_equal
 

@@ -12,7 +12,8 @@ from models.fused.fusion import fusion_signature
 from models.fused.train import NotFusable
 from models.rows.batches import Split
 from models.train import fusion_for, train_all
-from models.training.loop import Resumable, Trained, Training, new_model, train
+from models.training.loop import train
+from models.training.terms import Resumable, Trained, Training, new_model
 from tasks.data.prepared import Prepared
 from tests.unit.test_fused import assert_as_alone, fused, setting_of, trainings
 from tests.unit.test_solo import assert_equal

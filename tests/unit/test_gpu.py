@@ -12,7 +12,7 @@ import models.fused.train
 from infra.device import MEMORY_TOLERANCE_BYTES, used_bytes
 from models.families.family import family_named
 from models.train import train_all
-from models.training.loop import Setting, Trained, Training
+from models.training.terms import Setting, Trained, Training
 from tasks.data.prepared import Prepared
 from tasks.data.snapshots import Snapshot
 from tasks.trainer.processes import TrainerProcesses

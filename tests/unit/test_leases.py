@@ -16,7 +16,7 @@ import pytest
 from optuna.trial import FrozenTrial, TrialState
 
 from models.fused.train import OnEpoch
-from models.training.loop import Epoch, Training
+from models.training.terms import Epoch, Training
 from tasks.data.prepared import Prepared
 from tasks.data.snapshots import Snapshot
 from tasks.job import TuningJob

@@ -17,7 +17,8 @@ from models.families.networks import build_model
 from models.families.own_module import own_module_of, probabilities_in_words
 from models.rows.shapes import DataShape
 from models.train import train_all
-from models.training.loop import Trained, Training, mean_loss, train
+from models.training.loop import train
+from models.training.terms import Trained, Training, mean_loss
 from tasks.data.prepared import Prepared
 from tasks.promotion.servable import export_onnx
 from tests.conftest import train_on

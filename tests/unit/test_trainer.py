@@ -23,7 +23,7 @@ import tasks.search.worker
 import tasks.trainer.processes
 from models.fused.train import OnEpoch, Stopped
 from models.training.checkpoints import Checkpoint
-from models.training.loop import Diverged, Epoch, Training
+from models.training.terms import Diverged, Epoch, Training
 from tasks.data.prepared import Prepared
 from tasks.job import TuningJob
 from tasks.search.tune import tune

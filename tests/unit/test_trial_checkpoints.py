@@ -18,7 +18,7 @@ from infra.store.opening import open_store
 from infra.store.protocol import Store, StoreUnavailable
 from models.fused.train import OnEpoch
 from models.training.checkpoints import Checkpoint
-from models.training.loop import Epoch, Training
+from models.training.terms import Epoch, Training
 from tasks.data.prepared import Prepared
 from tasks.search.checkpoints import TrialCheckpoints, drop_old_checkpoints
 from tasks.search.tune import tune

@@ -19,7 +19,8 @@ import tasks.trainer.local
 from models.evaluation.evaluate import parameter_count
 from models.fused.train import OnEpoch, Outcome
 from models.hyperparameters.declared import Hyperparameters
-from models.training.loop import Diverged, Epoch, Setting, Training, train
+from models.training.loop import train
+from models.training.terms import Diverged, Epoch, Setting, Training
 from tasks.data.prepared import Prepared
 from tasks.job import TuningJob
 from tasks.promotion.confirm import Challenger, confirm
