@@ -8,7 +8,8 @@ from torch import nn
 
 from models.families.own_module import TRIED_ROWS, own_module_of
 from models.fused.fusion import Fusion, fusion_of, fusion_signature, gains_alone
-from models.fused.train import NotFusable, OnEpoch, Outcome, Stopped, train_fused
+from models.fused.group import NotFusable
+from models.fused.train import OnEpoch, Outcome, Stopped, train_fused
 from models.hyperparameters.declared import OwnHyperparameters
 from models.training.checkpoints import Checkpoint
 from models.training.loop import train

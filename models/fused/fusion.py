@@ -18,8 +18,10 @@ from torch import Tensor, nn
 
 from models.evaluation.evaluate import predict_outputs
 from models.families.own_module import in_a_line
+from models.fused.group import NotFusable
 from models.fused.layers import stacked_chain
-from models.fused.train import NotFusable, tensors_of, train_fused
+from models.fused.stack import tensors_of
+from models.fused.train import train_fused
 from models.hyperparameters.declared import OwnHyperparameters
 from models.rows.batches import Split
 from models.training.checkpoints import Checkpoint

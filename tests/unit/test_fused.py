@@ -10,12 +10,13 @@ import torch
 from torch import nn
 
 import models.fused.fusion
-import models.fused.train
+import models.fused.group
 from models.families.family import family_named
 from models.fused.fusion import fusion_signature
+from models.fused.group import NotFusable
 from models.fused.layers import stacked_chain
 from models.fused.optimizers import UPDATES, StackedOptimizer
-from models.fused.train import NotFusable, Stopped, train_fused
+from models.fused.train import Stopped, train_fused
 from models.hyperparameters.declared import OptimizerName
 from models.rows.batches import Split
 from models.train import fusion_for, train_all
@@ -48,7 +49,7 @@ def in_float64() -> Iterator[None]:
 def each_kind_of_step(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Row by row as on a CPU, and, on a CPU too, in the steps that a GPU replays."""
     if request.param == "at once":
-        monkeypatch.setattr(models.fused.train._Group, "_by_row", False)
+        monkeypatch.setattr(models.fused.group.Group, "_by_row", False)
 
 
 def setting_of(prepared: Prepared, model: str = "mlp", rows: int = 300) -> Setting:
@@ -319,14 +320,14 @@ def test_a_group_too_large_for_memory_is_halved_and_reports_each_epoch_once(
     setting = setting_of(prepared)
     some = trainings(setting, {}, {"dropout": 0.2}, {"optimizer": "sgd"}, {"l1": 0.01}, {"weight_decay": 0.1})
     expected = fused(setting, some)
-    train_epoch = models.fused.train._Group.train_epoch
+    train_epoch = models.fused.group.Group.train_epoch
 
-    def short_of_memory(group: models.fused.train._Group) -> dict[int, Diverged]:
+    def short_of_memory(group: models.fused.group.Group) -> dict[int, Diverged]:
         if len(group.members) > 2 and group.epochs_done == 1:
             raise torch.OutOfMemoryError
         return train_epoch(group)
 
-    monkeypatch.setattr(models.fused.train._Group, "train_epoch", short_of_memory)
+    monkeypatch.setattr(models.fused.group.Group, "train_epoch", short_of_memory)
     seen: list[tuple[int, int]] = []
 
     def see(epochs: Mapping[int, Epoch]) -> Collection[int]:

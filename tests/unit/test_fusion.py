@@ -9,7 +9,7 @@ import torch
 
 from models.families.family import family_named
 from models.fused.fusion import fusion_signature
-from models.fused.train import NotFusable
+from models.fused.group import NotFusable
 from models.rows.batches import Split
 from models.train import fusion_for, train_all
 from models.training.loop import train

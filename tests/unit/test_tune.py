@@ -12,7 +12,7 @@ import pytest
 import torch
 from optuna.trial import TrialState
 
-import models.fused.train
+import models.fused.group
 import models.train
 import tasks.search.worker
 import tasks.trainer.local
@@ -450,17 +450,17 @@ def test_a_killed_trial_goes_on_from_its_checkpoint(
 
     study = open_for(job, prepared, tmp_path)
     trained: list[int] = []
-    train_epoch = models.fused.train._Group.train_epoch
+    train_epoch = models.fused.group.Group.train_epoch
     kills = iter([KeyboardInterrupt])
 
-    def kill_after_four(group: models.fused.train._Group) -> dict[int, Diverged]:
+    def kill_after_four(group: models.fused.group.Group) -> dict[int, Diverged]:
         if group.epochs_done == 4 and (kill := next(kills, None)):
             raise kill
         diverged = train_epoch(group)
         trained.append(group.epochs_done)
         return diverged
 
-    monkeypatch.setattr(models.fused.train._Group, "train_epoch", kill_after_four)
+    monkeypatch.setattr(models.fused.group.Group, "train_epoch", kill_after_four)
     with pytest.raises(KeyboardInterrupt):
         tune(study, job, LocalTrainer(job, prepared), tmp_path)
     resumed = open_for(job, prepared, tmp_path)
