@@ -25,10 +25,7 @@ from models.rows.shapes import DataShape
 if TYPE_CHECKING:
     import optuna
     from torch import nn
-
-
-class ModelError(ValueError):
-    """A model cannot be found, loaded, built or trained; the message names it and the remedy."""
+from models.families.errors import ModelError
 
 
 class OwnModel(Protocol):

@@ -5,13 +5,13 @@ Knows nothing of training, nor of how a job names them.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 
 from models.evaluation.evaluate import parameter_count
-from models.families.family import Family, ModelError
+from models.families.errors import ModelError
 from models.hyperparameters.declared import (
     ActivationName,
     CNNHyperparameters,
@@ -21,6 +21,9 @@ from models.hyperparameters.declared import (
 )
 from models.hyperparameters.domains import Domain, Range, Value
 from models.rows.shapes import DataShape
+
+if TYPE_CHECKING:
+    from models.families.family import Family
 
 
 class MLP(nn.Sequential):
@@ -113,7 +116,7 @@ class Ensemble(nn.Module):
         return outputs.log_softmax(dim=-1).logsumexp(dim=0) - math.log(len(self.members))
 
 
-def build_model(family: Family, hyperparameters: Hyperparameters, shape: DataShape, members: int = 1) -> nn.Module:
+def build_model(family: "Family", hyperparameters: Hyperparameters, shape: DataShape, members: int = 1) -> nn.Module:
     """The module that is trained, judged and published: to logits (batch, classes), or for a regression to values
     (batch,) in the target's own unit, once its `Unscale` is fitted or loaded. Several members make an `Ensemble`."""
     if members > 1:
@@ -122,7 +125,7 @@ def build_model(family: Family, hyperparameters: Hyperparameters, shape: DataSha
     return nn.Sequential(model, Unscale()) if shape.problem == "regression" else model
 
 
-def least_parameters(family: Family, space: Mapping[str, Domain], shape: DataShape) -> int:
+def least_parameters(family: "Family", space: Mapping[str, Domain], shape: DataShape) -> int:
     """How many parameters the smallest model of a space has, of a family of ours."""
     sizes = {
         name: _least(space[name]) for name in ("depth", "width", "taper", "channels", "batch_norm") if name in space

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from models.families.family import ModelError
+from models.families.errors import ModelError
 from models.rows.shapes import DataShape
 
 # Rows that a module is tried with, and fewest rows of which outputs between 0 and 1 are no chance.

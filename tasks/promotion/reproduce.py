@@ -13,7 +13,8 @@ from infra.device import describe_device
 from infra.store.protocol import Store, StoreError
 from models.evaluation.evaluate import evaluate
 from models.evaluation.metrics import METRICS
-from models.families.family import ModelError, family_named
+from models.families.errors import ModelError
+from models.families.family import family_named
 from tasks.data.prepare import prepare
 from tasks.data.prepared import Prepared
 from tasks.data.snapshots import Snapshot, fetch_snapshot

@@ -15,7 +15,8 @@ from infra.settings import Settings
 from infra.store.opening import open_store
 from infra.store.protocol import Store, StoreError
 from models.evaluation.evaluate import predict_outputs
-from models.families.family import ModelError, family_named
+from models.families.errors import ModelError
+from models.families.family import family_named
 from models.families.networks import build_model
 from models.rows.batches import DiskRows
 from models.rows.column import Column

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from models.families.family import FAMILIES, Family, ModelError, family_named
+from models.families.errors import ModelError
+from models.families.family import FAMILIES, Family, family_named
 from models.families.networks import CNN, MLP, build_model
 from models.hyperparameters.declared import CNNHyperparameters, MLPHyperparameters, OwnHyperparameters
 from models.rows.shapes import DataShape

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from models.evaluation.evaluate import latency_ms, parameter_count, predict_outputs, sharpness
-from models.families.family import ModelError, family_named
+from models.families.errors import ModelError
+from models.families.family import family_named
 from models.families.networks import build_model
 from models.families.own_module import own_module_of, probabilities_in_words
 from models.rows.shapes import DataShape
