@@ -8,28 +8,31 @@ champions, and decides nothing.
 """
 
 import math
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from statistics import NormalDist
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import bdtrc, stdtrit
+from scipy.special import bdtrc
 from torch import Tensor
 
 from models.evaluation.evaluate import predictions_of
 from models.evaluation.metrics import METRICS, MetricName
+from models.evaluation.resampling import (
+    RESAMPLES,
+    Array,
+    can_prove,
+    mean_of,
+    numbered,
+    resample_weights,
+    resampled,
+    tail_share,
+)
 
-RESAMPLES = 2000
 FLIPS = 100_000
 POWER = 0.8
 CALIBRATION_BINS = 15
 SLICES_OF_A_REGRESSION = 4
-RESAMPLED_CELLS = 4_000_000
-
-_Array = npt.NDArray[np.float64]
-_Groups = npt.NDArray[np.int64]
-_Resampled = Callable[[_Array], _Array]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,15 +97,15 @@ def compare(
     Awkward cases: equal outputs have gain 0 and prove nothing; a single row, or a single group, proves nothing. Raises
     ValueError where an output is not finite.
     """
-    rule, wanted, ids = METRICS[metric], target.cpu().numpy(), _numbered(groups, len(target))
+    rule, wanted, ids = METRICS[metric], target.cpu().numpy(), numbered(groups, len(target))
     predictions = [predictions_of(outputs) for outputs in (ours, theirs)]
     values = [rule.compute(prediction, wanted) for prediction in predictions]
-    first, second = (_resampled(metric, prediction, wanted) for prediction in predictions)
-    gains = np.concatenate([first(w) - second(w) for w in _weights(ids, resamples, seed)])
+    first, second = (resampled(metric, prediction, wanted) for prediction in predictions)
+    gains = np.concatenate([first(w) - second(w) for w in resample_weights(ids, resamples, seed)])
     if rule.direction == "minimize":
         gains = -gains
     count = int(ids.max()) + 1
-    tail = _tail(confidence, ids)
+    tail = tail_share(confidence, ids)
     low, high = (float(np.quantile(gains, share)) for share in (tail, 1 - tail))
     unit = "rows" if count == len(wanted) else "groups of rows"
     if metric == "accuracy":
@@ -114,7 +117,7 @@ def compare(
         method = f"{name} ({won} {unit} won, {lost} lost), bounds by paired bootstrap"
     else:
         differs = (predictions[0] != predictions[1]).reshape(len(wanted), -1).any(axis=1)
-        may_prove = _may_prove(len(np.unique(ids[differs])), confidence)
+        may_prove = can_prove(len(np.unique(ids[differs])), confidence)
         better, worse = low > 0 and may_prove, high < 0 and may_prove
         method = f"paired bootstrap of {unit}"
     return Comparison(
@@ -143,10 +146,10 @@ def interval(
     confidence: float = 0.95,
 ) -> tuple[float, float]:
     """Where a metric of one model lies with that confidence, both sides together, by the percentile bootstrap."""
-    ids = _numbered(groups, len(target))
-    measure = _resampled(metric, predictions_of(outputs), target.cpu().numpy())
-    values = np.concatenate([measure(weights) for weights in _weights(ids, RESAMPLES, seed)])
-    tail = _tail((1 + confidence) / 2, ids)
+    ids = numbered(groups, len(target))
+    measure = resampled(metric, predictions_of(outputs), target.cpu().numpy())
+    values = np.concatenate([measure(weights) for weights in resample_weights(ids, RESAMPLES, seed)])
+    tail = tail_share((1 + confidence) / 2, ids)
     low, high = np.quantile(values, [tail, 1 - tail])
     return float(low), float(high)
 
@@ -157,7 +160,7 @@ def mcnemar(won: int, lost: int) -> float:
     return float(bdtrc(won - 1, won + lost, 0.5))
 
 
-def flipped(net: _Array, seed: int) -> tuple[float, float]:
+def flipped(net: Array, seed: int) -> tuple[float, float]:
     """The probability that rows won less rows lost are as many as in `net` (groups,) where a coin says of each group
     which model has won it: the one-sided p-values of "ours is no better" and of "ours is no worse".
 
@@ -177,7 +180,7 @@ def flipped(net: _Array, seed: int) -> tuple[float, float]:
     return better, worse
 
 
-def _sizes(net: _Array) -> tuple[_Array, npt.NDArray[np.int64]]:
+def _sizes(net: Array) -> tuple[Array, npt.NDArray[np.int64]]:
     return np.unique(np.abs(net[net != 0]), return_counts=True)
 
 
@@ -203,18 +206,18 @@ def slice_gains(
     Many slices are many chances to be fooled, so each bound is at the confidence that makes them hold together
     (Bonferroni). A class without a row is left out; where too few groups differ to prove a fall the bound is 0 or more.
     """
-    wanted, ids = target.cpu().numpy(), _numbered(groups, len(target))
+    wanted, ids = target.cpu().numpy(), numbered(groups, len(target))
     row_gains, slices = _row_gains(ours, theirs, wanted, names)
     present = {name: chosen for name, chosen in slices.items() if chosen.any()}
     each = 1 - (1 - confidence) / len(present)
     found = []
     for number, (name, chosen) in enumerate(present.items()):
         part, part_ids = row_gains[chosen], np.unique(ids[chosen], return_inverse=True)[1]
-        measure = _mean_of(part)
-        means = np.concatenate([measure(w) for w in _weights(part_ids, resamples, seed + number)])
-        tail = _tail(each, part_ids)
+        measure = mean_of(part)
+        means = np.concatenate([measure(w) for w in resample_weights(part_ids, resamples, seed + number)])
+        tail = tail_share(each, part_ids)
         high = float(np.quantile(means, 1 - tail))
-        if not _may_prove(len(np.unique(part_ids[part != 0])), each):
+        if not can_prove(len(np.unique(part_ids[part != 0])), each):
             high = max(high, 0.0)
         found.append(SliceGain(name=name, gain=float(part.mean()), high=high, rows=len(part)))
     return found
@@ -234,109 +237,9 @@ def _sigmas(confidence: float) -> float:
     return NormalDist().inv_cdf(confidence) + NormalDist().inv_cdf(POWER)
 
 
-def _tail(confidence: float, ids: _Groups) -> float:
-    """The share of resamples beyond a bound. A bootstrap of few draws is too narrow; this widens it by as much as
-    Student's interval is wider than a normal one (Hesterberg, What teachers should know about the bootstrap, 2015).
-    Groups of unequal sizes count as so many equal ones as have the same design effect (Kish, Survey Sampling, 1965)."""
-    sizes = np.bincount(ids)
-    draws = float(sizes.sum() ** 2 / (sizes**2).sum())
-    if draws <= 1:
-        return 0.0
-    return NormalDist().cdf(math.sqrt(draws / (draws - 1)) * float(stdtrit(draws - 1, 1 - confidence)))
-
-
-def _may_prove(differing: int, confidence: float) -> bool:
-    """Whether a coin would hardly put so many groups on one side; fewer prove nothing, whatever a bootstrap says."""
-    return bool(0.5**differing <= 1 - confidence)
-
-
-def _numbered(groups: Tensor | None, rows: int) -> _Groups:
-    """The group of each row, from 0; each row is its own where nothing is known of them."""
-    if groups is None:
-        return np.arange(rows)
-    return np.unique(groups.cpu().numpy(), return_inverse=True)[1]
-
-
-def _weights(ids: _Groups, resamples: int, seed: int) -> Iterator[_Array]:
-    """How often each row is drawn in each resample of groups, (some resamples, rows) at a time, to bound the memory."""
-    random, count = np.random.default_rng(seed), int(ids.max()) + 1
-    most = max(1, RESAMPLED_CELLS // len(ids))
-    for begin in range(0, resamples, most):
-        drawn = (
-            np.bincount(random.integers(count, size=count), minlength=count)
-            for _ in range(min(most, resamples - begin))
-        )
-        yield np.stack(list(drawn)).astype(np.float64)[:, ids]
-
-
-def _resampled(metric: MetricName, predictions: _Array, target: npt.NDArray[np.generic]) -> _Resampled:
-    """From weights (resamples, rows) to the metric of each resample (resamples,): what METRICS would compute for the
-    rows repeated so often, without repeating them."""
-    if predictions.ndim == 1:
-        return _resampled_regression(metric, predictions, target.astype(np.float64))
-    labels, classes = target.astype(np.int64), predictions.shape[1]
-    if metric == "roc_auc":
-        return _resampled_roc_auc(predictions, labels)
-    wanted, chosen = np.eye(classes)[labels], np.eye(classes)[predictions.argmax(axis=1)]
-    hits = wanted * chosen
-    if metric == "accuracy":
-        return _mean_of(hits.sum(axis=1))
-    if metric == "log_loss":
-        smallest = np.finfo(np.float64).eps
-        return _mean_of(-np.log(np.clip(predictions[np.arange(len(labels)), labels], smallest, 1 - smallest)))
-
-    def over_classes(weights: _Array) -> _Array:
-        support, right = weights @ wanted, weights @ hits
-        whole = support if metric == "balanced_accuracy" else (support + weights @ chosen) / 2
-        occurs = support > 0
-        shares = np.divide(right, whole, out=np.zeros_like(right), where=occurs)
-        return np.asarray(shares.sum(axis=1) / occurs.sum(axis=1))
-
-    return over_classes
-
-
-def _resampled_regression(metric: MetricName, values: _Array, target: _Array) -> _Resampled:
-    if metric == "mae":
-        return _mean_of(np.abs(values - target))
-    centred = target - target.mean()
-    # In units of the largest distance, because the square of 1e-170 is 0, and that of 1e170 infinite.
-    unit = max(float(np.abs(distances).max()) for distances in (values - target, centred)) or 1.0
-    centred = centred / unit
-    squared = _mean_of(((values - target) / unit) ** 2)
-    if metric == "rmse":
-        return lambda weights: unit * np.sqrt(squared(weights))
-    first, second = _mean_of(centred), _mean_of(centred**2)
-    # A resample of a single value has no variance, and R² none either: 0, as for a constant prediction.
-    return lambda weights: 1 - _divide(squared(weights), second(weights) - first(weights) ** 2, empty=1.0)
-
-
-def _resampled_roc_auc(probabilities: _Array, labels: npt.NDArray[np.int64]) -> _Resampled:
-    """The area is the chance that a row of the class has the higher probability than a row of the rest, ties counting
-    half (Hanley and McNeil, Radiology 1982)."""
-    ranks = []
-    for label in range(probabilities.shape[1]):
-        order = np.argsort(probabilities[:, label], kind="stable")
-        _, starts = np.unique(probabilities[order, label], return_index=True)
-        ranks.append((order, starts, (labels == label)[order].astype(np.float64)))
-
-    def area(weights: _Array) -> _Array:
-        total, counted = np.zeros(len(weights)), np.zeros(len(weights))
-        for order, starts, is_class in ranks:
-            sorted_weights = weights[:, order]
-            of_class = np.add.reduceat(sorted_weights * is_class, starts, axis=1)
-            of_rest = np.add.reduceat(sorted_weights * (1 - is_class), starts, axis=1)
-            below = np.cumsum(of_rest, axis=1) - of_rest / 2
-            pairs = of_class.sum(axis=1) * of_rest.sum(axis=1)
-            total += _divide((of_class * below).sum(axis=1), pairs, empty=0.0)
-            counted += pairs > 0
-        return _divide(total, counted, empty=0.5)
-
-    return area
-
-
 def _row_gains(
     ours: Tensor, theirs: Tensor, target: npt.NDArray[np.generic], names: tuple[str, ...]
-) -> tuple[_Array, dict[str, npt.NDArray[np.bool_]]]:
+) -> tuple[Array, dict[str, npt.NDArray[np.bool_]]]:
     """Each row's gain (rows,), and the rows of each slice by its name."""
     first, second = predictions_of(ours), predictions_of(theirs)
     if first.ndim == 2:
@@ -348,11 +251,3 @@ def _row_gains(
     part = np.digitize(values, np.quantile(values, np.linspace(0, 1, SLICES_OF_A_REGRESSION + 1)[1:-1]))
     slices = {f"quarter {number + 1} of the target": part == number for number in range(SLICES_OF_A_REGRESSION)}
     return np.asarray((their_error - error) / max(float(their_error.mean()), np.finfo(np.float64).tiny)), slices
-
-
-def _mean_of(rows: _Array) -> _Resampled:
-    return lambda weights: np.asarray(weights @ rows / weights.sum(axis=1))
-
-
-def _divide(top: _Array, bottom: _Array, *, empty: float) -> _Array:
-    return np.divide(top, bottom, out=np.full_like(top, empty), where=bottom > 0)

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from models.evaluation.comparison import (
-    _resampled,
     calibration_error,
     compare,
     flipped,
@@ -23,6 +22,7 @@ from models.evaluation.comparison import (
 )
 from models.evaluation.evaluate import predictions_of
 from models.evaluation.metrics import METRICS, MetricName
+from models.evaluation.resampling import resampled
 
 ALPHA = 0.05
 
@@ -49,7 +49,7 @@ def test_a_weighted_metric_is_the_metric_of_the_repeated_rows(metric: MetricName
     drawn = np.random.default_rng(seed).integers(rows, size=rows)
     weights = np.bincount(drawn, minlength=rows).astype(float)[None]
     predictions = predictions_of(outputs)
-    (weighted,) = _resampled(metric, predictions, target.numpy())(weights)
+    (weighted,) = resampled(metric, predictions, target.numpy())(weights)
     repeated = target.numpy()[drawn]
     if metric == "r2" and len(set(drawn)) == 1:
         assert weighted == 0
