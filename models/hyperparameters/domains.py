@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self, cast
 import numpy as np
 from pydantic import Field, ValidationError, model_validator
 
-from models.hyperparameters.rules import Declared, Mistake, Refused, mistakes_of
+from models.hyperparameters.declarations import Declared
+from models.hyperparameters.mistakes import mistakes_of
+from models.hyperparameters.rules import Mistake, Refused
 
 if TYPE_CHECKING:
     import optuna

@@ -13,7 +13,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from infra.errors import ExpectedError
-from models.hyperparameters.rules import IS_MISSING, IS_NOT, Mistake, Place, mistakes_of
+from models.hyperparameters.mistakes import mistakes_of
+from models.hyperparameters.rules import IS_MISSING, IS_NOT, Mistake, Place
 from models.rows.shapes import DataShape
 from tasks.job.schema import TuningJob
 from tasks.job.together import contradictions, contradictions_of_shape, without_effect

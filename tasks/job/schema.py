@@ -12,8 +12,9 @@ from pydantic import Field, field_validator, model_validator
 
 from models.evaluation.metrics import METRICS, Metric
 from models.families.family import Family, family_named
+from models.hyperparameters.declarations import Declared
 from models.hyperparameters.domains import Domain, Range
-from models.hyperparameters.rules import Declared, Refused
+from models.hyperparameters.rules import Refused
 from tasks.job.sections import (
     BudgetConfig,
     ConfirmConfig,

@@ -20,7 +20,8 @@ from pydantic import AfterValidator, AwareDatetime, Field, field_validator, mode
 from pydantic_core import PydanticKnownError
 
 from models.evaluation.metrics import MetricName
-from models.hyperparameters.rules import Declared, nearest
+from models.hyperparameters.declarations import Declared
+from models.hyperparameters.rules import nearest
 from models.rows.column import MISSING, DateOrder, Role
 from tasks.job.kinds import kind_of
 
