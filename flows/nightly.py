@@ -90,15 +90,9 @@ from tasks.study.studies import (
     open_study,
     unchanged_night,
 )
-from tasks.tracking.nights import (
-    TrialTracker,
-    begin_night,
-    mlflow_may_be_away,
-    night_ends_with_its_run,
-    system_metrics,
-    track_confirmed,
-    track_missing_trials,
-)
+from tasks.tracking.nights import begin_night, night_ends_with_its_run, system_metrics
+from tasks.tracking.trials import TrialTracker, track_confirmed, track_missing_trials
+from tasks.tracking.unavailable import mlflow_may_be_unavailable
 from tasks.trainer.fresh import FreshProcess
 from tasks.trainer.processes import ProcessGroup, TrainerProcesses, started_ahead
 
@@ -375,7 +369,7 @@ def _tune(
             on_trial=on_trial,
             store=open_store(settings.store_url) if settings.are_studies_shared else None,
         )
-    with mlflow_may_be_away("trials"):
+    with mlflow_may_be_unavailable("trials"):
         track_missing_trials(client, run_id, study, tracker.run_ids)
     return tuned
 
@@ -452,7 +446,7 @@ def _confirm(
             "generalization_gap": candidate.generalization_gap,
             "sharpness": candidate.sharpness,
         }
-        with mlflow_may_be_away("what was confirmed"):
+        with mlflow_may_be_unavailable("what was confirmed"):
             track_confirmed(client, run_id, candidate.trial, metrics, _now())
 
     return confirm(study, job, prepared, baseline=baseline, on_candidate=on_candidate)

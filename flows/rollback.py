@@ -14,7 +14,7 @@ from infra.store.opening import open_store
 from tasks.job import JobError, load_job
 from tasks.registry.rollback import roll_back
 from tasks.tracking.aliases import point_champion
-from tasks.tracking.nights import mlflow_may_be_away
+from tasks.tracking.unavailable import mlflow_may_be_unavailable
 
 _logger = logging.getLogger(__name__)
 
@@ -42,6 +42,6 @@ def rollback(job: str, reason: str, version: str = "") -> Any:
     except JobError as error:  # a rollback is no night, and needs no job file that can be read
         _logger.warning("MLflow misses the champion's alias until the next night: %s", error)
     else:
-        with mlflow_may_be_away("the champion's alias"):
+        with mlflow_may_be_unavailable("the champion's alias"):
             point_champion(MlflowClient(settings.mlflow_url), model, manifest, promotion.version)
     return f"version {promotion.version} is champion of {job} again"

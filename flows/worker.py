@@ -22,7 +22,7 @@ from tasks.search.worker import trainer_of, work
 from tasks.study.leases import Lease, NightSign
 from tasks.study.storage import STORAGE_IS_AWAY, StudiesUnavailable, one_claims
 from tasks.study.studies import FINGERPRINT, JOB_CONTENT, MLFLOW_RUN, load_study, number_of
-from tasks.tracking.nights import TrialTracker
+from tasks.tracking.trials import TrialTracker
 
 _logger = logging.getLogger(__name__)
 

@@ -25,8 +25,9 @@ from tasks.study.leases import settle
 from tasks.study.storage import Studies, one_claims
 from tasks.study.studies import ENDED, MLFLOW_RUN, last_study
 from tasks.tracking.aliases import point_champion
-from tasks.tracking.nights import mlflow_may_be_away, track_missing_trials
 from tasks.tracking.ownership import check_tracking
+from tasks.tracking.trials import track_missing_trials
+from tasks.tracking.unavailable import mlflow_may_be_unavailable
 
 _logger = logging.getLogger(__name__)
 
@@ -62,9 +63,9 @@ def reconcile(
     except MlflowException as error:
         _logger.warning("MLflow does not say whose experiment and model %s would write to: %s", job.name, error.message)
     champion = read_champion(store, job.name, device)
-    with mlflow_may_be_away("what was to be reconciled"):
+    with mlflow_may_be_unavailable("what was to be reconciled"):
         _settle_last_night(job.name, client, studies)
-    with mlflow_may_be_away("the champion's alias"):
+    with mlflow_may_be_unavailable("the champion's alias"):
         if champion is not None and point_champion(
             client, job.registered_model, champion.manifest, champion.promotion.version
         ):

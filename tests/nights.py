@@ -24,7 +24,7 @@ from infra.store.protocol import Store
 from tasks.registry.log import append_promotion, latest_promotion
 from tasks.registry.versions import publish_version, pull_version
 from tasks.study.studies import attempts, finished_trials, is_interrupted, last_study
-from tasks.tracking.nights import INTERRUPTIONS, OPTUNA_NUMBER, TRIAL_NUMBER, nested_runs
+from tasks.tracking.trials import INTERRUPTIONS, OPTUNA_NUMBER, TRIAL_NUMBER, nested_runs
 from tests.commands import nightly
 from tests.conftest import Stack
 from tests.held import Gate

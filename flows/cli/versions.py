@@ -128,12 +128,12 @@ def point_champion(job: JobArgument) -> None:
     from tasks.job import load_job
     from tasks.registry.versions import choose_version, read_manifest
     from tasks.tracking import aliases
-    from tasks.tracking import nights as tracking
+    from tasks.tracking.unavailable import mlflow_may_be_unavailable
 
     store = open_store(settings.store_url)
     version = choose_version(store, job, None)
     model = load_job(job, settings.jobs).registered_model
-    with tracking.mlflow_may_be_away("the champion's alias"):
+    with mlflow_may_be_unavailable("the champion's alias"):
         aliases.point_champion(MlflowClient(settings.mlflow_url), model, read_manifest(store, job, version), version)
 
 

@@ -40,8 +40,8 @@ from tasks.registry.versions import (
 )
 from tasks.study.studies import FLOW_RUN, MLFLOW_RUN, number_of
 from tasks.tracking.aliases import drop_challenger, point_challenger, point_champion
-from tasks.tracking.nights import mlflow_may_be_away
 from tasks.tracking.ownership import CHALLENGER_ALIAS, CHAMPION_ALIAS
+from tasks.tracking.unavailable import mlflow_may_be_unavailable
 from tasks.trainer.fresh import FreshProcess
 
 RECORDED_PACKAGES = ("nightly-tuner", "numpy", "optuna", "safetensors", "scikit-learn", "torch")
@@ -85,11 +85,11 @@ def promote(
                 _logger.warning("version %s is not promoted: %s", version, verdict.reason)
                 manifest = manifest.model_copy(update={"gate": verdict.evidence()})
         if promotion is None:
-            with mlflow_may_be_away("the challenger"):
+            with mlflow_may_be_unavailable("the challenger"):
                 _log_model(client, run_id, folder, CHALLENGER_ALIAS, manifest)
                 point_challenger(client, job.registered_model, job.name, run_id, verdict.reason)
         else:
-            with mlflow_may_be_away("the champion's alias"):
+            with mlflow_may_be_unavailable("the champion's alias"):
                 _log_model(client, run_id, folder, CHAMPION_ALIAS, manifest)
                 point_champion(client, job.registered_model, manifest, promotion.version)
                 drop_challenger(client, job.registered_model)

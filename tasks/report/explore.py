@@ -27,7 +27,7 @@ from tasks.report.plots import (
     class_counts,
 )
 from tasks.study.studies import number_of, tonights_trials
-from tasks.tracking.nights import CURVE
+from tasks.tracking.trials import CURVE
 
 
 def explore(

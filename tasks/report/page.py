@@ -27,7 +27,7 @@ from tasks.promotion.gate import Verdict
 from tasks.search.tune import Tuned
 from tasks.search.worker import trained_seconds
 from tasks.study.studies import FAILURE, number_of, ranked, tonights_trials
-from tasks.tracking.nights import DIAGNOSIS
+from tasks.tracking.trials import DIAGNOSIS
 
 BEST_SHARE = 0.1
 LEAST_BEST = 3

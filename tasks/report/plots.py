@@ -20,7 +20,7 @@ from optuna.trial import FrozenTrial, TrialState
 from models.hyperparameters.domains import Domain, Range
 from tasks.job import TuningJob
 from tasks.study.studies import number_of, ranked, tonights_trials
-from tasks.tracking.nights import CURVE
+from tasks.tracking.trials import CURVE
 
 # jfly.uni-koeln.de/color: told apart with any common kind of colour vision.
 BLUE, ORANGE, GREEN, VERMILION, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#767676"

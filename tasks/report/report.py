@@ -55,7 +55,8 @@ from tasks.study.studies import (
     ranked,
     tonights_trials,
 )
-from tasks.tracking.nights import DEVICE, DIAGNOSIS, mlflow_may_be_away
+from tasks.tracking.trials import DEVICE, DIAGNOSIS
+from tasks.tracking.unavailable import mlflow_may_be_unavailable
 
 PAGE = "report.html"
 MOST_MOVED = 10
@@ -118,7 +119,7 @@ def report(
     if verdict.comparison is not None:
         metrics |= {f"gain_{name}": getattr(verdict.comparison, name) for name in ("low", "high")}
         metrics["gain"] = verdict.comparison.gain
-    with mlflow_may_be_away("the night's report"):
+    with mlflow_may_be_unavailable("the night's report"):
         client.log_batch(
             run_id,
             metrics=[Metric(name, value, int(now.timestamp() * 1000), 0) for name, value in metrics.items()],

@@ -21,7 +21,7 @@ from tasks.search.tune import Tuned
 from tasks.search.worker import trained_seconds
 from tasks.study.memory import BASELINE
 from tasks.study.studies import ROLE, number_of
-from tasks.tracking.nights import DEVICE
+from tasks.tracking.trials import DEVICE
 
 
 def summary(

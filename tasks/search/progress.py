@@ -27,7 +27,7 @@ from models.evaluation.metrics import in_figures
 from models.hyperparameters.declared import in_words
 from tasks.job import TuningJob
 from tasks.study.studies import finished_trials, number_of, ranked, tonights_trials
-from tasks.tracking.nights import DIAGNOSIS
+from tasks.tracking.trials import DIAGNOSIS
 
 BAR_SECONDS = 1
 TABLE_SECONDS = 5

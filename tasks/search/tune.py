@@ -37,7 +37,7 @@ from tasks.study.studies import (
     ranked,
     tonights_trials,
 )
-from tasks.tracking.nights import SECONDS
+from tasks.tracking.trials import SECONDS
 from tasks.trainer.local import Trainer
 
 FUTILE_FAILURES = 3

@@ -49,7 +49,7 @@ from tasks.study.studies import (
     tonights_trials,
     widen_wave,
 )
-from tasks.tracking.nights import CURVE, DEVICE, DIAGNOSIS, SECONDS, TRACEBACK, VALIDATION, curve_of
+from tasks.tracking.trials import CURVE, DEVICE, DIAGNOSIS, SECONDS, TRACEBACK, VALIDATION, curve_of
 from tasks.trainer.local import Ended, Failed, Scored, Trainer, TrainerDied, failed
 from tasks.trainer.processes import ProcessGroup, TrainerProcesses, worthwhile_processes
 

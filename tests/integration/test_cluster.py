@@ -17,7 +17,7 @@ from infra.store.opening import open_store
 from tasks.registry.log import history
 from tasks.study.leases import mishaps_of, workers_of
 from tasks.study.studies import WORKER, finished_trials, is_interrupted, last_study
-from tasks.tracking.nights import INTERRUPTIONS, TRIAL_NUMBER, nested_runs
+from tasks.tracking.trials import INTERRUPTIONS, TRIAL_NUMBER, nested_runs
 from tests.conftest import make_stack, require
 from tests.held import write_held_job
 from tests.hosts import Host, hosts, hosts_cannot_be_made

@@ -29,7 +29,7 @@ from tasks.data.prepare import prepare
 from tasks.registry.champion import load_champion
 from tasks.registry.log import history, latest_promotion
 from tasks.study.studies import finished_trials
-from tasks.tracking.nights import CURVE, TRIAL_NUMBER
+from tasks.tracking.trials import CURVE, TRIAL_NUMBER
 from tests.commands import nightly
 from tests.conftest import CPU, Stack, make_job
 from tests.faulty_proxy import Fault, Request, faulty_proxy

@@ -10,7 +10,8 @@ from mlflow import MlflowClient
 from optuna.trial import TrialState
 
 from tasks.study.studies import finished_trials
-from tasks.tracking.nights import TRIAL_NUMBER, night_ends_with_its_run
+from tasks.tracking.nights import night_ends_with_its_run
+from tasks.tracking.trials import TRIAL_NUMBER
 from tests.commands import nightly
 from tests.conftest import Stack
 from tests.held import write_held_job

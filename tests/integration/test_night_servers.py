@@ -4,7 +4,7 @@ from pathlib import Path
 
 from tasks.registry.champion import load_champion
 from tasks.study.studies import finished_trials
-from tasks.tracking.nights import TRIAL_NUMBER
+from tasks.tracking.trials import TRIAL_NUMBER
 from tests.commands import nightly
 from tests.conftest import Stack
 from tests.held import write_held_job

@@ -11,7 +11,7 @@ from mlflow import MlflowClient
 
 from tasks.study.samplers import NUMBER
 from tasks.study.studies import JOB, MLFLOW_RUN, OBJECTIVE
-from tasks.tracking.nights import TRIAL_NUMBER, TrialTracker, nested_runs, track_missing_trials
+from tasks.tracking.trials import TRIAL_NUMBER, TrialTracker, nested_runs, track_missing_trials
 from tests.servers import answers, background, free_port, wait_for
 
 

@@ -18,7 +18,7 @@ from tasks.search.tune import Tuned
 from tasks.study.memory import BASELINE
 from tasks.study.samplers import NUMBER
 from tasks.study.studies import ROLE, open_study
-from tasks.tracking.nights import DEVICE, SECONDS
+from tasks.tracking.trials import DEVICE, SECONDS
 from tests.conftest import make_job
 from tests.unit.test_gate import make_challenger, verdict_of
 from tests.unit.test_tune import NOW

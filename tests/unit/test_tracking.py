@@ -12,7 +12,7 @@ from optuna.trial import TrialState
 
 from tasks.study.samplers import NUMBER
 from tasks.study.studies import JOB, OBJECTIVE
-from tasks.tracking.nights import CURVE, TrialTracker, nested_runs, track_missing_trials
+from tasks.tracking.trials import CURVE, TrialTracker, nested_runs, track_missing_trials
 
 Begun = tuple[MlflowClient, str, optuna.Study]
 

@@ -29,7 +29,7 @@ from tasks.job import TuningJob
 from tasks.search.tune import tune
 from tasks.search.worker import processes_for, trainer_of
 from tasks.study.studies import FAILURE, finished_trials, is_interrupted, open_study
-from tasks.tracking.nights import CURVE
+from tasks.tracking.trials import CURVE
 from tasks.trainer.local import Ended, Failed, LocalTrainer, Scored, TrainerDied
 from tasks.trainer.processes import NICENESS, TrainerProcesses, started_ahead, worthwhile_processes
 from tests.conftest import CPU, fill, make_job, small_disk

@@ -23,7 +23,7 @@ from tasks.data.prepared import Prepared
 from tasks.search.checkpoints import TrialCheckpoints, drop_old_checkpoints
 from tasks.search.tune import tune
 from tasks.study.studies import finished_trials, open_study
-from tasks.tracking.nights import CURVE
+from tasks.tracking.trials import CURVE
 from tasks.trainer.local import Ended, LocalTrainer
 from tests.conftest import make_job
 

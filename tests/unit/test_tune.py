@@ -38,7 +38,7 @@ from tasks.study.studies import (
     open_study,
     ranked,
 )
-from tasks.tracking.nights import CURVE, DIAGNOSIS, SECONDS, TRACEBACK
+from tasks.tracking.trials import CURVE, DIAGNOSIS, SECONDS, TRACEBACK
 from tasks.trainer.local import LocalTrainer
 from tests.conftest import CPU, make_job
 from tests.unit.test_families import NET, write_net
