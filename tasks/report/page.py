@@ -24,8 +24,8 @@ from tasks.data.drift import Change
 from tasks.job import TuningJob
 from tasks.promotion.confirm import Confirmed
 from tasks.promotion.gate import Verdict
+from tasks.search.candidate import trained_seconds
 from tasks.search.tune import Tuned
-from tasks.search.worker import trained_seconds
 from tasks.study.studies import FAILURE, number_of, ranked, tonights_trials
 from tasks.tracking.trials import DIAGNOSIS
 

@@ -37,8 +37,8 @@ from tasks.report import plots
 from tasks.report.explore import explore
 from tasks.report.page import Cost, costs_of, night_page
 from tasks.report.summary import summary
+from tasks.search.candidate import trained_seconds
 from tasks.search.tune import Tuned
-from tasks.search.worker import trained_seconds
 from tasks.study.studies import (
     ENDED,
     FINGERPRINT,

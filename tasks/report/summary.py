@@ -17,8 +17,8 @@ from tasks.job import TuningJob
 from tasks.promotion.confirm import Challenger, Confirmed
 from tasks.promotion.gate import Verdict
 from tasks.registry.log import Promotion
+from tasks.search.candidate import trained_seconds
 from tasks.search.tune import Tuned
-from tasks.search.worker import trained_seconds
 from tasks.study.memory import BASELINE
 from tasks.study.studies import ROLE, number_of
 from tasks.tracking.trials import DEVICE

@@ -19,8 +19,10 @@ from infra.device import describe_device
 from infra.errors import ExpectedError
 from infra.store.protocol import Store
 from tasks.job import TuningJob
+from tasks.search.candidate import trained_seconds
 from tasks.search.checkpoints import TrialCheckpoints
-from tasks.search.worker import POLL_SECONDS, Breaker, run_wave, trained_seconds
+from tasks.search.wave import Breaker, run_wave
+from tasks.search.worker import POLL_SECONDS
 from tasks.study.leases import Claims, Lease, Watch, check_still_ours, mishaps_of, watching
 from tasks.study.memory import BASELINE
 from tasks.study.samplers import GRID_EXHAUSTED

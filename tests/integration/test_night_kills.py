@@ -41,7 +41,7 @@ MOMENTS = {
         "after promote": "night._notify = kill",
     },
     "within a step": {
-        "in tune": "import tasks.search.worker; tasks.search.worker._Candidate.tell = lambda *_: kill()",
+        "in tune": "import tasks.search.worker; tasks.search.candidate.Candidate.tell = lambda *_: kill()",
         "between trials": "night.TrialTracker.track = kill",
         "in confirm": "night.track_confirmed = kill",
         "before promote": "night.promote_step = kill",

@@ -20,9 +20,11 @@ from models.training.terms import Epoch, Training
 from tasks.data.prepared import Prepared
 from tasks.data.snapshots import Snapshot
 from tasks.job import TuningJob
+from tasks.search.candidate import trained_seconds
 from tasks.search.checkpoints import TrialCheckpoints
 from tasks.search.tune import seconds_to_search, tune
-from tasks.search.worker import run_wave, trained_seconds, work
+from tasks.search.wave import run_wave
+from tasks.search.worker import work
 from tasks.study import leases
 from tasks.study.leases import (
     BEAT_SECONDS,

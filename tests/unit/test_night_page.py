@@ -21,8 +21,8 @@ from tasks.promotion.gate import Verdict
 from tasks.report import plots
 from tasks.report.explore import explore
 from tasks.report.page import advices_of, costs_of, night_page, regions_of
+from tasks.search.candidate import trained_seconds
 from tasks.search.tune import Tuned, tune
-from tasks.search.worker import trained_seconds
 from tasks.study.samplers import NUMBER
 from tasks.study.studies import FAILURE, open_study
 from tasks.trainer.local import LocalTrainer

@@ -24,8 +24,8 @@ from models.training.terms import Diverged, Epoch, Setting, Training
 from tasks.data.prepared import Prepared
 from tasks.job import TuningJob
 from tasks.promotion.confirm import Challenger, confirm
+from tasks.search.candidate import trained_seconds
 from tasks.search.tune import TuningFailed, forecast, tune
-from tasks.search.worker import trained_seconds
 from tasks.study.samplers import NUMBER
 from tasks.study.studies import (
     COSTS,
@@ -170,16 +170,16 @@ def test_an_interrupted_night_ends_as_one_that_was_not(
 
     def stop_at_report(count: int) -> None:
         reports = itertools.count(1)
-        report = tasks.search.worker._Candidate.report
+        report = tasks.search.candidate.Candidate.report
 
-        def report_and_stop(candidate: tasks.search.worker._Candidate, epoch: Epoch, seconds: float) -> None:
+        def report_and_stop(candidate: tasks.search.candidate.Candidate, epoch: Epoch, seconds: float) -> None:
             report(candidate, epoch, seconds)
             if next(reports) == count:
                 raise Stop
 
         study = open_for(job, prepared, tmp_path / "disturbed")
         with monkeypatch.context() as patch:
-            patch.setattr(tasks.search.worker._Candidate, "report", report_and_stop)
+            patch.setattr(tasks.search.candidate.Candidate, "report", report_and_stop)
             with pytest.raises(Stop):
                 tune(study, job, LocalTrainer(job, prepared), tmp_path)
 
@@ -213,7 +213,7 @@ def test_a_signal_that_surfaces_as_another_error_stops_the_night_and_is_no_fault
 ) -> None:
     """As from Optuna's journal, which a signal finds with its lock released halfway."""
     drawn = []
-    draw = tasks.search.worker._draw
+    draw = tasks.search.candidate._draw
 
     def interrupted(trial: optuna.Trial, job: TuningJob) -> Hyperparameters:
         drawn.append(trial)
