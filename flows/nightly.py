@@ -93,8 +93,9 @@ from tasks.study.studies import (
 from tasks.tracking.nights import begin_night, night_ends_with_its_run, system_metrics
 from tasks.tracking.trials import TrialTracker, track_confirmed, track_missing_trials
 from tasks.tracking.unavailable import mlflow_may_be_unavailable
+from tasks.trainer.connection import ProcessGroup
 from tasks.trainer.fresh import FreshProcess
-from tasks.trainer.processes import ProcessGroup, TrainerProcesses, started_ahead
+from tasks.trainer.processes import TrainerProcesses, started_ahead
 
 JUDGEMENTS = 3
 MOST_REPLACEMENTS = 3

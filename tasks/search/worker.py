@@ -29,8 +29,9 @@ from tasks.study.leases import Claims, Lease, NightSign
 from tasks.study.studies import (
     has_waves,
 )
+from tasks.trainer.connection import ProcessGroup
 from tasks.trainer.local import Trainer
-from tasks.trainer.processes import ProcessGroup, TrainerProcesses, worthwhile_processes
+from tasks.trainer.processes import TrainerProcesses, worthwhile_processes
 
 POLL_SECONDS = 0.5
 

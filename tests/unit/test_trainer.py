@@ -31,7 +31,8 @@ from tasks.search.worker import processes_for, trainer_of
 from tasks.study.studies import FAILURE, finished_trials, is_interrupted, open_study
 from tasks.tracking.trials import CURVE
 from tasks.trainer.local import Ended, Failed, LocalTrainer, Scored, TrainerDied
-from tasks.trainer.processes import NICENESS, TrainerProcesses, started_ahead, worthwhile_processes
+from tasks.trainer.processes import TrainerProcesses, started_ahead, worthwhile_processes
+from tasks.trainer.serving import NICENESS
 from tests.conftest import CPU, fill, make_job, small_disk
 from tests.servers import wait_for
 from tests.unit.test_families import write_net
