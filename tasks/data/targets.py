@@ -15,8 +15,8 @@ import pandas as pd
 
 from models.rows.shapes import Problem
 from models.rows.table import LARGEST, by_value, distinct, forms_of, read_numbers, text_of
-from tasks.data.columns import labels_alike, tidy
 from tasks.data.findings import EXAMPLES, Described, Finding, finding
+from tasks.data.labels import labels_alike, tidy
 from tasks.data.number_texts import NumberTexts, numeric_column, unit_of
 from tasks.data.rows import DataError
 from tasks.job import DataConfig
