@@ -4,51 +4,46 @@ Reads as the night goes; each step's work is in the module of its name in tasks/
 the night as FAILED with one sentence.
 """
 
-import hashlib
-import json
 import logging
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from contextvars import copy_context
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 from uuid import UUID
 from zoneinfo import ZoneInfo
 
-import httpx
 import optuna
 import torch
 from mlflow import MlflowClient
-from optuna.trial import FrozenTrial
-from prefect import State, Task, flow, runtime, task
+from prefect import flow, runtime
 from prefect.artifacts import create_link_artifact
-from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import StateType
-from prefect.deployments import run_deployment
-from prefect.states import Cancelled, Completed, Crashed, Failed
-from pydantic import SecretStr
+from prefect.states import Completed, Failed
 
 from flows.deployments import FLOW, path_of
-from infra.deployments import WORKER, artifact_key, crash_dead_runs, later_due_run, worker_runs
+from flows.steps import (
+    confirm_step,
+    gate_step,
+    notify_step,
+    prepare_step,
+    promote_step,
+    reconcile_step,
+    report_step,
+    skip_step,
+    tune_step,
+    utc_now,
+)
+from infra.deployments import artifact_key, crash_dead_runs, later_due_run
 from infra.device import choose_device, hold_device
 from infra.errors import ExpectedError
-from infra.ours import our_deployment
 from infra.settings import OUR_LOGGERS, Settings
 from infra.store.opening import open_store
 from infra.store.protocol import Store, StoreError, StoreUnavailable
-from infra.webhook import post
-from models.rows.shapes import Problem
 from tasks.data.drift import since
 from tasks.data.findings import in_brief
-from tasks.data.prepare import prepare
 from tasks.data.prepared import Prepared
-from tasks.data.snapshots import FORMAT, Snapshot, fetch_snapshot, mark_as_used, publish_snapshot, read_snapshot
-from tasks.data.sources import source_stamp
+from tasks.data.snapshots import Snapshot, fetch_snapshot, mark_as_used, publish_snapshot, read_snapshot
 from tasks.job import (
-    DataConfig,
     Minutes,
     PresetName,
     Priority,
@@ -61,18 +56,15 @@ from tasks.job import (
     load_job,
 )
 from tasks.promotion.ask import ask
-from tasks.promotion.confirm import Challenger, Confirmed, confirm
-from tasks.promotion.gate import Verdict, gate
+from tasks.promotion.confirm import Confirmed
+from tasks.promotion.gate import Verdict
 from tasks.promotion.loaded_back import rehearse
-from tasks.promotion.promote import promote
-from tasks.reconcile import only_night_of, reconcile
+from tasks.reconcile import only_night_of
 from tasks.registry.champion import Champion, read_champion
 from tasks.registry.log import Promotion, StaleJudgement
-from tasks.report.report import report, report_skipped
-from tasks.search.progress import Progress
-from tasks.search.tune import Tuned, forecast, seconds_to_search, tune
+from tasks.search.tune import forecast
 from tasks.search.worker import processes_for, trainer_of
-from tasks.study.leases import check_still_ours, lost_flow_runs, workers_of
+from tasks.study.leases import check_still_ours
 from tasks.study.memory import recall
 from tasks.study.storage import (
     PATIENCE_SECONDS,
@@ -80,7 +72,6 @@ from tasks.study.storage import (
     Studies,
     StudiesUnavailable,
     check_database,
-    one_claims,
 )
 from tasks.study.studies import (
     AFTER_SEARCH_SECONDS,
@@ -91,21 +82,14 @@ from tasks.study.studies import (
     unchanged_night,
 )
 from tasks.tracking.nights import begin_night, night_ends_with_its_run, system_metrics
-from tasks.tracking.trials import TrialTracker, track_confirmed, track_missing_trials
-from tasks.tracking.unavailable import mlflow_may_be_unavailable
 from tasks.trainer.connection import ProcessGroup
 from tasks.trainer.fresh import FreshProcess
-from tasks.trainer.processes import TrainerProcesses, started_ahead
+from tasks.trainer.processes import started_ahead
 
 JUDGEMENTS = 3
-MOST_REPLACEMENTS = 3
-REPLACEMENT_SECONDS = 5
 # A night that begins so much later than it was due counts as missed, whatever it waited for.
 LATE = timedelta(hours=1)
 RANKS: dict[Priority, int] = {"high": 0, "normal": 1, "low": 2}
-
-P = ParamSpec("P")
-R = TypeVar("R")
 
 _logger = logging.getLogger(__name__)
 
@@ -116,8 +100,8 @@ def _run_name() -> str:
     try:
         job = load_job(name, Settings.read().jobs, **given)
     except ExpectedError:  # which ends the night with its sentence
-        return f"{name} · {_now():%Y-%m-%d}"
-    today = _now().astimezone(ZoneInfo(job.schedule.timezone))
+        return f"{name} · {utc_now():%Y-%m-%d}"
+    today = utc_now().astimezone(ZoneInfo(job.schedule.timezone))
     return f"{job.name} · {today:%Y-%m-%d} · {job.budget.trials} trials"
 
 
@@ -220,7 +204,7 @@ def _night(
     for change in moved:
         if change.is_large:
             _logger.warning("%s moved since the champion: stability index %.2f", change.column, change.stability_index)
-    study = open_study(job, snapshot.fingerprint, studies, _now())
+    study = open_study(job, snapshot.fingerprint, studies, utc_now())
     study.set_user_attr(JOB_CONTENT, job.model_dump(mode="json"))
     recall(study, job, snapshot, champion, studies)
     run_id = begin_night(client, job, study, snapshot, flow_run_id, settings.night_page(flow_run_id))
@@ -237,7 +221,7 @@ def _night(
             trainer = trainer_of(job, snapshot, device, started)
             rehearse(job, snapshot, trainer, fresh)
             tuned = tune_step(study, job, trainer, settings, client, run_id)
-            searched = _now()
+            searched = utc_now()
             prepared = Prepared.load(snapshot, device, job.data.raw)
             baseline = tuned.baseline if champion is None else None
             confirmed = confirm_step(study, job, prepared, baseline, client, run_id)
@@ -245,8 +229,10 @@ def _night(
             job, study, snapshot, confirmed, champion, store, device, settings, fresh
         )
         _notify(settings, job, verdict, promotion)
-        study.set_user_attr(AFTER_SEARCH_SECONDS, (_now() - searched).total_seconds())
-        return report_step(job, study, snapshot, moved, tuned, confirmed, verdict, promotion, settings, client, _now())
+        study.set_user_attr(AFTER_SEARCH_SECONDS, (utc_now() - searched).total_seconds())
+        return report_step(
+            job, study, snapshot, moved, tuned, confirmed, verdict, promotion, settings, client, utc_now()
+        )
 
 
 def _snapshot(job: TuningJob, snapshots: Path, studies: Studies, store: Store) -> Snapshot:
@@ -259,7 +245,7 @@ def _snapshot(job: TuningJob, snapshots: Path, studies: Studies, store: Store) -
     assert snapshot is not None
     for found in in_brief(snapshot.findings):
         _logger.warning("%s: %s", snapshot.source, found.sentence)
-    mark_as_used(snapshot, _now())
+    mark_as_used(snapshot, utc_now())
     try:
         publish_snapshot(store, snapshot)
     except StoreUnavailable as error:
@@ -274,20 +260,6 @@ def _snapshot_of(champion: Champion | None, snapshots: Path, store: Store) -> Sn
     except StoreError as error:
         _logger.warning("nobody knows what moved in the data since the champion: %s", error)
         return None
-
-
-def _prepare(data: DataConfig, problem: Problem, snapshots: Path, last: Snapshot | None) -> str:
-    return prepare(data, problem, snapshots, last).fingerprint
-
-
-def _source_and_its_stamp(_: Any, parameters: dict[str, Any]) -> str | None:
-    """What a snapshot is made of, for Prefect's cache; None where only reading it tells whether it has changed."""
-    data: DataConfig = parameters["data"]
-    with suppress(ExpectedError, OSError):
-        stamp = source_stamp(data)
-        content = [FORMAT, stamp, data.model_dump_json(), parameters["problem"], str(parameters["snapshots"])]
-        return None if stamp is None else hashlib.sha256(json.dumps(content).encode()).hexdigest()
-    return None
 
 
 def _judge_and_promote(
@@ -311,7 +283,7 @@ def _judge_and_promote(
         verdict = ask(job, verdict)
         check_still_ours(study, runtime.flow_run.id)
         try:
-            return promote_step(job, study, snapshot, verdict, store, client, fresh, _now())
+            return promote_step(job, study, snapshot, verdict, store, client, fresh, utc_now())
         except StaleJudgement as error:
             if judgements == JUDGEMENTS:
                 raise
@@ -330,127 +302,9 @@ def _missed(job: TuningJob) -> str | None:
     missed = f"it was due at {due:%Y-%m-%d %H:%M} UTC and missed"
     if later is not None:
         return f"{missed}; the night of {later.expected_start_time:%Y-%m-%d %H:%M} UTC stands in for it"
-    if job.schedule.missed == "skip" and _now() - due > LATE:
+    if job.schedule.missed == "skip" and utc_now() - due > LATE:
         return f"{missed}; schedule.missed: once would make up for it"
     return None
-
-
-def _tune(
-    study: optuna.Study,
-    job: TuningJob,
-    trainer: TrainerProcesses,
-    settings: Settings,
-    client: MlflowClient,
-    run_id: str,
-) -> Tuned:
-    tracker = TrialTracker(client, run_id, settings.mlflow_database)
-
-    def trial_page(trial: FrozenTrial) -> str | None:
-        run = tracker.run_ids.get(trial.number)
-        return None if run is None else settings.mlflow_page(study.user_attrs[MLFLOW_EXPERIMENT], run)
-
-    def on_trial(trial: FrozenTrial) -> None:
-        tracker.track(study, trial)
-        progress.update()
-
-    with (
-        Progress(study, job, trainer.device, trial_page) as progress,
-        tracker,
-        trainer,
-        _more_workers(study, job),
-    ):
-        tuned = tune(
-            study,
-            job,
-            trainer,
-            settings.home / "checkpoints",
-            claims=lambda: tracker.paused(one_claims(settings.studies, job.name, study.study_name)),
-            flow_run_id=runtime.flow_run.id,
-            seconds_left=seconds_to_search(job, settings.studies, _now()),
-            on_trial=on_trial,
-            store=open_store(settings.store_url) if settings.are_studies_shared else None,
-        )
-    with mlflow_may_be_unavailable("trials"):
-        track_missing_trials(client, run_id, study, tracker.run_ids)
-    return tuned
-
-
-@contextmanager
-def _more_workers(study: optuna.Study, job: TuningJob) -> Iterator[None]:
-    """Runs of the worker flow for the other devices that the job may use. Those that a night before this one started
-    count too; one that crashes is replaced, three times a night; those that nobody took are cancelled as the search
-    ends, those whose process is gone are crashed."""
-    if job.budget.workers == 1:
-        yield
-        return
-    with get_client(sync_client=True) as prefect:
-        waiting = worker_runs(prefect, study.study_name, StateType.SCHEDULED, StateType.PENDING)
-        crashed = len(worker_runs(prefect, study.study_name, StateType.CRASHED))
-    for _ in range(job.budget.workers - 1 - len(waiting) - len(workers_of(study.user_attrs))):
-        _start_worker(study, job)
-    ended = threading.Event()
-
-    def replace() -> None:
-        for known in range(crashed, crashed + MOST_REPLACEMENTS):
-            while not _has_crashed(study, known):
-                if ended.wait(REPLACEMENT_SECONDS):
-                    return
-            _logger.warning("a worker's run crashed; another is started in its place")
-            with suppress(httpx.HTTPError):
-                _start_worker(study, job)
-
-    # In this thread's context, so that Prefect knows whose runs they are.
-    replacing = threading.Thread(target=copy_context().run, args=(replace,), name="replace", daemon=True)
-    replacing.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        replacing.join()
-        with get_client(sync_client=True) as prefect:
-            for run in worker_runs(prefect, study.study_name, StateType.SCHEDULED, StateType.PENDING):
-                prefect.set_flow_run_state(run.id, Cancelled(message="The search is over."), force=True)
-            for run in worker_runs(prefect, study.study_name, StateType.RUNNING):
-                if str(run.id) in lost_flow_runs(study.user_attrs):
-                    prefect.set_flow_run_state(run.id, Crashed(message="Its process is gone."), force=True)
-
-
-def _start_worker(study: optuna.Study, job: TuningJob) -> None:
-    parameters = {"job": job.name, "study": study.study_name}
-    with get_client(sync_client=True) as prefect:
-        worker = our_deployment(prefect, WORKER.path).id
-    run_deployment(worker, parameters=parameters, timeout=0, tags=[study.study_name])
-
-
-def _has_crashed(study: optuna.Study, known: int) -> bool:
-    """Whether more of the study's worker runs have crashed than are known of; not while Prefect is away."""
-    try:
-        with get_client(sync_client=True) as prefect:
-            return len(worker_runs(prefect, study.study_name, StateType.CRASHED)) > known
-    except httpx.HTTPError:
-        return False
-
-
-def _confirm(
-    study: optuna.Study,
-    job: TuningJob,
-    prepared: Prepared,
-    baseline: FrozenTrial | None,
-    client: MlflowClient,
-    run_id: str,
-) -> Confirmed:
-    def on_candidate(candidate: Challenger) -> None:
-        metrics = {
-            f"confirmed_{job.search.objective}": candidate.mean,
-            f"confirmed_{job.search.objective}_spread": candidate.spread,
-            "winners_curse": candidate.winners_curse,
-            "generalization_gap": candidate.generalization_gap,
-            "sharpness": candidate.sharpness,
-        }
-        with mlflow_may_be_unavailable("what was confirmed"):
-            track_confirmed(client, run_id, candidate.trial, metrics, _now())
-
-    return confirm(study, job, prepared, baseline=baseline, on_candidate=on_candidate)
 
 
 def _notify(settings: Settings, job: TuningJob, verdict: Verdict, promotion: Promotion | None) -> None:
@@ -467,43 +321,3 @@ def _tell(settings: Settings, content: dict[str, str]) -> None:
         state = notify_step(settings.webhook, content | {"night": settings.night_page(run)}, return_state=True)
         if not state.is_completed():
             _logger.warning("%s; the night goes on", state.message)
-
-
-def _post(webhook: SecretStr, content: dict[str, str]) -> None:
-    post(webhook.get_secret_value(), content)
-
-
-def _step(name: str, inputs: str, **options: Any) -> Callable[[Callable[P, R]], Task[P, R]]:
-    """Prefect shows a task's name and duration but none of its inputs' values, so the run's name carries them."""
-    return task(name=name, task_run_name=f"{name}: {inputs}", cache_policy=NO_CACHE, persist_result=False, **options)
-
-
-def _store_was_away(_task: Task[..., Any], _run: Any, state: State) -> bool:
-    return isinstance(state.result(raise_on_failure=False), StoreUnavailable)
-
-
-def _now() -> datetime:
-    return datetime.now(UTC)
-
-
-reconcile_step = _step("reconcile", "{job.name} with {store.url}")(reconcile)
-prepare_step = task(
-    name="prepare",
-    task_run_name="prepare: {data.source}",
-    cache_key_fn=_source_and_its_stamp,
-    persist_result=True,
-    result_serializer="json",
-)(_prepare)
-skip_step = _step("skip", "{job.name}")(report_skipped)
-tune_step = _step("tune", "{job.budget.trials} trials of {job.model}, {job.search.sampler}")(_tune)
-confirm_step = _step("confirm", "best {job.confirm.candidates} of {study.study_name}")(_confirm)
-gate_step = _step("gate", "trial {confirmed.challenger.trial.user_attrs[number]} on {snapshot.fingerprint}")(gate)
-notify_step = _step("notify", "{content[event]}", retries=3, retry_delay_seconds=[1, 5, 15])(_post)
-promote_step = _step(
-    "promote",
-    "trial {verdict.challenger.trial.user_attrs[number]}, {verdict.decision}, {job.promotion.mode}",
-    retries=4,
-    retry_delay_seconds=[2, 10, 30, 60],
-    retry_condition_fn=_store_was_away,
-)(promote)
-report_step = _step("report", "{study.study_name}")(report)

@@ -24,6 +24,7 @@ schedule: {{cron: '0 2 1 1 *'}}
 KILLER = """
 import os, signal
 import flows.nightly as night
+import flows.steps as steps
 
 def kill(*_, **__):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -41,9 +42,9 @@ MOMENTS = {
         "after promote": "night._notify = kill",
     },
     "within a step": {
-        "in tune": "import tasks.search.worker; tasks.search.candidate.Candidate.tell = lambda *_: kill()",
-        "between trials": "night.TrialTracker.track = kill",
-        "in confirm": "night.track_confirmed = kill",
+        "in tune": "import tasks.search.candidate; tasks.search.candidate.Candidate.tell = lambda *_: kill()",
+        "between trials": "steps.TrialTracker.track = kill",
+        "in confirm": "steps.track_confirmed = kill",
         "before promote": "night.promote_step = kill",
         "before report": "night.report_step = kill",
     },
