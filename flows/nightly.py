@@ -57,8 +57,8 @@ from tasks.job import (
 )
 from tasks.promotion.ask import ask
 from tasks.promotion.confirm import Confirmed
-from tasks.promotion.gate import Verdict
 from tasks.promotion.loaded_back import rehearse
+from tasks.promotion.verdict import Verdict
 from tasks.reconcile import only_night_of
 from tasks.registry.champion import Champion, read_champion
 from tasks.registry.log import Promotion, StaleJudgement

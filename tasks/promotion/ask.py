@@ -14,7 +14,7 @@ from pydantic import Field
 
 from models.evaluation.metrics import in_figures
 from tasks.job import TuningJob
-from tasks.promotion.gate import Verdict
+from tasks.promotion.verdict import Verdict
 
 POLL_SECONDS = 5
 

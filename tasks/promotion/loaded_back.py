@@ -22,8 +22,8 @@ from models.training.terms import Training
 from models.training.weights import read_tensors
 from tasks.data.snapshots import Snapshot
 from tasks.job import TuningJob
-from tasks.promotion.gate import GuardRail, Verdict
 from tasks.promotion.servable import PROGRAM, SERVABLE, mlflow_predictions, read_as_table, run_onnx
+from tasks.promotion.verdict import GuardRail, Verdict
 from tasks.registry.versions import (
     MANIFEST,
     PREPROCESSING,

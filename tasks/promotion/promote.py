@@ -23,10 +23,10 @@ from infra.store.protocol import Store
 from models.training.weights import write_tensors
 from tasks.data.snapshots import Snapshot
 from tasks.job import TuningJob
-from tasks.promotion.gate import Verdict, with_rail
 from tasks.promotion.loaded_back import load_back
 from tasks.promotion.model_card import model_card
 from tasks.promotion.servable import SERVABLE, write_servable
+from tasks.promotion.verdict import Verdict, with_rail
 from tasks.registry.log import Promotion, append_promotion
 from tasks.registry.versions import (
     MANIFEST,

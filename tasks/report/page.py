@@ -23,7 +23,7 @@ from models.training.diagnosis import Diagnosis
 from tasks.data.drift import Change
 from tasks.job import TuningJob
 from tasks.promotion.confirm import Confirmed
-from tasks.promotion.gate import Verdict
+from tasks.promotion.verdict import Verdict
 from tasks.search.candidate import trained_seconds
 from tasks.search.tune import Tuned
 from tasks.study.studies import FAILURE, number_of, ranked, tonights_trials

@@ -31,7 +31,7 @@ from tasks.data.findings import escaped
 from tasks.data.snapshots import Snapshot, read_snapshot
 from tasks.job import TuningJob
 from tasks.promotion.confirm import Challenger, Confirmed
-from tasks.promotion.gate import Verdict
+from tasks.promotion.verdict import Verdict
 from tasks.registry.log import Promotion
 from tasks.report import plots
 from tasks.report.explore import explore

@@ -15,7 +15,7 @@ from models.evaluation.metrics import in_figures
 from tasks.data.findings import escaped
 from tasks.job import TuningJob
 from tasks.promotion.confirm import Challenger, Confirmed
-from tasks.promotion.gate import Verdict
+from tasks.promotion.verdict import Verdict
 from tasks.registry.log import Promotion
 from tasks.search.candidate import trained_seconds
 from tasks.search.tune import Tuned

@@ -20,7 +20,8 @@ from tasks.data.prepared import Prepared
 from tasks.data.snapshots import Snapshot
 from tasks.job import DataConfig, TuningJob
 from tasks.promotion.confirm import Challenger, Confirmed
-from tasks.promotion.gate import GuardRail, Verdict, gate, judge
+from tasks.promotion.gate import gate, judge
+from tasks.promotion.verdict import GuardRail, Verdict
 from tasks.registry.champion import Champion
 from tasks.registry.log import Promotion
 from tasks.registry.versions import Lineage, Manifest, TableColumn

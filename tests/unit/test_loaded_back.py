@@ -18,10 +18,10 @@ from infra.store.opening import open_store
 from infra.store.protocol import Store
 from tasks.data.prepared import Prepared
 from tasks.job import TuningJob
-from tasks.promotion.gate import Verdict
 from tasks.promotion.loaded_back import Differs, WouldNotShip, compare, rehearse
 from tasks.promotion.promote import promote
 from tasks.promotion.servable import write_servable
+from tasks.promotion.verdict import Verdict
 from tasks.registry.champion import load_champion
 from tasks.registry.log import Promotion, append_promotion, history
 from tasks.trainer.fresh import FreshProcess, Loaded

@@ -17,7 +17,7 @@ from tasks.data.drift import Change
 from tasks.data.prepared import Prepared
 from tasks.job import BudgetConfig, TuningJob
 from tasks.promotion.confirm import Confirmed, confirm
-from tasks.promotion.gate import Verdict
+from tasks.promotion.verdict import Verdict
 from tasks.report import plots
 from tasks.report.explore import explore
 from tasks.report.page import advices_of, costs_of, night_page, regions_of

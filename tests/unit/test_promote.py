@@ -32,10 +32,11 @@ from tasks.data.prepare import prepare
 from tasks.data.prepared import Prepared
 from tasks.job import TuningJob
 from tasks.promotion.confirm import confirm
-from tasks.promotion.gate import Verdict, gate
+from tasks.promotion.gate import gate
 from tasks.promotion.promote import write_version
 from tasks.promotion.reproduce import reproduce
 from tasks.promotion.servable import export_onnx, write_servable
+from tasks.promotion.verdict import Verdict
 from tasks.registry.champion import Champion, load_champion, read_champion, read_version
 from tasks.registry.log import append_promotion
 from tasks.registry.versions import DamagedVersion, Manifest, publish_version

@@ -11,7 +11,7 @@ from models.evaluation.comparison import Comparison
 from tasks.data.prepared import Prepared
 from tasks.data.snapshots import Snapshot
 from tasks.promotion.confirm import Challenger, Confirmed
-from tasks.promotion.gate import Verdict
+from tasks.promotion.verdict import Verdict
 from tasks.registry.log import Promotion
 from tasks.report.summary import summary
 from tasks.search.tune import Tuned
