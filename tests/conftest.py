@@ -50,7 +50,7 @@ CPU = torch.device("cpu")
 # What trains is tested on each kind of device that this machine has.
 DEVICES = [CPU, *([torch.device("cuda", 0)] if torch.cuda.is_available() else [])]
 
-collect_ignore = [] if torch.cuda.is_available() else ["unit/test_gpu.py"]
+collect_ignore = [] if torch.cuda.is_available() else ["unit/models/test_gpu.py"]
 pytest_plugins = ["pytester"]
 
 

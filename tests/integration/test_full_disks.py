@@ -22,8 +22,8 @@ from tasks.study.studies import finished_trials, load_study, open_study
 from tasks.trainer.local import LocalTrainer
 from tests.conftest import CPU, fill, make_job, require, small_disk
 from tests.servers import PostgresServer, postgres_programs, wait_for
-from tests.unit.test_tune import NOW
-from tests.unit.test_versions import promote, publish
+from tests.unit.tasks.registry.test_versions import promote, publish
+from tests.unit.tasks.search.test_tune import NOW
 
 TRIALS = 20
 

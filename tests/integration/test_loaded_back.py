@@ -7,8 +7,8 @@ from tasks.registry.log import history
 from tasks.study.studies import finished_trials
 from tests.conftest import Stack
 from tests.nights import reports_of, run_directly, runs_of, study_of
-from tests.unit.test_families import write_net
-from tests.unit.test_loaded_back import COUNTER, LATE
+from tests.unit.models.test_families import write_net
+from tests.unit.tasks.promotion.test_loaded_back import COUNTER, LATE
 
 JOB = """
 name: {name}

@@ -27,8 +27,8 @@ from tasks.study.samplers import NUMBER
 from tasks.study.studies import FAILURE, open_study
 from tasks.trainer.local import LocalTrainer
 from tests.conftest import CPU, make_job
-from tests.unit.test_gate import make_challenger, verdict_of
-from tests.unit.test_tune import NOW
+from tests.unit.tasks.promotion.test_gate import make_challenger, verdict_of
+from tests.unit.tasks.search.test_tune import NOW
 
 MOST_BYTES = 3_000_000
 

@@ -27,8 +27,8 @@ from tasks.study.samplers import NUMBER
 from tasks.study.studies import open_study
 from tasks.trainer.local import LocalTrainer
 from tests.conftest import make_job
-from tests.unit.test_families import write_net
-from tests.unit.test_tune import NOW
+from tests.unit.models.test_families import write_net
+from tests.unit.tasks.search.test_tune import NOW
 
 DIVERGED = Diverged("diverged at epoch 1: the loss is not finite")
 

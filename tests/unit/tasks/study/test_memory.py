@@ -37,7 +37,7 @@ from tasks.study.studies import (
 )
 from tasks.trainer.local import LocalTrainer
 from tests.conftest import CPU, make_job
-from tests.unit.test_prepare import write_source
+from tests.unit.tasks.data.test_prepare import write_source
 
 EVENING = datetime(2026, 11, 20, 2, 0, tzinfo=UTC)
 SPACE: dict[str, Any] = {

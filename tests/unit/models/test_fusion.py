@@ -15,8 +15,8 @@ from models.train import fusion_for, train_all
 from models.training.loop import train
 from models.training.terms import Resumable, Trained, Training, new_model
 from tasks.data.prepared import Prepared
-from tests.unit.test_fused import assert_as_alone, fused, setting_of, trainings
-from tests.unit.test_solo import assert_equal
+from tests.unit.models.test_fused import assert_as_alone, fused, setting_of, trainings
+from tests.unit.models.test_solo import assert_equal
 
 NETS = """
 import random

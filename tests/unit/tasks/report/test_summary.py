@@ -20,8 +20,8 @@ from tasks.study.samplers import NUMBER
 from tasks.study.studies import ROLE, open_study
 from tasks.tracking.trials import DEVICE, SECONDS
 from tests.conftest import make_job
-from tests.unit.test_gate import make_challenger, verdict_of
-from tests.unit.test_tune import NOW
+from tests.unit.tasks.promotion.test_gate import make_challenger, verdict_of
+from tests.unit.tasks.search.test_tune import NOW
 
 LINKS = {"The night in Prefect": "http://127.0.0.1:4200/runs/flow-run/1"}
 PROMOTED = Promotion(number=1, version="6b1c", judged=0, run="r", reason="", promoted_at=NOW)

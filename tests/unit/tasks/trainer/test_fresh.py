@@ -14,9 +14,9 @@ from tasks.trainer.fresh import FreshProcess
 from tasks.trainer.local import LocalTrainer
 from tasks.trainer.processes import TrainerProcesses, started_ahead
 from tests.conftest import CPU, make_job
-from tests.unit.test_families import write_net
-from tests.unit.test_loaded_back import net
-from tests.unit.test_trainer import wait_until_dead
+from tests.unit.models.test_families import write_net
+from tests.unit.tasks.promotion.test_loaded_back import net
+from tests.unit.tasks.trainer.test_trainer import wait_until_dead
 
 pytestmark = pytest.mark.process
 

@@ -126,7 +126,7 @@ def a_function(folder: Path, frame: pd.DataFrame) -> str:
     """A source that returns the frame."""
     FRAMES[str(folder)] = frame
     (folder / "load.py").write_text(
-        f"from tests.unit.test_identity import FRAMES\n\n\ndef rows():\n    return FRAMES[{str(folder)!r}]\n"
+        f"from tests.unit.tasks.data.test_identity import FRAMES\n\n\ndef rows():\n    return FRAMES[{str(folder)!r}]\n"
     )
     return f"{folder}/load.py:rows"
 

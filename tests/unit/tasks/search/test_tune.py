@@ -41,7 +41,7 @@ from tasks.study.studies import (
 from tasks.tracking.trials import CURVE, DIAGNOSIS, SECONDS, TRACEBACK
 from tasks.trainer.local import LocalTrainer
 from tests.conftest import CPU, make_job
-from tests.unit.test_families import NET, write_net
+from tests.unit.models.test_families import NET, write_net
 
 NOW = datetime(2026, 11, 23, 2, 0, tzinfo=UTC)
 

@@ -35,8 +35,8 @@ from tasks.trainer.processes import TrainerProcesses, started_ahead, worthwhile_
 from tasks.trainer.serving import NICENESS
 from tests.conftest import CPU, fill, make_job, small_disk
 from tests.servers import wait_for
-from tests.unit.test_families import write_net
-from tests.unit.test_tune import NOW
+from tests.unit.models.test_families import write_net
+from tests.unit.tasks.search.test_tune import NOW
 
 ODD_NET = """
 import os, time

@@ -13,7 +13,7 @@ import yaml
 
 pytestmark = pytest.mark.process
 
-INFRA = Path(__file__).parents[2] / "infra"
+INFRA = Path(__file__).parents[3] / "infra"
 
 
 def tool(name: str, *arguments: str) -> None:

@@ -23,8 +23,8 @@ from models.training.terms import Trained, Training, mean_loss
 from tasks.data.prepared import Prepared
 from tasks.promotion.servable import export_onnx
 from tests.conftest import train_on
-from tests.unit.test_families import write_net
-from tests.unit.test_solo import assert_equal
+from tests.unit.models.test_families import write_net
+from tests.unit.models.test_solo import assert_equal
 
 NETS = """
 import math

@@ -46,7 +46,7 @@ from tasks.study.studies import FLOW_RUN, MLFLOW_RUN, open_study
 from tasks.trainer.local import LocalTrainer
 from tests.conftest import CPU, make_job
 from tests.servers import answers, background, free_port, wait_for
-from tests.unit.test_families import TIED_NET, write_net
+from tests.unit.models.test_families import TIED_NET, write_net
 
 pytestmark = pytest.mark.slow
 NOW = datetime(2026, 11, 23, 2, 0, tzinfo=UTC)

@@ -28,8 +28,8 @@ from tasks.trainer.fresh import FreshProcess, Loaded
 from tasks.trainer.local import LocalTrainer
 from tests.conftest import CPU, make_job
 from tests.servers import free_port
-from tests.unit.test_families import TIED_NET, write_net
-from tests.unit.test_promote import NOW, a_table, judged
+from tests.unit.models.test_families import TIED_NET, write_net
+from tests.unit.tasks.promotion.test_promote import NOW, a_table, judged
 
 NET = """
 import torch

@@ -16,7 +16,7 @@ from models.training.checkpoints import Checkpoint
 from models.training.terms import Diverged, Epoch, Resumable, Trained, gains_from_mixed_precision, mean_loss
 from tasks.data.prepared import Prepared
 from tests.conftest import CPU, train_on
-from tests.unit.test_families import NET, TIED_NET, write_net
+from tests.unit.models.test_families import NET, TIED_NET, write_net
 
 RICH = {
     "optimizer": "adamw",

@@ -25,7 +25,7 @@ from models.training.loop import train
 from models.training.optimizers import build_optimizer
 from models.training.terms import Diverged, Epoch, Resumable, Setting, Trained, Training, new_model
 from tasks.data.prepared import Prepared
-from tests.unit.test_solo import assert_equal
+from tests.unit.models.test_solo import assert_equal
 
 EVERYTHING = {
     "dropout": 0.3,

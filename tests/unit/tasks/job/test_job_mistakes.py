@@ -14,7 +14,7 @@ import yaml
 from models.hyperparameters.declared import CNNHyperparameters, MLPHyperparameters
 from models.hyperparameters.rules import in_yaml
 from tasks.job import JobError, TuningJob, hints, load_job
-from tests.unit.test_families import write_net
+from tests.unit.models.test_families import write_net
 
 FOREIGN = re.compile(
     r"Input should|type=|validation error|errors\.pydantic|Value error|Extra inputs|Field required|\n$"

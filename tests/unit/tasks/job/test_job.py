@@ -9,7 +9,7 @@ import pytest
 from models.rows.shapes import DataShape
 from tasks.job import JobError, PresetName, check_shape, job_files, load_job, load_jobs, parse_job
 from tests.conftest import make_job
-from tests.unit.test_families import NET, write_net
+from tests.unit.models.test_families import NET, write_net
 
 
 def test_a_name_and_a_data_source_are_enough() -> None:

@@ -26,7 +26,7 @@ from tasks.registry.champion import Champion
 from tasks.registry.log import Promotion
 from tasks.registry.versions import Lineage, Manifest, TableColumn
 from tests.conftest import CPU, make_job, train_on
-from tests.unit.test_comparison import simulated
+from tests.unit.models.test_comparison import simulated
 
 JOB = make_job()
 
