@@ -229,7 +229,7 @@ class Settings(BaseSettings):
             "MLFLOW_DISABLE_TELEMETRY": "true",
             "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
             "DO_NOT_TRACK": "true",
-            # Prefect's least; a run that is silent for three of these is dead (deploy.py).
+            # Prefect's least; a run that is silent for three of these is dead (deployments.py).
             "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
             # MLflow's own default blocks a caller for four minutes when its server is away.
             "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
