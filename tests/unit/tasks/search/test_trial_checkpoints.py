@@ -69,7 +69,7 @@ class MachineGone(BaseException):
 def test_a_trial_whose_machine_is_gone_goes_on_elsewhere_and_ends_as_it_would_have(
     prepared: Prepared, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tasks.search.worker, "CHECKPOINT_SECONDS", 0)
+    monkeypatch.setattr(tasks.search.candidate, "CHECKPOINT_SECONDS", 0)
     space = {"epochs": 8, "batch_size": 256, "width": 16, "depth": 1}
     job = make_job(search={"pruner": "none", "space": space}, budget={"trials": 2})
 

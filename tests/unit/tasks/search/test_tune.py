@@ -226,7 +226,7 @@ def test_a_signal_that_surfaces_as_another_error_stops_the_night_and_is_no_fault
 
     job = make_job()
     study = open_for(job, prepared, tmp_path)
-    monkeypatch.setattr(tasks.search.worker, "_draw", interrupted)
+    monkeypatch.setattr(tasks.search.candidate, "_draw", interrupted)
     with pytest.raises(KeyboardInterrupt):
         tune(study, job, LocalTrainer(job, prepared), tmp_path)
     assert is_interrupted(study.trials[-1])
@@ -443,7 +443,7 @@ def test_a_regression_is_tuned_and_confirmed(prepared_regression: Prepared, tmp_
 def test_a_killed_trial_goes_on_from_its_checkpoint(
     prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tasks.search.worker, "CHECKPOINT_SECONDS", 0)
+    monkeypatch.setattr(tasks.search.candidate, "CHECKPOINT_SECONDS", 0)
     job = make_job(search={"pruner": "none", "space": {"epochs": 6, "batch_size": 64}}, budget={"trials": 1})
     untouched = open_for(job, prepared, tmp_path / "untouched")
     tune(untouched, job, LocalTrainer(job, prepared), tmp_path / "untouched")

@@ -251,7 +251,7 @@ def test_a_training_that_hangs_or_crashes_is_killed_and_the_next_one_trains(
     process: TrainerProcesses, odd_job: TuningJob, kind: str, says: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(tasks.trainer.processes, "FIRST_EPOCH_SECONDS", 3.0 if kind == "hangs" else 60.0)
+        patch.setattr(tasks.trainer.connection, "FIRST_EPOCH_SECONDS", 3.0 if kind == "hangs" else 60.0)
         with pytest.raises(TrainerDied, match=says):
             list(process.train([training_of(odd_job, kind)], lambda _: ()))
     ended = dict(process.train([training_of(odd_job, "learns")], lambda _: ()))
@@ -306,7 +306,7 @@ def test_a_trial_whose_process_is_killed_at_a_random_moment_loses_an_epoch_at_mo
 ) -> None:
     """And ends as it would have; no other trial, and no process, is left of it. Four trials are killed, each soon after
     another one of its ten epochs."""
-    monkeypatch.setattr(tasks.search.worker, "CHECKPOINT_SECONDS", 0)
+    monkeypatch.setattr(tasks.search.candidate, "CHECKPOINT_SECONDS", 0)
     space = {"epochs": 10, "batch_size": 16, "width": [16, 64], "learning_rate": {"low": 1e-3, "high": 0.03}}
     job = make_job(search={"sampler": "qmc", "pruner": "none", "baseline": False, "space": space}, budget={"trials": 4})
     moments = random.Random(0)
@@ -358,7 +358,7 @@ def test_a_full_disk_costs_the_trials_that_meet_it_and_the_rest_are_trained_when
     prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each fails at once, by name, and is not tried again."""
-    monkeypatch.setattr(tasks.search.worker, "CHECKPOINT_SECONDS", 0)
+    monkeypatch.setattr(tasks.search.candidate, "CHECKPOINT_SECONDS", 0)
     space = {"epochs": 3, "batch_size": 256, "width": 64, "depth": 2}
     job = make_job(search={"sampler": "qmc", "pruner": "none", "space": space}, budget={"trials": 6})
     study = open_study(job, prepared.snapshot.fingerprint, tmp_path / "studies", NOW)
