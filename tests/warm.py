@@ -15,8 +15,6 @@ from pathlib import Path
 
 import prefect.context
 
-import flows.nightly  # noqa: F401 is what is imported ahead
-
 SECONDS = 480
 
 _forks = multiprocessing.get_context("forkserver")
@@ -24,7 +22,7 @@ _forks = multiprocessing.get_context("forkserver")
 
 def run_warm(script: str, environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
     """What `python -c script` would give."""
-    _forks.set_forkserver_preload([__name__])
+    _forks.set_forkserver_preload(["tests.warmed"])
     with tempfile.TemporaryDirectory() as name:
         stdout, stderr = Path(name) / "stdout", Path(name) / "stderr"
         process = _forks.Process(target=_run, args=(script, dict(environment), stdout, stderr))
