@@ -426,7 +426,7 @@ def test_a_rollback_from_the_prefect_ui_and_the_alias_follows(stack: Stack, nigh
         ("rollback", first.version), ("promotion", second), ("promotion", first.version),
     ]  # fmt: skip
     assert rows[0]["reason"] == "it disappoints"
-    back = nightly(stack, "rollback", "quick", "--to", second, "--reason", "after all", "--json")
+    back = stack.nightly("rollback", "quick", "--to", second, "--reason", "after all", "--json")
     assert json.loads(back.stdout)["number"] == 4
     wait_for(lambda: champion_alias(stack, "quick").tags["store_version"] == second, 180, "the alias")
     assert "it disappoints" in " ".join(nightly(stack, "history", "quick").stdout.split())

@@ -321,7 +321,7 @@ def test_rows_many_times_the_memory_become_a_snapshot_and_are_trained_on(tmp_pat
         [sys.executable, str(script), str(tmp_path), "240"],
         # What is freed is given back at once, or the limit would be of what the allocator keeps.
         env={
-            **os.environ, "PYTHONPATH": str(script.parents[2]), "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1",
+            **os.environ, "PYTHONPATH": str(script.parents[4]), "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1",
             "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536",
         },
         capture_output=True, text=True, check=False,
