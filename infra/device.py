@@ -20,7 +20,8 @@ MEMORY_TOLERANCE_BYTES = 64 * 2**20
 # Not the folder for temporary files that the environment names: that may be each user's own.
 DEVICES_OF_THE_HOST = Path("/tmp/nightly-tuner-devices")  # noqa: S108
 
-_MEMORY_LIMITS = (resource.RLIMIT_AS, resource.RLIMIT_DATA)
+# What a process has used of them by now, by psutil's names.
+_MEMORY_LIMITS = {resource.RLIMIT_AS: "vms", resource.RLIMIT_DATA: "data"}
 
 _logger = logging.getLogger(__name__)
 
@@ -55,7 +56,11 @@ def memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     limits = [psutil.virtual_memory().total]
-    limits += [limit for kind in _MEMORY_LIMITS if (limit := resource.getrlimit(kind)[0]) != resource.RLIM_INFINITY]
+    used = psutil.Process().memory_info()
+    for kind, name in _MEMORY_LIMITS.items():
+        if (limit := resource.getrlimit(kind)[0]) != resource.RLIM_INFINITY:
+            # Libraries alone may take most of it, torch's with CUDA above all. Only Linux counts `data`.
+            limits.append(max(0, limit - getattr(used, name, 0)))
     with suppress(OSError, ValueError):  # "max" where there is none
         limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
     return min(limits)
