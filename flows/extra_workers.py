@@ -15,14 +15,13 @@ from prefect.states import Cancelled, Crashed
 
 from infra.deployments import WORKER, worker_runs
 from infra.ours import our_deployment
-from tasks.job import (
-    TuningJob,
-)
+from tasks.job import TuningJob
 from tasks.study.leases import lost_flow_runs, workers_of
 
-_logger = logging.getLogger(__name__)
 MOST_REPLACEMENTS = 3
 REPLACEMENT_SECONDS = 5
+
+_logger = logging.getLogger(__name__)
 
 
 @contextmanager

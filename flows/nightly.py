@@ -66,13 +66,7 @@ from tasks.search.tune import forecast
 from tasks.search.worker import processes_for, trainer_of
 from tasks.study.leases import check_still_ours
 from tasks.study.memory import recall
-from tasks.study.storage import (
-    PATIENCE_SECONDS,
-    STORAGE_IS_AWAY,
-    Studies,
-    StudiesUnavailable,
-    check_database,
-)
+from tasks.study.storage import PATIENCE_SECONDS, STORAGE_IS_AWAY, Studies, StudiesUnavailable, check_database
 from tasks.study.studies import (
     AFTER_SEARCH_SECONDS,
     JOB_CONTENT,

@@ -26,10 +26,7 @@ from tasks.data.prepare import prepare
 from tasks.data.prepared import Prepared
 from tasks.data.snapshots import FORMAT, Snapshot
 from tasks.data.sources import source_stamp
-from tasks.job import (
-    DataConfig,
-    TuningJob,
-)
+from tasks.job import DataConfig, TuningJob
 from tasks.promotion.confirm import Challenger, Confirmed, confirm
 from tasks.promotion.gate import gate
 from tasks.promotion.promote import promote
@@ -37,12 +34,8 @@ from tasks.reconcile import reconcile
 from tasks.report.report import report, report_skipped
 from tasks.search.progress import Progress
 from tasks.search.tune import Tuned, seconds_to_search, tune
-from tasks.study.storage import (
-    one_claims,
-)
-from tasks.study.studies import (
-    MLFLOW_EXPERIMENT,
-)
+from tasks.study.storage import one_claims
+from tasks.study.studies import MLFLOW_EXPERIMENT
 from tasks.tracking.trials import TrialTracker, track_confirmed, track_missing_trials
 from tasks.tracking.unavailable import mlflow_may_be_unavailable
 from tasks.trainer.processes import TrainerProcesses

@@ -27,13 +27,7 @@ from tasks.data.array_rows import array_rows
 from tasks.data.image_files import images
 from tasks.data.rows import Arrays, Chunk, DataError, Frames, Rows
 from tasks.data.source_functions import rows_of
-from tasks.data.table_files import (
-    CHUNK_BYTES,
-    CSV_SUFFIXES,
-    chunk_rows,
-    frames_of_files,
-    matching,
-)
+from tasks.data.table_files import CHUNK_BYTES, CSV_SUFFIXES, chunk_rows, frames_of_files, matching
 from tasks.data.table_queries import frames_of_query
 from tasks.data.table_rows import table_rows
 from tasks.job import DataConfig

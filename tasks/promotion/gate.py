@@ -123,7 +123,7 @@ def in_words(comparison: Comparison, opponent: str) -> str:
     )
 
 
-def _first_night(confirmed: Confirmed, rows: "JudgedRows") -> Verdict:
+def _first_night(confirmed: Confirmed, rows: JudgedRows) -> Verdict:
     """Nothing has to be proven where no champion is at stake: what confirm found best on validation rows is promoted.
     How it compares with the baseline on the test rows is said, and decides nothing."""
     challenger, baseline = confirmed.challenger, confirmed.baseline

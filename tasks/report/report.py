@@ -36,14 +36,7 @@ from tasks.report.explore import explore
 from tasks.report.page import Cost, costs_of, night_page
 from tasks.report.summary import summary
 from tasks.search.tune import Tuned
-from tasks.study.studies import (
-    ENDED,
-    FLOW_RUN,
-    MLFLOW_EXPERIMENT,
-    MLFLOW_RUN,
-    earlier_studies,
-    number_of,
-)
+from tasks.study.studies import ENDED, FLOW_RUN, MLFLOW_EXPERIMENT, MLFLOW_RUN, earlier_studies, number_of
 from tasks.tracking.unavailable import mlflow_may_be_unavailable
 
 PAGE = "report.html"

@@ -16,15 +16,7 @@ from tasks.job import TuningJob
 from tasks.search.checkpoints import TrialCheckpoints
 from tasks.study.samplers import NUMBER
 from tasks.study.storage import STORAGE_IS_AWAY
-from tasks.study.studies import (
-    COSTS,
-    FAILURE,
-    FIXED,
-    HYPERPARAMETERS,
-    attempts,
-    derived_seed,
-    tonights_trials,
-)
+from tasks.study.studies import COSTS, FAILURE, FIXED, HYPERPARAMETERS, attempts, derived_seed, tonights_trials
 from tasks.tracking.trials import CURVE, DEVICE, DIAGNOSIS, SECONDS, TRACEBACK, VALIDATION, curve_of
 from tasks.trainer.local import Ended, Failed, Scored, Trainer
 

@@ -18,14 +18,7 @@ from tasks.search.checkpoints import TrialCheckpoints
 from tasks.study.leases import Claims, Lease, free_trials
 from tasks.study.samplers import GRID_EXHAUSTED
 from tasks.study.storage import STORAGE_IS_AWAY, ClaimLost
-from tasks.study.studies import (
-    WORKER,
-    Asking,
-    finished_trials,
-    may_widen_wave,
-    tonights_trials,
-    widen_wave,
-)
+from tasks.study.studies import WORKER, Asking, finished_trials, may_widen_wave, tonights_trials, widen_wave
 from tasks.trainer.local import Ended, Failed, Trainer, TrainerDied, failed
 
 _logger = logging.getLogger(__name__)

@@ -26,9 +26,7 @@ from tasks.job import TuningJob
 from tasks.search.checkpoints import TrialCheckpoints
 from tasks.search.wave import Breaker, Interrupted, largest_wave, run_wave
 from tasks.study.leases import Claims, Lease, NightSign
-from tasks.study.studies import (
-    has_waves,
-)
+from tasks.study.studies import has_waves
 from tasks.trainer.connection import ProcessGroup
 from tasks.trainer.local import Trainer
 from tasks.trainer.processes import TrainerProcesses, worthwhile_processes

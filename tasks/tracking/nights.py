@@ -24,11 +24,7 @@ from infra.settings import MARK
 from tasks.data.card import data_card
 from tasks.data.snapshots import Snapshot
 from tasks.job import TuningJob
-from tasks.study.studies import (
-    FLOW_RUN,
-    MLFLOW_EXPERIMENT,
-    MLFLOW_RUN,
-)
+from tasks.study.studies import FLOW_RUN, MLFLOW_EXPERIMENT, MLFLOW_RUN
 from tasks.tracking.ownership import our_experiment
 from tasks.tracking.trials import is_active
 from tasks.tracking.unavailable import mlflow_may_be_unavailable

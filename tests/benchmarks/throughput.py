@@ -42,16 +42,7 @@ from tasks.search.tune import tune
 from tasks.search.worker import trainer_of
 from tasks.study.studies import open_study
 from tests.benchmarks.datasets import has_shared_data
-from tests.benchmarks.engine import (
-    STEP_MEMBERS,
-    STEP_WIDTHS,
-    cnn,
-    late_trials,
-    on_device,
-    on_host,
-    prepared_by,
-    step,
-)
+from tests.benchmarks.engine import STEP_MEMBERS, STEP_WIDTHS, cnn, late_trials, on_device, on_host, prepared_by, step
 from tests.benchmarks.search import Measurement, Record
 from tests.servers import free_port
 

@@ -21,15 +21,7 @@ from tasks.tracking.trials import INTERRUPTIONS, TRIAL_NUMBER, nested_runs
 from tests.conftest import make_stack, require
 from tests.held import write_held_job
 from tests.hosts import Host, hosts, hosts_cannot_be_made
-from tests.servers import (
-    PostgresServer,
-    S3Server,
-    answers,
-    free_port,
-    postgres_programs,
-    postgres_server,
-    wait_for,
-)
+from tests.servers import PostgresServer, S3Server, answers, free_port, postgres_programs, postgres_server, wait_for
 
 JOB, TRIALS = "cluster", 12
 NIGHTLY = str(Path(sys.executable).parent / "nightly")

@@ -8,15 +8,7 @@ from tasks.tracking.trials import TRIAL_NUMBER
 from tests.commands import nightly
 from tests.conftest import Stack
 from tests.held import write_held_job
-from tests.nights import (
-    champion_alias,
-    latest_run,
-    let_trials_end,
-    night_under_way,
-    run_directly,
-    runs_of,
-    service_of,
-)
+from tests.nights import champion_alias, latest_run, let_trials_end, night_under_way, run_directly, runs_of, service_of
 from tests.servers import wait_for
 
 JOB, TRIALS = "robbed", 24

@@ -27,17 +27,7 @@ from tasks.promotion.confirm import Challenger, confirm
 from tasks.search.candidate import trained_seconds
 from tasks.search.tune import TuningFailed, forecast, tune
 from tasks.study.samplers import NUMBER
-from tasks.study.studies import (
-    COSTS,
-    ENDED,
-    FAILURE,
-    QUEUE,
-    WAVE,
-    is_interrupted,
-    last_study,
-    open_study,
-    ranked,
-)
+from tasks.study.studies import COSTS, ENDED, FAILURE, QUEUE, WAVE, is_interrupted, last_study, open_study, ranked
 from tasks.tracking.trials import CURVE, DIAGNOSIS, SECONDS, TRACEBACK
 from tasks.trainer.local import LocalTrainer
 from tests.conftest import CPU, make_job
